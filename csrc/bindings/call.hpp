@@ -1,0 +1,57 @@
+// What every binding shares: rows from arrays, the compute type from a dtype, and a body that runs without the GIL.
+#pragma once
+
+#include "bindings/array.hpp"
+#include "cpu/ops.hpp"
+#include "cpu/threads.hpp"
+
+namespace nearfar {
+
+/// A matrix of a batch: the last two axes of a 3-d array at index `batch`, or a 2-d array.
+inline Rows rows_of(const Array& a, int64_t batch = 0) {
+  const int first = a.ndim - 2;
+  Rows rows;
+  rows.data = static_cast<const char*>(a.data) + (first ? batch * a.strides[0] * size_of(a.dtype) : 0);
+  rows.n = a.shape[first];
+  rows.d = a.shape[first + 1];
+  rows.row_stride = a.strides[first];
+  rows.col_stride = a.strides[first + 1];
+  rows.dtype = a.dtype;
+  return rows;
+}
+
+/// The one switch from dtype to compute type: calls f(float{}) or f(double{}).
+template <class F>
+auto with_compute_type(DType dtype, F f) {
+  return dtype == DType::f64 ? f(double{}) : f(float{});
+}
+
+inline void require_shape(const Array& a, const char* name, std::initializer_list<int64_t> shape) {
+  int k = 0;
+  bool same = a.ndim == static_cast<int>(shape.size());
+  for (int64_t extent : shape) same = same && a.shape[k++] == extent;
+  if (!same)
+    refuse_value(name, "expected shape " + text_of(shape.begin(), static_cast<int>(shape.size())) + ", got " + shape_of(a));
+}
+
+inline void require_dtype(const Array& a, const char* name, DType dtype) {
+  if (a.dtype != dtype) refuse_type(name, std::string("expected ") + name_of(dtype) + ", got " + name_of(a.dtype));
+}
+
+/// f(batch, threads) for every batch: batches side by side where one alone would not fill the threads.
+template <class F>
+void for_batches(int64_t batches, double work, int threads, F f) {
+  constexpr double kSmall = 1e7;  // multiply-adds that are not worth a second thread's wake-up many times over
+  if (batches > 1 && work < kSmall) {
+    parallel_for(batches, threads, [&](int64_t batch, int) { f(batch, 1); });
+  } else {
+    for (int64_t batch = 0; batch < batches; ++batch) f(batch, threads);
+  }
+}
+
+void register_array(py::module_& m);
+void register_losses(py::module_& m);
+void register_pairs(py::module_& m);
+void register_system(py::module_& m);
+
+}  // namespace nearfar

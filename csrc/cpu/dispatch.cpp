@@ -1,0 +1,65 @@
+// Which instruction set: the one place where this is decided, once.
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/ops.hpp"
+
+namespace nearfar {
+
+#define NEARFAR_LEVEL(name) \
+  namespace name {          \
+  const Ops& table();       \
+  }
+#if defined(NEARFAR_HAVE_v2)
+NEARFAR_LEVEL(v2)
+NEARFAR_LEVEL(v3)
+NEARFAR_LEVEL(v4)
+NEARFAR_LEVEL(v4bf16)
+#else
+NEARFAR_LEVEL(generic)
+#endif
+#undef NEARFAR_LEVEL
+
+namespace {
+
+struct Level {
+  const char* name;
+  const Ops& (*table)();
+  bool supported;
+};
+
+const Ops& choose() {
+#if defined(NEARFAR_HAVE_v2)
+  // __builtin_cpu_supports asks cpuid and, through xgetbv, the operating system.
+  __builtin_cpu_init();
+  const bool v4 = __builtin_cpu_supports("x86-64-v4");
+  const Level levels[] = {{"v4bf16", v4bf16::table, v4 && __builtin_cpu_supports("avx512bf16")},
+                          {"v4", v4::table, v4},
+                          {"v3", v3::table, static_cast<bool>(__builtin_cpu_supports("x86-64-v3"))},
+                          {"v2", v2::table, static_cast<bool>(__builtin_cpu_supports("x86-64-v2"))}};
+#else
+  const Level levels[] = {{"generic", generic::table, true}};
+#endif
+  const char* wanted = std::getenv("NEARFAR_ISA");
+  const bool any = wanted == nullptr || *wanted == '\0';
+  std::string known;
+  for (const Level& level : levels) {
+    known += std::string(known.empty() ? "" : ", ") + level.name;
+    if (any ? level.supported : wanted == std::string(level.name)) {
+      if (level.supported) return level.table();
+      throw std::runtime_error(std::string("NEARFAR_ISA=") + wanted + ": this CPU does not have it");
+    }
+  }
+  throw std::runtime_error(any ? "nearfar needs at least an x86-64-v2 CPU"
+                               : "NEARFAR_ISA=" + std::string(wanted) + ": expected one of " + known);
+}
+
+}  // namespace
+
+const Ops& ops() {
+  static const Ops& chosen = choose();
+  return chosen;
+}
+
+}  // namespace nearfar

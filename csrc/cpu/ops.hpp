@@ -1,0 +1,163 @@
+// The plain-C++ interface of the CPU kernels: one params struct per reduction, one table of functions per instruction
+// set. Pointers and numbers only: nothing here knows Python, allocates outputs or owns memory.
+//
+// T is the compute type: float for float16, bfloat16 and float32 inputs, double for float64. Inputs may have any strides
+// and any floating dtype; outputs are C-contiguous arrays of T that the caller has allocated.
+#pragma once
+
+#include <cstdint>
+
+#include "pairwise/dtype.hpp"
+#include "pairwise/pair_map.hpp"
+
+namespace nearfar {
+
+/// A borrowed matrix; strides count elements.
+struct Rows {
+  const void* data = nullptr;
+  int64_t n = 0, d = 0;
+  int64_t row_stride = 0, col_stride = 1;
+  DType dtype = DType::f32;
+};
+
+/// out[i, j] = map(x_i, y_j).
+template <class T>
+struct StoreParams {
+  Rows x, y;
+  PairMap map;
+  bool normalize;   // unit rows first
+  bool same;        // y is x: half the tiles, exact zero diagonal
+  bool condensed;   // only i < j, in the order of scipy's pdist (implies same)
+  T* out;
+  int threads;
+};
+
+/// dx, dy of sum_ij grad[i, j] * map(x_i, y_j). grad has the layout of StoreParams::out; out is the forward's result.
+template <class T>
+struct StoreGradParams {
+  Rows x, y;
+  PairMap map;
+  bool normalize, condensed;
+  const T* out;
+  const T* grad;
+  T *dx, *dy;  // for condensed: dy == dx
+  int threads;
+};
+
+/// Softmax over pairs: loss_i = log sum over the denominator of exp(s_i.) - s_i,positive with s = scale * <x, y>.
+enum class SoftmaxMode : int {
+  rows,   // x_i against all y_j
+  both,   // the mean of rows and columns (CLIP)
+  pairs,  // y is x: every row against all others, each unordered pair computed once (NT-Xent)
+};
+
+template <class T>
+struct SoftmaxParams {
+  SoftmaxMode mode;
+  Rows x, y;              // queries and columns of the denominator (y.n may be 0)
+  Rows positive;          // n rows; row (i + positive_shift) % n belongs to query i
+  int64_t positive_shift;
+  bool positive_is_column;  // that row is column i (rows, both) of y: it is masked there and enters by itself
+  bool positive_in_sum;     // the denominator contains the positive
+  Rows paired;            // (n * per_row) own negatives of each query, or empty
+  int64_t paired_per_row;
+  const int32_t *ids_x, *ids_y;  // null, or codes: equal codes are left out of the denominator
+  double scale;
+  bool normalize;
+  const T* weights;       // upstream gradient of each loss_i; null: `weight` for all
+  double weight;
+  T* loss;                // (n)
+  double loss_sum;        // out: sum_i loss_i
+  T *dx, *dy, *dpositive, *dpaired;  // null dx: value only. May alias where the inputs are the same array
+  double dscale;          // out
+  int64_t strip_budget;   // bytes of workspace for exp(s), so that the gradient needs no second product
+  int threads;
+};
+
+/// log of the mean over i < j of exp(-t |x_i - x_j|^2), and its gradient.
+template <class T>
+struct PotentialParams {
+  Rows x;
+  double t;
+  bool normalize;
+  double log_sum;  // out: log sum over i < j
+  T* dx;           // null: value only
+  int threads;
+};
+
+/// mean-free alignment: value_i = |x_i - y_i|^alpha, from the differences.
+template <class T>
+struct AlignmentParams {
+  Rows x, y;
+  double alpha;
+  bool normalize;
+  const T* weights;  // null: `weight` for all
+  double weight;
+  T* value;          // (n)
+  double value_sum;  // out
+  T *dx, *dy;        // null: value only
+  int threads;
+};
+
+/// out = K(x, y) v with K = map; v (m, r), out (n, r).
+template <class T>
+struct MatmulParams {
+  Rows x, y, v;
+  PairMap map;
+  T* out;
+  int threads;
+};
+
+/// dx, dy of <grad, K(x, y) v>.
+template <class T>
+struct MatmulGradParams {
+  Rows x, y, v, grad;
+  PairMap map;
+  T *dx, *dy;
+  int threads;
+};
+
+/// The k best columns of every row: smallest distance, or largest dot; ties by lower index.
+template <class T>
+struct SelectParams {
+  Rows x, y;
+  PairMap map;         // euclidean, sqeuclidean, one_minus_dot, dot
+  bool normalize;
+  bool exclude_self;   // column i is not a neighbour of row i
+  int64_t k;
+  T* value;            // (n, k)
+  int64_t* index;      // (n, k)
+  int threads;
+};
+
+template <class T>
+struct OpsOf {
+  void (*store)(const StoreParams<T>&);
+  void (*store_grad)(const StoreGradParams<T>&);
+  void (*softmax)(SoftmaxParams<T>&);
+  void (*potential)(PotentialParams<T>&);
+  void (*alignment)(AlignmentParams<T>&);
+  void (*matmul)(const MatmulParams<T>&);
+  void (*matmul_grad)(const MatmulGradParams<T>&);
+  void (*select)(const SelectParams<T>&);
+  void (*vector_math)(int function, const T* x, T* y, int64_t n);
+};
+
+struct Ops {
+  const char* isa;
+  int vector_bytes;
+  OpsOf<float> f32;
+  OpsOf<double> f64;
+};
+
+template <class T>
+const OpsOf<T>& of(const Ops& ops);
+template <>
+inline const OpsOf<float>& of<float>(const Ops& ops) { return ops.f32; }
+template <>
+inline const OpsOf<double>& of<double>(const Ops& ops) { return ops.f64; }
+
+/// The table of the best level this CPU has, or of NEARFAR_ISA (an empty variable counts as unset).
+const Ops& ops();
+
+}  // namespace nearfar

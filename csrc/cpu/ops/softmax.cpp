@@ -1,0 +1,362 @@
+// Softmax over pairs: InfoNCE, CLIP, NT-Xent.
+//
+//   loss_i = log( e^{s_i+} + sum_{j in D(i)} e^{s_ij} ) - s_i+       s_ij = scale <x_i, y_j>
+//
+// The positive s_i+ is computed from its two rows and is the initial state of row i; D(i) are the columns that the mask
+// leaves. The gradient weights are dL/ds_ij = w_i e^{s_ij - lse_i} (and the same of columns), so both gradients are
+// products with exp(s), which a strip keeps until its log-sum-exp is known: three matrix products in all. Where columns
+// have a normaliser too (CLIP, NT-Xent) it is known only after a whole pass, so scores are computed twice.
+#include "cpu/mask.hpp"
+#include "cpu/strip.hpp"
+#include "pairwise/reduce.hpp"
+
+namespace nearfar {
+namespace {
+
+template <class T>
+NEARFAR_INLINE Vec<T> finite_or_zero(Vec<T> m) {
+  return select(m == splat<T>(static_cast<T>(-kInfinity)), Vec<T>{}, m);
+}
+
+/// Log-sum-exp of rows, and of columns where COLUMNS; with `keep`, scores become exp(s - m) of the chunk's row maximum
+/// m, ready to be weights.
+template <class T, bool COLUMNS>
+struct LseCell {
+  using P = Policy<T>;
+  static constexpr bool kScores = true;
+
+  LseCell(const Operands<T>& operands, const Mask<T>& mask, bool keep_weights)
+      : o(operands), mask_(mask), keep(keep_weights), max(o.chunks.count * P::kStripRows),
+        sum(o.chunks.count * P::kStripRows), factor_(keep ? o.chunks.count * P::kStripRows : 0) {
+    if (!COLUMNS) return;
+    const int64_t size = o.chunks.tiles * P::MR * P::NR;
+    column_max = Buffer<T>(size);
+    column_sum = Buffer<T>(size);
+    for (int64_t k = 0; k < size; ++k) column_max[k] = static_cast<T>(-kInfinity), column_sum[k] = 0;
+  }
+
+  void map(const Block<T>& b) {
+    mask_.apply(b);
+    if (COLUMNS) columns(b);
+    for (int64_t p = 0; p < b.panels; ++p) {
+      T* s = b.panel(p);
+      for (int v = 0; v < P::kVectors; ++v, s += kLanes<T>) {
+        Vec<T> top = splat<T>(static_cast<T>(-kInfinity)), total = Vec<T>{};
+        for (int64_t j = 0; j < b.columns; ++j) top = vmax(load(s + j * P::NR), top);
+        const Vec<T> base = finite_or_zero<T>(top);
+        if (keep) {
+          for (int64_t j = 0; j < b.columns; ++j) {
+            const Vec<T> e = exp(load(s + j * P::NR) - base);
+            total += e;
+            store(s + j * P::NR, e);
+          }
+        } else {
+          for (int64_t j = 0; j < b.columns; ++j) total += exp(load(s + j * P::NR) - base);
+        }
+        const int64_t at = b.chunk * P::kStripRows + p * P::NR + v * kLanes<T>;
+        store(&max[at], base);
+        store(&sum[at], total);
+      }
+    }
+  }
+
+  /// Columns keep one state per lane; lanes are merged once, at the end.
+  void columns(const Block<T>& b) {
+    for (int64_t j = 0; j < b.columns; ++j)
+      for (int v = 0; v < P::kVectors; ++v) {
+        const int64_t at = (b.column + j) * P::NR + v * kLanes<T>, within = j * P::NR + v * kLanes<T>;
+        const Vec<T> before = load(&column_max[at]);
+        Vec<T> top = before;
+        for (int64_t p = 0; p < b.panels; ++p) top = vmax(load(b.panel(p) + within), top);
+        const Vec<T> base = finite_or_zero<T>(top);
+        Vec<T> total = load(&column_sum[at]) * exp(before - base);
+        for (int64_t p = 0; p < b.panels; ++p) total += exp(load(b.panel(p) + within) - base);
+        store(&column_max[at], top);
+        store(&column_sum[at], total);
+      }
+  }
+
+  void close(int64_t row, int64_t rows, int64_t chunks) {
+    for (int64_t i = 0; i < rows; ++i) {
+      LogSumExp state = rows_state[row + i];
+      for (int64_t c = 0; c < chunks; ++c) {
+        const int64_t at = c * P::kStripRows + i;
+        state.add(static_cast<double>(max[at]), static_cast<double>(sum[at]));
+      }
+      rows_state[row + i] = state;
+      if (!keep) continue;
+      const double lse = state.value(), w = weights ? static_cast<double>(weights[row + i]) : weight;
+      for (int64_t c = 0; c < chunks; ++c) {
+        const int64_t at = c * P::kStripRows + i;
+        factor_[at] = static_cast<T>(sum[at] == 0 ? 0.0 : w * std::exp(static_cast<double>(max[at]) - lse));
+      }
+    }
+    if (keep)
+      for (int64_t c = 0; c < chunks; ++c)
+        for (int64_t i = rows; i < P::kStripRows; ++i) factor_[c * P::kStripRows + i] = 0;
+  }
+  const T* factor(int64_t chunk) const { return factor_.get() + chunk * P::kStripRows; }
+
+  LogSumExp column_state(int64_t j) const {
+    LogSumExp state;
+    for (int lane = 0; lane < P::NR; ++lane)
+      state.add(static_cast<double>(column_max[j * P::NR + lane]), static_cast<double>(column_sum[j * P::NR + lane]));
+    return state;
+  }
+
+  const Operands<T>& o;
+  const Mask<T>& mask_;
+  bool keep;
+  Buffer<T> max, sum, factor_;
+  Buffer<T> column_max, column_sum;
+  LogSumExp* rows_state = nullptr;
+  const T* weights = nullptr;
+  double weight = 0;
+};
+
+/// Weights from known normalisers: W_ij = u_i e^{s_ij - a_i} + v_j e^{s_ij - b_j}.
+template <class T, bool COLUMNS>
+struct WeightCell {
+  using P = Policy<T>;
+  static constexpr bool kScores = true;
+
+  void map(const Block<T>& b) {
+    mask_.apply(b);
+    for (int64_t p = 0; p < b.panels; ++p) {
+      T* s = b.panel(p);
+      const int64_t row = b.row + p * P::NR;
+      for (int v = 0; v < P::kVectors; ++v) {
+        const Vec<T> a = load(&row_lse[row + v * kLanes<T>]), u = load(&row_weight[row + v * kLanes<T>]);
+        for (int64_t j = 0; j < b.columns; ++j) {
+          T* place = s + j * P::NR + v * kLanes<T>;
+          const Vec<T> score = load(place);
+          Vec<T> w = u * exp(score - a);
+          if (COLUMNS)
+            w += splat<T>(column_weight[b.column + j]) * exp(score - splat<T>(column_lse[b.column + j]));
+          store(place, w);
+        }
+      }
+    }
+  }
+  void close(int64_t, int64_t, int64_t) {}
+  const T* factor(int64_t) const { return nullptr; }
+
+  const Mask<T>& mask_;
+  const T *row_lse, *row_weight, *column_lse, *column_weight;  // padded to whole strips and tiles
+};
+
+template <class T>
+class Softmax {
+  using P = Policy<T>;
+
+ public:
+  explicit Softmax(SoftmaxParams<T>& params)
+      : p(params), n(params.x.n), m(params.y.n), d(params.x.d),
+        o(params.x, params.y, params.normalize, false, false, params.threads), positive(params.positive),
+        paired(params.paired),
+        mask{o, -kInfinity, params.mode == SoftmaxMode::pairs, skip_shift(params), params.ids_x, params.ids_y} {
+    if (p.normalize && positive.n() > 0) positive.normalize(p.threads);
+    if (p.normalize && paired.n() > 0) paired.normalize(p.threads);
+  }
+
+  void run() {
+    states_ = Buffer<LogSumExp>(n);
+    positive_score_ = Buffer<double>(n);
+    first_states();
+    const bool gradient = p.dx != nullptr, columns = p.mode != SoftmaxMode::rows;
+    const int64_t strip = m * P::kStripRows * static_cast<int64_t>(sizeof(T));
+    if (columns) {
+      column_states_ = Buffer<LogSumExp>(p.mode == SoftmaxMode::both ? n : 0);
+      lse_pass<true>(false);
+      join_columns();
+      if (gradient) weight_pass<true>();
+    } else if (gradient && strip <= p.strip_budget) {
+      lse_pass<false>(true);
+    } else {
+      lse_pass<false>(false);
+      if (gradient) weight_pass<false>();
+    }
+    finish();
+  }
+
+ private:
+  static int64_t skip_shift(const SoftmaxParams<T>& p) { return p.positive_is_column ? p.positive_shift : -1; }
+  int64_t positive_row(int64_t i) const { return (i + p.positive_shift) % n; }
+  double weight_of(int64_t i) const {
+    return (p.weights ? static_cast<double>(p.weights[i]) : p.weight) * (p.mode == SoftmaxMode::both ? 0.5 : 1.0);
+  }
+
+  /// What is in the denominator before any column: the positive and the query's own negatives.
+  void first_states() {
+    if (paired.n() > 0) paired_score_ = Buffer<T>(paired.n());
+    parallel_for(o.x.tasks(), p.threads, [&](int64_t task, int) {
+      Buffer<T> rows(2 * d);
+      T *own = rows.get(), *other = rows.get() + d;
+      for (int64_t i = task * Source<T>::kRowsPerTask; i < o.x.end(task); ++i) {
+        o.x.get(i, own);
+        LogSumExp state;
+        positive_score_[i] = 0;
+        if (positive.n() > 0) {
+          positive.get(positive_row(i), other);
+          positive_score_[i] = p.scale * Source<T>::dot(own, other, d);
+          if (p.positive_in_sum) state.add(positive_score_[i], 1);
+        }
+        for (int64_t k = 0; k < p.paired_per_row; ++k) {
+          paired.get(i * p.paired_per_row + k, other);
+          const double score = p.scale * Source<T>::dot(own, other, d);
+          paired_score_[i * p.paired_per_row + k] = static_cast<T>(score);
+          state.add(score, 1);
+        }
+        states_[i] = state;
+      }
+    });
+  }
+
+  StripPlan<T> plan(bool products, bool two_phase) const {
+    StripPlan<T> plan;
+    plan.triangle = p.mode == SoftmaxMode::pairs;
+    plan.two_phase = two_phase;
+    plan.scale = static_cast<T>(p.scale);
+    plan.threads = p.threads;
+    if (products) plan.dx = p.dx, plan.dy = p.dy;
+    return plan;
+  }
+
+  template <bool COLUMNS>
+  void lse_pass(bool keep) {
+    LseCell<T, COLUMNS> cell(o, mask, keep);
+    cell.rows_state = states_.get();
+    cell.weights = p.weights;
+    cell.weight = p.weight;
+    StripPass<T, LseCell<T, COLUMNS>>(o, cell, plan(keep, keep)).run();
+    if (!COLUMNS) return;
+    for (int64_t j = 0; j < m; ++j) {
+      if (p.mode == SoftmaxMode::pairs) {
+        states_[j].merge(cell.column_state(j));
+      } else {
+        column_states_[j] = cell.column_state(j);
+      }
+    }
+  }
+
+  /// CLIP: the denominator of column i holds the positive too.
+  void join_columns() {
+    if (p.mode != SoftmaxMode::both) return;
+    for (int64_t i = 0; i < n; ++i)
+      if (p.positive_in_sum) column_states_[i].add(positive_score_[i], 1);
+  }
+
+  const LogSumExp& column_state(int64_t i) const {
+    return p.mode == SoftmaxMode::both ? column_states_[i] : states_[i];
+  }
+
+  template <bool COLUMNS>
+  void weight_pass() {
+    const int64_t rows = ceil_div(n, P::kStripRows) * P::kStripRows, columns = o.chunks.tiles * P::MR;
+    Buffer<T> row_lse(rows), row_weight(rows), column_lse(columns), column_weight(columns);
+    for (int64_t i = 0; i < rows; ++i) {
+      const double lse = i < n ? states_[i].value() : 0;
+      row_lse[i] = static_cast<T>(lse == -kInfinity ? 0 : lse);
+      row_weight[i] = static_cast<T>(i < n ? weight_of(i) : 0);
+    }
+    for (int64_t j = 0; COLUMNS && j < columns; ++j) {
+      const double lse = j < m ? column_state(j).value() : 0;
+      column_lse[j] = static_cast<T>(lse == -kInfinity ? 0 : lse);
+      column_weight[j] = static_cast<T>(j < m ? weight_of(j) : 0);
+    }
+    WeightCell<T, COLUMNS> cell{mask, row_lse.get(), row_weight.get(), column_lse.get(), column_weight.get()};
+    StripPass<T, WeightCell<T, COLUMNS>>(o, cell, plan(true, false)).run();
+  }
+
+  /// Losses; and of gradients what is not a column of the engine: positives, own negatives, scale, normalisation.
+  void finish() {
+    p.loss_sum = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      double loss = states_[i].value() - positive_score_[i];
+      if (p.mode == SoftmaxMode::both) loss = 0.5 * (loss + column_states_[i].value() - positive_score_[i]);
+      p.loss[i] = static_cast<T>(loss);
+      p.loss_sum += loss;
+    }
+    p.dscale = 0;
+    if (!p.dx) return;
+    add_positives();
+    Buffer<double> along(n);
+    finish_rows(o.x, p.dx, along.get());
+    // sum_ij (dL/ds_ij) s_ij = sum_i <x_i, dx_i> for unit rows before the projection; with pairs every score counts twice.
+    for (int64_t i = 0; i < n; ++i) p.dscale += along[i];
+    p.dscale /= p.mode == SoftmaxMode::pairs ? 2 * p.scale : p.scale;
+    if (p.dy != p.dx) finish_rows(o.y, p.dy, nullptr);
+    if (p.dpositive && p.dpositive != p.dy && p.dpositive != p.dx) finish_rows(positive, p.dpositive, nullptr);
+    if (p.dpaired) finish_rows(paired, p.dpaired, nullptr);
+  }
+
+  /// dL/ds of the positive of row i.
+  double positive_weight(int64_t i) const {
+    const double s = positive_score_[i], w = weight_of(i);
+    double total = -w;
+    if (p.positive_in_sum) total += w * std::exp(s - states_[i].value());
+    if (p.mode == SoftmaxMode::both)
+      total += -w + (p.positive_in_sum ? w * std::exp(s - column_states_[i].value()) : 0);
+    return total;
+  }
+
+  void add_positives() {
+    // dx and dpositive may be one array (NT-Xent), where row i is written for two anchors: serial there, by task elsewhere.
+    const bool alias = p.dpositive == p.dx;
+    parallel_for(o.x.tasks(), alias ? 1 : p.threads, [&](int64_t task, int) {
+      Buffer<T> rows(2 * d);
+      T *own = rows.get(), *other = rows.get() + d;
+      for (int64_t i = task * Source<T>::kRowsPerTask; i < o.x.end(task); ++i) {
+        o.x.get(i, own);
+        T* dx = p.dx + i * d;
+        if (positive.n() > 0) {
+          const T w = static_cast<T>(positive_weight(i));
+          const int64_t row = positive_row(i);
+          positive.get(row, other);
+          for (int64_t k = 0; k < d; ++k) dx[k] += w * other[k];
+          if (T* out = p.dpositive ? p.dpositive + row * d : nullptr)
+            for (int64_t k = 0; k < d; ++k) out[k] += w * own[k];
+        }
+        const double lse = states_[i].value(), w = weight_of(i);
+        for (int64_t q = i * p.paired_per_row; q < (i + 1) * p.paired_per_row; ++q) {
+          const T weight = static_cast<T>(w * std::exp(static_cast<double>(paired_score_[q]) - lse));
+          paired.get(q, other);
+          for (int64_t k = 0; k < d; ++k) {
+            dx[k] += weight * other[k];
+            p.dpaired[q * d + k] = weight * own[k];
+          }
+        }
+      }
+    });
+  }
+
+  void finish_rows(const Source<T>& source, T* grad, double* along) {
+    parallel_for(source.tasks(), p.threads, [&](int64_t task, int) {
+      Buffer<T> unit(d);
+      for (int64_t i = task * Source<T>::kRowsPerTask; i < source.end(task); ++i) {
+        T* g = grad + i * d;
+        for (int64_t k = 0; k < d; ++k) g[k] *= static_cast<T>(p.scale);
+        source.get(i, unit.get());
+        const double a = normalize_backward(source, i, unit.get(), g);
+        if (along) along[i] = a;
+      }
+    });
+  }
+
+  SoftmaxParams<T>& p;
+  const int64_t n, m, d;
+  Operands<T> o;
+  Source<T> positive, paired;
+  Mask<T> mask;
+  Buffer<LogSumExp> states_, column_states_;
+  Buffer<double> positive_score_;
+  Buffer<T> paired_score_;
+};
+
+}  // namespace
+
+namespace NEARFAR_ISA {
+void softmax(SoftmaxParams<float>& p) { Softmax<float>(p).run(); }
+void softmax(SoftmaxParams<double>& p) { Softmax<double>(p).run(); }
+}  // namespace NEARFAR_ISA
+}  // namespace nearfar

@@ -1,0 +1,171 @@
+// Store: the whole matrix of a map, and the gradient through it. Here, and only here, the matrix exists: it is the result.
+//
+// The second index runs along the lanes, so that rows of the result are written in order. Where y is x, tiles on and above
+// the diagonal are computed and mirrored.
+#include <type_traits>
+
+#include "cpu/mask.hpp"
+
+namespace nearfar {
+namespace {
+
+/// Where row i of the result begins; (i, j) is at(i)[j].
+template <class A>
+A* row_of(A* base, int64_t i, int64_t columns, bool condensed) {
+  return condensed ? base + i * (2 * columns - i - 1) / 2 - i - 1 : base + i * columns;
+}
+
+template <class T, class Map>
+class Store {
+  using P = Policy<T>;
+  static constexpr int NR = P::NR;
+
+ public:
+  explicit Store(const StoreParams<T>& params)
+      : p(params), n(p.x.n), m(p.y.n), o(p.y, p.x, p.normalize, Map::kDistance, false, p.threads) {}
+
+  void run() {
+    const int64_t strips = ceil_div(m, P::kStripRows), d = o.d;
+    panels_ = Buffer<T>(strips * P::kStripRows * d);
+    squares_ = Buffer<T>(strips * P::kStripRows);
+    parallel_for(strips * P::kPanels, p.threads, [&](int64_t panel, int) {
+      Buffer<T> rows(NR * d);
+      o.pack_panel(panel * NR, T(1), rows.get(), panels_.get() + panel * NR * d, squares_.get() + panel * NR);
+    });
+    // A task is a run of rows of the result: short enough to balance, long enough to reuse a panel.
+    constexpr int64_t kTiles = 48 / P::MR;
+    const int64_t tasks = ceil_div(o.chunks.tiles, kTiles);
+    parallel_for(tasks, p.threads, [&](int64_t task, int) {
+      const int64_t t0 = task * kTiles, t1 = t0 + kTiles < o.chunks.tiles ? t0 + kTiles : o.chunks.tiles;
+      alignas(64) T block[48 * NR];
+      const int64_t first = p.same ? t0 * P::MR / NR : 0;
+      for (int64_t panel = first; panel * NR < m; ++panel) {
+        o.block(t0, t1, panel * NR, panels_.get() + panel * NR * d, squares_.get() + panel * NR, block);
+        write(t0 * P::MR, t1 * P::MR < n ? t1 * P::MR : n, panel * NR, block);
+      }
+    });
+  }
+
+ private:
+  void write(int64_t row0, int64_t row1, int64_t j0, T* block) const {
+    const int64_t lanes = m - j0 < NR ? m - j0 : NR;
+    for (int64_t i = row0; i < row1; ++i) {
+      T* s = block + (i - row0) * NR;
+      for (int v = 0; v < P::kVectors; ++v) {
+        const Vec<T> value = Map::value(load(s + v * kLanes<T>));
+        store(s + v * kLanes<T>, value);
+      }
+      if (std::is_same_v<Map, OneMinusDotMap>) mend_cosine(i, j0, lanes, s);
+      T* out = row_of(p.out, i, m, p.condensed) + j0;
+      const int64_t begin = p.same && i >= j0 ? i - j0 + (p.condensed ? 1 : 0) : 0;
+      if (begin == 0 && lanes == NR) {
+        for (int v = 0; v < P::kVectors; ++v) store(out + v * kLanes<T>, load(s + v * kLanes<T>));
+      } else {
+        for (int64_t lane = begin; lane < lanes; ++lane) out[lane] = s[lane];
+      }
+    }
+    if (!p.same || p.condensed) return;
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const int64_t j = j0 + lane, last = row1 < j ? row1 : j;
+      T* out = p.out + j * m;
+      for (int64_t i = row0; i < last; ++i) out[i] = block[(i - row0) * NR + lane];
+    }
+  }
+
+  /// 1 - <u, v> loses what it measures when u is near v; half the squared difference of the unit rows does not.
+  void mend_cosine(int64_t i, int64_t j0, int64_t lanes, T* s) const {
+    const Vec<T> limit = splat<T>(Operands<T>::kNear);
+    IVec<T> near = IVec<T>{};
+    for (int v = 0; v < P::kVectors; ++v) near |= load(s + v * kLanes<T>) <= limit;
+    if (!any(near)) return;
+    Buffer<T> rows(2 * o.d);
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      if (s[lane] <= Operands<T>::kNear) s[lane] = o.direct_distance(j0 + lane, i, rows.get()) / 2;
+  }
+
+  const StoreParams<T>& p;
+  const int64_t n, m;
+  Operands<T> o;
+  Buffer<T> panels_, squares_;
+};
+
+/// Weights of the gradient: the upstream gradient times the pull of the map.
+template <class T, class Map>
+struct StoreGradCell {
+  using P = Policy<T>;
+  static constexpr bool kScores = false;
+
+  void map(const Block<T>& b) {
+    for (int64_t panel = 0; panel < b.panels; ++panel) {
+      const int64_t j0 = b.row + panel * P::NR;  // the second index of the result: lanes
+      for (int64_t c = 0; c < b.columns; ++c) {
+        T* w = b.panel(panel) + c * P::NR;
+        const int64_t i = b.column + c;
+        int64_t begin = p.condensed && i >= j0 ? i - j0 + 1 : 0, end = m - j0 < P::NR ? m - j0 : P::NR;
+        if (i >= n) end = 0;
+        const T* grad = row_of(p.grad, i, m, p.condensed) + j0;
+        const T* value = row_of(p.out, i, m, p.condensed) + j0;
+        if (begin == 0 && end == P::NR) {
+          for (int v = 0; v < P::kVectors; ++v)
+            store(w + v * kLanes<T>, load(grad + v * kLanes<T>) * Map::pull(load(value + v * kLanes<T>)));
+        } else {
+          alignas(64) T own[P::NR] = {}, upstream[P::NR] = {};
+          for (int64_t lane = begin; lane < end; ++lane) own[lane] = value[lane], upstream[lane] = grad[lane];
+          for (int v = 0; v < P::kVectors; ++v)
+            store(w + v * kLanes<T>, load(upstream + v * kLanes<T>) * Map::pull(load(own + v * kLanes<T>)));
+          for (int64_t lane = 0; lane < P::NR; ++lane)
+            if (lane < begin || lane >= end) w[lane] = 0;
+        }
+      }
+    }
+  }
+  void close(int64_t, int64_t, int64_t) {}
+  const T* factor(int64_t) const { return nullptr; }
+
+  const StoreGradParams<T>& p;
+  int64_t n, m;
+};
+
+template <class T, class Map>
+void gradient(const StoreGradParams<T>& p) {
+  Operands<T> o(p.y, p.x, p.normalize, Map::kDistance, true, p.threads);
+  StoreGradCell<T, Map> cell{p, p.x.n, p.y.n};
+  StripPlan<T> plan;
+  plan.triangle = p.condensed;
+  plan.threads = p.threads;
+  plan.dx = p.dy;
+  plan.dy = p.dx;
+  StripPass<T, StoreGradCell<T, Map>>(o, cell, plan).run();
+  if (!p.normalize) return;
+  auto finish = [&](const Source<T>& source, T* grad) {
+    parallel_for(source.tasks(), p.threads, [&](int64_t task, int) {
+      Buffer<T> unit(o.d);
+      for (int64_t i = task * Source<T>::kRowsPerTask; i < source.end(task); ++i) {
+        source.get(i, unit.get());
+        normalize_backward(source, i, unit.get(), grad + i * o.d);
+      }
+    });
+  };
+  finish(o.x, p.dy);
+  finish(o.y, p.dx);
+}
+
+template <class T>
+void store_all(const StoreParams<T>& p) {
+  with_map(p.map, [&](auto map) { Store<T, decltype(map)>(p).run(); });
+}
+
+template <class T>
+void gradient_all(const StoreGradParams<T>& p) {
+  with_map(p.map, [&](auto map) { gradient<T, decltype(map)>(p); });
+}
+
+}  // namespace
+
+namespace NEARFAR_ISA {
+void store(const StoreParams<float>& p) { store_all(p); }
+void store(const StoreParams<double>& p) { store_all(p); }
+void store_grad(const StoreGradParams<float>& p) { gradient_all(p); }
+void store_grad(const StoreGradParams<double>& p) { gradient_all(p); }
+}  // namespace NEARFAR_ISA
+}  // namespace nearfar

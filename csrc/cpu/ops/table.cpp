@@ -1,0 +1,37 @@
+// The table of this instruction set's kernels. Adding an operation adds a line here.
+#include "cpu/ops.hpp"
+#include "cpu/vector.hpp"
+
+#define NEARFAR_STRING(x) #x
+#define NEARFAR_NAME(x) NEARFAR_STRING(x)
+
+namespace nearfar::NEARFAR_ISA {
+
+void store(const StoreParams<float>&);
+void store(const StoreParams<double>&);
+void store_grad(const StoreGradParams<float>&);
+void store_grad(const StoreGradParams<double>&);
+void softmax(SoftmaxParams<float>&);
+void softmax(SoftmaxParams<double>&);
+void potential(PotentialParams<float>&);
+void potential(PotentialParams<double>&);
+void alignment(AlignmentParams<float>&);
+void alignment(AlignmentParams<double>&);
+void matmul(const MatmulParams<float>&);
+void matmul(const MatmulParams<double>&);
+void matmul_grad(const MatmulGradParams<float>&);
+void matmul_grad(const MatmulGradParams<double>&);
+void select(const SelectParams<float>&);
+void select(const SelectParams<double>&);
+void vector_math(int, const float*, float*, int64_t);
+void vector_math(int, const double*, double*, int64_t);
+
+const Ops& table() {
+  static constexpr Ops kOps = {NEARFAR_NAME(NEARFAR_ISA),
+                               kVectorBytes,
+                               {store, store_grad, softmax, potential, alignment, matmul, matmul_grad, select, vector_math},
+                               {store, store_grad, softmax, potential, alignment, matmul, matmul_grad, select, vector_math}};
+  return kOps;
+}
+
+}  // namespace nearfar::NEARFAR_ISA

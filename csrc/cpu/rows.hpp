@@ -1,0 +1,129 @@
+// Rows as the compute type: any strides, any floating dtype, brought to unit norm or shifted to a common centre while
+// they are read. Everything downstream sees packed panels of T.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+
+#include "cpu/ops.hpp"
+#include "cpu/threads.hpp"
+#include "cpu/vector.hpp"
+
+namespace nearfar {
+namespace {
+
+inline float widen(_Float16 x) { return static_cast<float>(x); }
+
+/// The upper half of a float32.
+struct BFloat16 {
+  uint16_t bits;
+};
+inline float widen(BFloat16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+
+template <class T>
+class Source {
+ public:
+  Source() = default;
+  explicit Source(const Rows& rows) : rows_(rows) {}
+
+  int64_t n() const { return rows_.n; }
+  int64_t d() const { return rows_.d; }
+
+  /// Divide row i by its norm; a zero row stays zero.
+  void normalize(int threads) {
+    inverse_norm_ = Buffer<T>(rows_.n);
+    parallel_for(tasks(), threads, [&](int64_t task, int) {
+      Buffer<T> row(rows_.d);
+      for (int64_t i = task * kRowsPerTask; i < end(task); ++i) {
+        read(i, row.get());
+        const double norm = std::sqrt(squared_norm(row.get()));
+        inverse_norm_[i] = norm == 0 ? T(0) : static_cast<T>(1 / norm);
+      }
+    });
+  }
+
+  /// Subtract `center` (d doubles, kept by the caller) from every row.
+  void shift(const double* center) { center_ = center; }
+
+  T inverse_norm(int64_t i) const { return inverse_norm_.get() ? inverse_norm_[i] : T(1); }
+  bool normalized() const { return inverse_norm_.get() != nullptr; }
+
+  /// Row i as given, converted to T.
+  void read(int64_t i, T* out) const {
+    switch (rows_.dtype) {
+      case DType::f16: return copy<_Float16>(i, out);
+      case DType::bf16: return copy<BFloat16>(i, out);
+      case DType::f64: return copy<double>(i, out);
+      default: return copy<float>(i, out);
+    }
+  }
+
+  /// Row i, normalised if asked for, not shifted: what a distance is defined on.
+  void get(int64_t i, T* out) const {
+    read(i, out);
+    if (!normalized()) return;
+    const T scale = inverse_norm_[i];
+    for (int64_t k = 0; k < rows_.d; ++k) out[k] *= scale;
+  }
+
+  /// Row i as it is packed: normalised, shifted.
+  void get_packed(int64_t i, T* out) const {
+    get(i, out);
+    if (!center_) return;
+    for (int64_t k = 0; k < rows_.d; ++k) out[k] = static_cast<T>(static_cast<double>(out[k]) - center_[k]);
+  }
+
+  static double dot(const T* a, const T* b, int64_t d) {
+    // Eight partial sums in double: vectorises without reassociating anything the compiler was not told to.
+    double sum[8] = {};
+    int64_t k = 0;
+    for (; k + 8 <= d; k += 8)
+      for (int u = 0; u < 8; ++u) sum[u] += static_cast<double>(a[k + u]) * static_cast<double>(b[k + u]);
+    for (; k < d; ++k) sum[k % 8] += static_cast<double>(a[k]) * static_cast<double>(b[k]);
+    return ((sum[0] + sum[1]) + (sum[2] + sum[3])) + ((sum[4] + sum[5]) + (sum[6] + sum[7]));
+  }
+
+  static constexpr int64_t kRowsPerTask = 256;
+  int64_t tasks() const { return (rows_.n + kRowsPerTask - 1) / kRowsPerTask; }
+  int64_t end(int64_t task) const { return std::fmin(rows_.n, (task + 1) * kRowsPerTask); }
+
+  double squared_norm(const T* row) const { return dot(row, row, rows_.d); }
+
+ private:
+  template <class S>
+  void copy(int64_t i, T* out) const {
+    const S* row = static_cast<const S*>(rows_.data) + i * rows_.row_stride;
+    if (rows_.col_stride == 1) {
+      for (int64_t k = 0; k < rows_.d; ++k) out[k] = static_cast<T>(widen(row[k]));
+    } else {
+      for (int64_t k = 0; k < rows_.d; ++k) out[k] = static_cast<T>(widen(row[k * rows_.col_stride]));
+    }
+  }
+
+  Rows rows_;
+  Buffer<T> inverse_norm_;
+  const double* center_ = nullptr;
+};
+
+/// From the gradient of the normalised row to the gradient of the row itself, in place: for u = x / |x|,
+/// dx = (du - u <u, du>) / |x|. Returns <u, du>.
+template <class T>
+double normalize_backward(const Source<T>& source, int64_t i, const T* unit, T* grad) {
+  const int64_t d = source.d();
+  const double along = Source<T>::dot(unit, grad, d);
+  if (source.normalized()) {
+    const T scale = source.inverse_norm(i);
+    for (int64_t k = 0; k < d; ++k) grad[k] = scale * (grad[k] - unit[k] * static_cast<T>(along));
+  }
+  return along;
+}
+
+}  // namespace
+}  // namespace nearfar

@@ -1,0 +1,262 @@
+// The strip pass: all pairs, a strip of rows of x at a time, with up to two products per block of weights.
+//
+//   for each strip of 128 rows of x:
+//     for each chunk of columns (in parallel):      scores -> cell.map: weights W, states of rows and columns
+//     cell.close: what is known now that the strip has seen every column (its log-sum-exp)
+//     for each chunk of columns (in parallel):      dY[chunk] += W^T X,   dX partial of the chunk's group += W Y
+//     dX of the strip = sum of the groups' partials, in order
+//
+// A chunk owns its rows of dY and its column states, a group of chunks owns its partial of dX: nothing is shared, nothing
+// is copied per thread, and every sum has an order that the shape alone decides. Where weights need nothing from the rest
+// of the strip (one phase), both products follow the scores of a chunk at once and no strip of weights is stored.
+#pragma once
+
+#include "cpu/tile.hpp"
+
+namespace nearfar {
+namespace {
+
+/// A block of scores or weights: `panels` panels of NR lanes against columns [column, column + columns).
+/// Element (p, j, lane) is data[p * panel_stride + j * NR + lane]. Columns past the last one are padding.
+template <class T>
+struct Block {
+  int64_t chunk, group;
+  int64_t row;     // first row of x
+  int64_t panels;
+  int64_t column;  // first row of y
+  int64_t columns;
+  T* data;
+  int64_t panel_stride;
+  T* panel(int64_t p) const { return data + p * panel_stride; }
+};
+
+template <class T>
+struct StripPlan {
+  bool triangle = false;   // y is x and only pairs with column < row are wanted
+  bool two_phase = false;  // weights are scaled by cell.factor, known after cell.close
+  T scale = 1;             // on x, for the scores only
+  T* dx = nullptr;         // (n, d) and (m, d), added to; both or none. For dot products dy may be dx (y is x);
+  T* dy = nullptr;         // for distances it may not, because dy turns its sign at the end
+  int threads = 1;
+};
+
+template <class T, class Cell>
+class StripPass {
+  using P = Policy<T>;
+  static constexpr int NR = P::NR;
+
+ public:
+  StripPass(const Operands<T>& operands, Cell& cell, const StripPlan<T>& plan)
+      : o_(operands), cell_(cell), plan_(plan), n_(o_.x.n()), d_(o_.d), products_(plan.dx != nullptr) {
+    const Chunks& c = o_.chunks;
+    panel_stride_ = c.tiles_each * P::MR * NR;
+    depth_ = ceil_div(d_, P::MR) * P::MR;
+    depth_panels_ = ceil_div(d_, NR);
+    // Groups bound the partials of dX to about 8 MB.
+    const int64_t partial = P::kStripRows * depth_;
+    int64_t most = (int64_t(8) << 20) / (partial * static_cast<int64_t>(sizeof(T)) + 1);
+    most = most < 4 ? 4 : most > 64 ? 64 : most;
+    chunks_each_ = ceil_div(c.count, most);
+    groups_ = c.count ? ceil_div(c.count, chunks_each_) : 0;
+    workers_ = worker_count(groups_ ? groups_ : 1, plan.threads);
+
+    rows_ = Buffer<T>(P::kStripRows * d_);
+    panels_ = Buffer<T>(P::kStripRows * d_);
+    squares_ = Buffer<T>(P::kStripRows);
+    const int64_t block = P::kPanels * panel_stride_;
+    blocks_ = Buffer<T>(block * (plan.two_phase ? c.count : workers_));
+    if (products_) {
+      x_rows_ = Buffer<T>(depth_panels_ * P::kStripRows * NR);
+      partial_ = Buffer<T>(groups_ * partial);
+      if (plan.two_phase) scaled_ = Buffer<T>(workers_ * depth_panels_ * P::kStripRows * NR);
+      if (o_.distance()) {
+        row_sums_ = Buffer<T>((groups_ + 1) * P::kStripRows);
+        column_sums_ = Buffer<double>(o_.y.n());
+        for (int64_t j = 0; j < o_.y.n(); ++j) column_sums_[j] = 0;
+      }
+    }
+  }
+
+  void run() {
+    for (int64_t row = 0; row < n_; row += P::kStripRows) strip(row);
+    if (products_ && o_.distance()) finish_columns();
+  }
+
+ private:
+  void strip(int64_t row) {
+    const int64_t rows = n_ - row < P::kStripRows ? n_ - row : P::kStripRows;
+    const int64_t panels = ceil_div(rows, NR);
+    const Chunks& c = o_.chunks;
+    // A triangle needs columns below the last row of the strip only.
+    int64_t count = c.count;
+    if (plan_.triangle) count = ceil_div(ceil_div(row + rows, P::MR), c.tiles_each);
+    if (count > c.count) count = c.count;
+    const int64_t groups = ceil_div(count, chunks_each_);
+
+    parallel_for(panels, plan_.threads, [&](int64_t p, int) { pack_rows(row, p); });
+    parallel_for(groups, plan_.threads, [&](int64_t group, int worker) {
+      if (products_ && !plan_.two_phase) open_group(group, panels);
+      for_chunks(group, count, [&](int64_t chunk) {
+        const Block<T> block = scores(row, panels, chunk, group, worker);
+        cell_.map(block);
+        if (products_ && !plan_.two_phase) multiply_weights(block, nullptr, worker);
+      });
+    });
+    cell_.close(row, rows, count);
+    if (plan_.two_phase)
+      parallel_for(groups, plan_.threads, [&](int64_t group, int worker) {
+        open_group(group, panels);
+        for_chunks(group, count, [&](int64_t chunk) {
+          multiply_weights(view(row, panels, chunk, group, worker), cell_.factor(chunk), worker);
+        });
+      });
+    if (products_) parallel_for(panels, plan_.threads, [&](int64_t p, int) { merge(row, rows, p, groups); });
+  }
+
+  template <class F>
+  void for_chunks(int64_t group, int64_t count, F f) {
+    const int64_t last = (group + 1) * chunks_each_ < count ? (group + 1) * chunks_each_ : count;
+    for (int64_t chunk = group * chunks_each_; chunk < last; ++chunk) f(chunk);
+  }
+
+  void pack_rows(int64_t row, int64_t p) {
+    T* rows = rows_.get() + p * NR * d_;
+    o_.pack_panel(row + p * NR, plan_.scale, rows, panels_.get() + p * NR * d_, squares_.get() + p * NR);
+    if (!products_) return;
+    for (int64_t panel = 0; panel < depth_panels_; ++panel)
+      for (int64_t r = 0; r < NR; ++r) {
+        T* out = x_rows_.get() + (panel * P::kStripRows + p * NR + r) * NR;
+        for (int64_t k = 0; k < NR; ++k) out[k] = panel * NR + k < d_ ? rows[r * d_ + panel * NR + k] : T(0);
+      }
+  }
+
+  Block<T> view(int64_t row, int64_t panels, int64_t chunk, int64_t group, int worker) const {
+    const Chunks& c = o_.chunks;
+    const int64_t t0 = c.tile_begin(chunk), t1 = c.tile_end(chunk);
+    T* data = blocks_.get() + (plan_.two_phase ? chunk : worker) * P::kPanels * panel_stride_;
+    return {chunk, group, row, panels, t0 * P::MR, (t1 - t0) * P::MR, data, panel_stride_};
+  }
+
+  Block<T> scores(int64_t row, int64_t panels, int64_t chunk, int64_t group, int worker) {
+    const Block<T> block = view(row, panels, chunk, group, worker);
+    if (Cell::kScores)
+      for (int64_t p = 0; p < panels; ++p)
+        o_.block(o_.chunks.tile_begin(chunk), o_.chunks.tile_end(chunk), row + p * NR, panels_.get() + p * NR * d_,
+                 squares_.get() + p * NR, block.panel(p));
+    return block;
+  }
+
+  void open_group(int64_t group, int64_t panels) {
+    T* partial = partial_.get() + group * P::kStripRows * depth_;
+    for (int64_t k = 0; k < panels * NR * depth_; ++k) partial[k] = 0;
+    if (o_.distance())
+      for (int64_t k = 0; k < P::kStripRows; ++k) row_sums_[group * P::kStripRows + k] = 0;
+  }
+
+  /// Both products of one block of weights.
+  void multiply_weights(const Block<T>& w, const T* factor, int worker) {
+    const int64_t t0 = w.column / P::MR, tiles = w.columns / P::MR;
+    for (int64_t p = 0; p < w.panels; ++p) {
+      T* out = partial_.get() + (w.group * P::kStripRows + p * NR) * depth_;
+      const T* lanes = factor ? factor + p * NR : nullptr;
+      int64_t k = 0;
+      for (; d_ - k > 2 * P::MR / 3; k += P::MR) product_dx<T, P::MR>(k, tiles, o_.tile(t0), o_.tile_stride, w.panel(p), lanes, out + k * NR);
+      if (d_ - k > P::MR / 3)
+        product_dx<T, 2 * P::MR / 3>(k, tiles, o_.tile(t0), o_.tile_stride, w.panel(p), lanes, out + k * NR);
+      else if (d_ > k)
+        product_dx<T, P::MR / 3>(k, tiles, o_.tile(t0), o_.tile_stride, w.panel(p), lanes, out + k * NR);
+    }
+    const T* x_rows = x_rows_.get();
+    if (factor) x_rows = scale_rows(factor, w.panels, worker);
+    for (int64_t panel = 0; panel < depth_panels_; ++panel) {
+      const int64_t lanes = d_ - panel * NR;
+      const T* operand = x_rows + panel * P::kStripRows * NR;
+      for (int64_t t = 0; t < tiles; ++t) {
+        const int64_t column = w.column + t * P::MR;
+        T* out = plan_.dy + column * d_ + panel * NR;
+        const T* weights = w.data + t * P::MR * NR;
+        if (lanes > kLanes<T>)
+          product_dy<T, 2>(w.panels, weights, w.panel_stride, operand, o_.y.n() - column, lanes, out, d_);
+        else
+          product_dy<T, 1>(w.panels, weights, w.panel_stride, operand, o_.y.n() - column, lanes, out, d_);
+      }
+    }
+    if (o_.distance()) add_sums(w);
+  }
+
+  const T* scale_rows(const T* factor, int64_t panels, int worker) {
+    T* out = scaled_.get() + worker * depth_panels_ * P::kStripRows * NR;
+    for (int64_t panel = 0; panel < depth_panels_; ++panel)
+      for (int64_t i = 0; i < panels * NR; ++i) {
+        const int64_t at = (panel * P::kStripRows + i) * NR;
+        for (int v = 0; v < P::kVectors; ++v)
+          store(out + at + v * kLanes<T>, load(x_rows_.get() + at + v * kLanes<T>) * splat<T>(factor[i]));
+      }
+    return out;
+  }
+
+  /// Row and column sums of W: for distances, dx_i = (sum_j w_ij) x_i - sum_j w_ij y_j.
+  void add_sums(const Block<T>& w) {
+    for (int64_t p = 0; p < w.panels; ++p) {
+      T* sums = row_sums_.get() + w.group * P::kStripRows + p * NR;
+      for (int v = 0; v < P::kVectors; ++v) {
+        Vec<T> sum = Vec<T>{};
+        for (int64_t j = 0; j < w.columns; ++j) sum += load(w.panel(p) + j * NR + v * kLanes<T>);
+        store(sums + v * kLanes<T>, load(sums + v * kLanes<T>) + sum);
+      }
+    }
+    for (int64_t j = 0; j < w.columns && w.column + j < o_.y.n(); ++j) {
+      Vec<T> sum = Vec<T>{};
+      for (int64_t p = 0; p < w.panels; ++p)
+        for (int v = 0; v < P::kVectors; ++v) sum += load(w.panel(p) + j * NR + v * kLanes<T>);
+      column_sums_[w.column + j] += static_cast<double>(hsum<T>(sum));
+    }
+  }
+
+  /// dX of one panel: the groups' partials in order, from lanes to rows.
+  void merge(int64_t row, int64_t rows, int64_t p, int64_t groups) {
+    T* sum = partial_.get() + p * NR * depth_;
+    const int64_t size = NR * depth_;
+    for (int64_t g = 1; g < groups; ++g) {
+      const T* other = partial_.get() + (g * P::kStripRows + p * NR) * depth_;
+      for (int64_t k = 0; k < size; ++k) sum[k] += other[k];
+    }
+    for (int64_t lane = 0; lane < NR && p * NR + lane < rows; ++lane) {
+      T* out = plan_.dx + (row + p * NR + lane) * d_;
+      if (!o_.distance()) {
+        for (int64_t k = 0; k < d_; ++k) out[k] += sum[k * NR + lane];
+        continue;
+      }
+      T total = 0;
+      for (int64_t g = 0; g < groups; ++g) total += row_sums_[g * P::kStripRows + p * NR + lane];
+      const T* own = rows_.get() + (p * NR + lane) * d_;
+      for (int64_t k = 0; k < d_; ++k) out[k] += total * own[k] - sum[k * NR + lane];
+    }
+  }
+
+  /// For distances dY holds W^T X so far: turn its sign and add the column sums times the rows.
+  void finish_columns() {
+    parallel_for(o_.y.tasks(), plan_.threads, [&](int64_t task, int) {
+      Buffer<T> own(d_);
+      for (int64_t j = task * Source<T>::kRowsPerTask; j < o_.y.end(task); ++j) {
+        o_.y.get_packed(j, own.get());
+        T* out = plan_.dy + j * d_;
+        const T sum = static_cast<T>(column_sums_[j]);
+        for (int64_t k = 0; k < d_; ++k) out[k] = sum * own[k] - out[k];
+      }
+    });
+  }
+
+  const Operands<T>& o_;
+  Cell& cell_;
+  const StripPlan<T> plan_;
+  const int64_t n_, d_;
+  const bool products_;
+  int64_t panel_stride_ = 0, depth_ = 0, depth_panels_ = 0, chunks_each_ = 0, groups_ = 0;
+  int workers_ = 1;
+  Buffer<T> rows_, panels_, squares_, blocks_, x_rows_, partial_, scaled_, row_sums_;
+  Buffer<double> column_sums_;
+};
+
+}  // namespace
+}  // namespace nearfar

@@ -1,0 +1,214 @@
+#include "cpu/threads.hpp"
+
+#include <pthread.h>
+#include <sched.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdlib>
+#include <exception>
+#include <fstream>
+#include <mutex>
+#include <new>
+#include <string>
+#include <thread>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace nearfar {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+void relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#endif
+}
+
+/// One call of run_tasks, shared by the threads that work on it.
+struct Job {
+  int64_t tasks = 0;
+  void (*fn)(void*, int64_t, int) = nullptr;
+  void* context = nullptr;
+  std::atomic<int64_t> next{0};
+  std::atomic<bool> stop{false};
+  std::mutex error_mutex;
+  std::exception_ptr error;
+
+  void fail() {
+    std::lock_guard<std::mutex> lock(error_mutex);
+    if (!error) error = std::current_exception();
+    stop.store(true, std::memory_order_relaxed);
+  }
+};
+
+std::atomic<void (*)()> interrupt_check{nullptr};
+thread_local bool inside_task = false;
+
+/// Marks the thread as working on a task, so that nested calls stay on it.
+struct InsideTask {
+  bool before = inside_task;
+  InsideTask() { inside_task = true; }
+  ~InsideTask() { inside_task = before; }
+};
+
+void work(Job& job, int worker, bool is_caller) {
+  InsideTask mark;
+  auto checked = Clock::now();
+  try {
+    while (!job.stop.load(std::memory_order_relaxed)) {
+      const int64_t task = job.next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= job.tasks) return;
+      job.fn(job.context, task, worker);
+      if (!is_caller) continue;
+      if (auto check = interrupt_check.load(std::memory_order_relaxed)) {
+        const auto now = Clock::now();
+        if (now - checked > std::chrono::milliseconds(50)) {
+          checked = now;
+          check();
+        }
+      }
+    }
+  } catch (...) {
+    job.fail();
+  }
+}
+
+/// Workers sleep on a condition variable between calls. After a call they spin for a moment first, because an operation
+/// runs several phases one right after the other; the moment is short, so that a worker never holds a core that torch's
+/// own threads want. A worker that wakes too late finds the job closed and is not waited for.
+class Pool {
+ public:
+  void run(Job& job, int workers) {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_ = &job;
+      seats_ = workers - 1;
+      epoch_.fetch_add(1, std::memory_order_release);
+    }
+    for (; started_ < workers - 1; ++started_) std::thread([this] { loop(); }).detach();
+    wake_.notify_all();
+    work(job, 0, true);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      job_ = nullptr;
+    }
+    for (int spin = 0; spin < kSpins && active_.load(std::memory_order_acquire) != 0; ++spin) relax();
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, [&] { return active_.load(std::memory_order_relaxed) == 0; });
+  }
+
+ private:
+  static constexpr int kSpins = 4000;
+
+  void loop() {
+    uint64_t seen = 0;
+    for (;;) {
+      for (int spin = 0; spin < kSpins && epoch_.load(std::memory_order_acquire) == seen; ++spin) relax();
+      Job* job = nullptr;
+      int worker = 0;
+      {
+        std::unique_lock<std::mutex> lock(mutex_);
+        wake_.wait(lock, [&] { return epoch_.load(std::memory_order_relaxed) != seen; });
+        seen = epoch_.load(std::memory_order_relaxed);
+        if (job_ == nullptr || seats_ == 0) continue;
+        job = job_;
+        worker = seats_--;
+        active_.fetch_add(1, std::memory_order_relaxed);
+      }
+      work(*job, worker, false);
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (active_.fetch_sub(1, std::memory_order_release) == 1) done_.notify_one();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_, done_;
+  Job* job_ = nullptr;
+  int seats_ = 0;
+  int started_ = 0;
+  std::atomic<int> active_{0};
+  std::atomic<uint64_t> epoch_{0};
+};
+
+// Never destroyed: its threads are detached and may outlive static destructors. A forked child has no threads but the
+// caller, so it gets a fresh pool and a fresh lock.
+Pool* pool = nullptr;
+std::mutex* pool_mutex = nullptr;
+
+void fresh_pool() {
+  pool = new Pool;
+  pool_mutex = new std::mutex;
+}
+
+const bool registered = [] {
+  fresh_pool();
+  pthread_atfork(nullptr, nullptr, [] {
+    fresh_pool();
+    inside_task = false;
+  });
+  return true;
+}();
+
+}  // namespace
+
+int worker_count(int64_t tasks, int threads) {
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>({tasks, threads, kMaxThreads})));
+}
+
+void run_tasks(int64_t tasks, int threads, void (*fn)(void*, int64_t, int), void* context) {
+  if (tasks <= 0) return;
+  Job job;
+  job.tasks = tasks;
+  job.fn = fn;
+  job.context = context;
+  const int workers = worker_count(tasks, threads);
+  std::unique_lock<std::mutex> lock(*pool_mutex, std::defer_lock);
+  if (workers > 1 && !inside_task && lock.try_lock()) {
+    pool->run(job, workers);
+  } else {
+    work(job, 0, !inside_task);
+  }
+  if (job.error) std::rethrow_exception(job.error);
+}
+
+void set_interrupt_check(void (*check)()) { interrupt_check.store(check); }
+
+void* workspace_acquire(size_t bytes) {
+  void* pointer = nullptr;
+  if (posix_memalign(&pointer, 64, std::max<size_t>(bytes, 64)) != 0) throw std::bad_alloc();
+  return pointer;
+}
+
+void workspace_release(void* pointer) noexcept { std::free(pointer); }
+
+void advise_huge_pages(void* data, int64_t bytes) {
+  constexpr uintptr_t kHuge = uintptr_t(2) << 20;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+}
+
+int available_cpus() {
+  int cpus = static_cast<int>(std::thread::hardware_concurrency());
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) cpus = CPU_COUNT(&set);
+  // cgroup v2 "max 100000" or "200000 100000", then v1 in two files.
+  double quota = 0, period = 0;
+  std::string word;
+  if (std::ifstream file("/sys/fs/cgroup/cpu.max"); file >> word >> period && word != "max") quota = std::atof(word.c_str());
+  if (quota <= 0) {
+    std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") >> quota;
+    std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_period_us") >> period;
+  }
+  if (quota > 0 && period > 0) cpus = std::min(cpus, static_cast<int>(quota / period + 0.999));
+  return std::max(1, cpus);
+}
+
+}  // namespace nearfar

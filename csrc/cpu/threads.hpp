@@ -1,0 +1,71 @@
+// The only door to threads: run independent tasks on a small pool of std::thread.
+//
+// A pool of our own, not OpenMP: it survives fork (a child starts with an empty pool), it is clean under thread
+// sanitizers, and no second OpenMP runtime enters the process. Tasks are numbered by the shape of the problem, never by
+// the number of threads, so every result is bitwise the same for any thread count: a task owns what it writes, and
+// partial results are merged in task order.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace nearfar {
+
+/// Calls fn(context, task, worker) for every task in [0, tasks), on at most `threads` threads; worker is in
+/// [0, worker_count(tasks, threads)). The first exception is rethrown here after all workers have stopped. A call from
+/// inside a task, or while another thread holds the pool, runs on the calling thread alone.
+void run_tasks(int64_t tasks, int threads, void (*fn)(void* context, int64_t task, int worker), void* context);
+
+inline constexpr int kMaxThreads = 256;
+int worker_count(int64_t tasks, int threads);
+
+/// Called about every 50 ms by the thread that entered run_tasks, between two tasks; may throw to stop the call.
+void set_interrupt_check(void (*check)());
+
+/// 64-byte aligned memory for packed operands and partial results; throws std::bad_alloc.
+void* workspace_acquire(size_t bytes);
+void workspace_release(void* pointer) noexcept;
+
+/// Asks for huge pages under a large result that is about to be written for the first time: page faults otherwise cost
+/// more than the arithmetic of a distance matrix. A hint; never fails.
+void advise_huge_pages(void* data, int64_t bytes);
+
+/// What the affinity mask and the cgroup quota let this process use.
+int available_cpus();
+
+namespace {
+
+template <class F>
+struct Task {
+  static void call(void* context, int64_t task, int worker) { (*static_cast<F*>(context))(task, worker); }
+};
+
+template <class F>
+inline void parallel_for(int64_t tasks, int threads, F f) {
+  run_tasks(tasks, threads, &Task<F>::call, &f);
+}
+
+/// Workspace that frees itself; not initialised.
+template <class T>
+class Buffer {
+ public:
+  Buffer() = default;
+  explicit Buffer(int64_t count) : data_(static_cast<T*>(workspace_acquire(static_cast<size_t>(count) * sizeof(T)))) {}
+  ~Buffer() { workspace_release(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  Buffer& operator=(Buffer&& other) noexcept {
+    T* mine = data_;
+    data_ = other.data_;
+    other.data_ = mine;
+    return *this;
+  }
+  T* get() const { return data_; }
+  T& operator[](int64_t i) const { return data_[i]; }
+
+ private:
+  T* data_ = nullptr;
+};
+
+}  // namespace
+}  // namespace nearfar

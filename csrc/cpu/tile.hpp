@@ -1,0 +1,316 @@
+// The tile engine: packed panels and a register-blocked micro-kernel.
+//
+// A block of scores is stored as S[column][lane]: the rows of x run along the SIMD lanes, the rows of y are broadcast.
+// So every reduction over columns (max, sum of exponentials, arg-min) is vertical, without a horizontal step, and the
+// same block serves unchanged as an operand of both products of a gradient:
+//
+//   scores   S[j][i]   = sum_k y[j][k] x[k][i]      broadcast y tiles  [k][MR],  vectors x panel [k][NR]
+//   dx       dX[k][i] += sum_j y[j][k] W[j][i]      broadcast y tiles  (strides swapped), vectors W [j][NR]
+//   dy       dY[j][k] += sum_i W[j][i] x[i][k]      broadcast W (strides swapped), vectors x rows [i][NR of k]
+//
+// Vocabulary of sizes: a panel is NR rows of x, a strip is kStripRows rows of x, a tile is MR rows of y, a chunk is a run
+// of tiles. All are functions of the shape alone, so results do not depend on the number of threads.
+#pragma once
+
+#include "cpu/rows.hpp"
+#include "pairwise/map.hpp"
+
+namespace nearfar {
+namespace {
+
+/// MR x 2 accumulators, two vectors of x and one broadcast fill the register file: 32 registers with AVX-512, else 16.
+template <class T>
+struct Policy {
+  static constexpr int kVectors = 2;
+  static constexpr int NR = kVectors * kLanes<T>;
+  static constexpr int MR = kVectorBytes == 64 ? 12 : 6;
+  static constexpr int kStripRows = 128;
+  static constexpr int kPanels = kStripRows / NR;
+  static constexpr int kTilesPerChunk = 240 / MR;  // a chunk of 240 columns: its block of scores fits in L1
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- micro-kernel ----------------------------------------------------------------------------------------------------
+
+/// acc[r][v] (+)= sum_k a[r * AR + k * AK] b[k][v]; b has NR lanes a step. Arrays stay in registers only when every loop
+/// over them is unrolled by force.
+template <class Score, class T, int M, int V, int AR, int AK>
+NEARFAR_INLINE void multiply(int64_t steps, const T* a, const T* b, Vec<T> (&acc)[M][V]) {
+  constexpr int NR = Policy<T>::NR;
+  for (int64_t k = 0; k < steps; ++k) {
+    Vec<T> vectors[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) vectors[v] = load(b + k * NR + v * kLanes<T>);
+#pragma GCC unroll 12
+    for (int r = 0; r < M; ++r) {
+      const Vec<T> scalar = splat<T>(a[r * AR + k * AK]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) Score::accumulate(acc[r][v], scalar, vectors[v]);
+    }
+  }
+}
+
+template <class T, int M, int V>
+NEARFAR_INLINE void clear(Vec<T> (&acc)[M][V]) {
+#pragma GCC unroll 12
+  for (int r = 0; r < M; ++r)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; ++v) acc[r][v] = Vec<T>{};
+}
+
+/// Scores of `tiles` tiles of y against one panel of x: S[tiles * MR][NR].
+template <class Score, class T>
+void score_block(int64_t d, int64_t tiles, const T* y_tiles, int64_t tile_stride, const T* x_panel, T* scores) {
+  using P = Policy<T>;
+  // Depth is cut so that a panel of x stays in L1 beside the tile of y.
+  constexpr int64_t kDepth = 256;
+  for (int64_t k0 = 0; k0 < d || k0 == 0; k0 += kDepth) {
+    const int64_t depth = d - k0 < kDepth + kDepth / 2 ? d - k0 : kDepth;
+    for (int64_t t = 0; t < tiles; ++t) {
+      Vec<T> acc[P::MR][P::kVectors];
+      T* out = scores + t * P::MR * P::NR;
+      if (k0 == 0) {
+        clear<T>(acc);
+      } else {
+#pragma GCC unroll 12
+        for (int r = 0; r < P::MR; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < P::kVectors; ++v) acc[r][v] = load(out + r * P::NR + v * kLanes<T>);
+      }
+      multiply<Score, T, P::MR, P::kVectors, 1, P::MR>(depth, y_tiles + t * tile_stride + k0 * P::MR,
+                                                       x_panel + k0 * P::NR, acc);
+#pragma GCC unroll 12
+      for (int r = 0; r < P::MR; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < P::kVectors; ++v) store(out + r * P::NR + v * kLanes<T>, acc[r][v]);
+    }
+    if (depth != kDepth || k0 + kDepth >= d) break;
+  }
+}
+
+/// out[M][NR] += y^T W over the columns of a chunk, for the M coordinates from k0 on. `factor` scales lanes.
+template <class T, int M>
+void product_dx(int64_t k0, int64_t tiles, const T* y_tiles, int64_t tile_stride, const T* weights, const T* factor,
+                T* out) {
+  using P = Policy<T>;
+  Vec<T> acc[M][P::kVectors];
+  clear<T>(acc);
+  for (int64_t t = 0; t < tiles; ++t)
+    multiply<Dot, T, M, P::kVectors, P::MR, 1>(P::MR, y_tiles + t * tile_stride + k0 * P::MR,
+                                               weights + t * P::MR * P::NR, acc);
+#pragma GCC unroll 2
+  for (int v = 0; v < P::kVectors; ++v) {
+    const Vec<T> scale = factor ? load(factor + v * kLanes<T>) : splat<T>(T(1));
+#pragma GCC unroll 12
+    for (int r = 0; r < M; ++r) {
+      T* place = out + r * P::NR + v * kLanes<T>;
+      store(place, load(place) + acc[r][v] * scale);
+    }
+  }
+}
+
+/// out[MR][lanes of d] += W^T x for one tile of columns; W is [panel][column][lane], x is [row][NR].
+template <class T, int V>
+void product_dy(int64_t panels, const T* weights, int64_t panel_stride, const T* x_rows, int64_t rows_valid,
+                int64_t lanes_valid, T* out, int64_t out_stride) {
+  using P = Policy<T>;
+  Vec<T> acc[P::MR][V];
+  clear<T>(acc);
+  for (int64_t p = 0; p < panels; ++p)
+    multiply<Dot, T, P::MR, V, P::NR, 1>(P::NR, weights + p * panel_stride, x_rows + p * P::NR * P::NR, acc);
+  if (rows_valid >= P::MR && lanes_valid >= V * kLanes<T>) {
+#pragma GCC unroll 12
+    for (int r = 0; r < P::MR; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        T* place = out + r * out_stride + v * kLanes<T>;
+        store(place, load(place) + acc[r][v]);
+      }
+  } else {
+    T buffer[P::MR][P::NR];
+#pragma GCC unroll 12
+    for (int r = 0; r < P::MR; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) store(&buffer[r][v * kLanes<T>], acc[r][v]);
+    for (int64_t r = 0; r < P::MR && r < rows_valid; ++r)
+      for (int64_t k = 0; k < V * kLanes<T> && k < lanes_valid; ++k) out[r * out_stride + k] += buffer[r][k];
+  }
+}
+
+// ---- packing ---------------------------------------------------------------------------------------------------------
+
+/// W rows of `source` from i0 on, side by side: out[k][W]; missing rows are zero. `buffer` holds W rows.
+template <int W, class T>
+void pack(const Source<T>& source, int64_t i0, T scale, T* buffer, T* out) {
+  const int64_t d = source.d();
+  for (int64_t r = 0; r < W; ++r) {
+    T* row = buffer + r * d;
+    if (i0 + r < source.n()) {
+      source.get_packed(i0 + r, row);
+    } else {
+      for (int64_t k = 0; k < d; ++k) row[k] = 0;
+    }
+  }
+  for (int64_t k = 0; k < d; ++k)
+    for (int r = 0; r < W; ++r) out[k * W + r] = buffer[r * d + k] * scale;
+}
+
+/// Where the columns of a problem are cut.
+struct Chunks {
+  int64_t columns, tiles, count, tiles_each;
+
+  template <class T>
+  static Chunks of(int64_t columns) {
+    using P = Policy<T>;
+    Chunks c;
+    c.columns = columns;
+    c.tiles = ceil_div(columns, P::MR);
+    // At least four chunks where there are columns for them, so that small problems have work for several threads.
+    const int64_t wanted = c.tiles / P::kTilesPerChunk + (c.tiles % P::kTilesPerChunk != 0);
+    c.count = wanted >= 4 ? wanted : (c.tiles < 4 ? c.tiles : 4);
+    c.tiles_each = c.count ? ceil_div(c.tiles, c.count) : 0;
+    c.count = c.count ? ceil_div(c.tiles, c.tiles_each) : 0;
+    return c;
+  }
+  int64_t tile_begin(int64_t chunk) const { return chunk * tiles_each; }
+  int64_t tile_end(int64_t chunk) const { return (chunk + 1) * tiles_each < tiles ? (chunk + 1) * tiles_each : tiles; }
+};
+
+// ---- operands --------------------------------------------------------------------------------------------------------
+
+/// Both point sets, ready for the engine: y packed once, x packed a panel at a time.
+///
+/// Squared distances come from differences up to kDirectDims dimensions, where that is exact and also fast, and above
+/// from |x|^2 + |y|^2 - 2 <x, y> on points shifted to a common centre, with norms of the very operands that are
+/// multiplied. What no expansion gets right, pairs closer than kNear (|x|^2 + |y|^2), is computed again from the
+/// original rows, so nearby points far from the origin keep their relative accuracy and identical rows give exactly 0.
+template <class T>
+class Operands {
+ public:
+  using P = Policy<T>;
+  static constexpr int64_t kDirectDims = 16;
+  static constexpr T kNear = T(1) / 512;
+
+  /// products: the packed points are also multiplied by weights (gradients), so they must be centred in any case.
+  Operands(const Rows& x_rows, const Rows& y_rows, bool normalize, bool distance, bool products, int threads)
+      : x(x_rows), y(y_rows), d(x_rows.d), distance_(distance), direct_(distance && d <= kDirectDims),
+        chunks(Chunks::of<T>(y_rows.n)) {
+    if (normalize) {
+      x.normalize(threads);
+      y.normalize(threads);
+    }
+    if (distance && (products || !direct_)) find_center();
+    tile_stride = ceil_div(d, P::MR) * P::MR * P::MR;
+    tiles_ = Buffer<T>(chunks.tiles * tile_stride);
+    if (distance) squares_ = Buffer<T>(chunks.tiles * P::MR);
+    constexpr int64_t kTilesPerTask = 16;
+    parallel_for(ceil_div(chunks.tiles, kTilesPerTask), threads, [&](int64_t task, int) {
+      Buffer<T> rows(P::MR * d);
+      const int64_t last = (task + 1) * kTilesPerTask < chunks.tiles ? (task + 1) * kTilesPerTask : chunks.tiles;
+      for (int64_t t = task * kTilesPerTask; t < last; ++t) {
+        T* tile = tiles_.get() + t * tile_stride;
+        pack<P::MR>(y, t * P::MR, T(1), rows.get(), tile);
+        for (int64_t k = d * P::MR; k < tile_stride; ++k) tile[k] = 0;
+        if (distance_)
+          for (int r = 0; r < P::MR; ++r) squares_[t * P::MR + r] = static_cast<T>(y.squared_norm(&rows[r * d]));
+      }
+    });
+  }
+
+  /// Packs NR rows of x from i0 on as panel[k][NR], and their squared norms; `rows` (NR * d) keeps them row by row.
+  void pack_panel(int64_t i0, T scale, T* rows, T* panel, T* squares) const {
+    pack<P::NR>(x, i0, scale, rows, panel);
+    if (squares && distance_)
+      for (int r = 0; r < P::NR; ++r) squares[r] = static_cast<T>(x.squared_norm(rows + r * d));
+  }
+
+  const T* tile(int64_t t) const { return tiles_.get() + t * tile_stride; }
+  const T* squares(int64_t column) const { return squares_.get() + column; }
+
+  /// S[columns][NR] for tiles [t0, t1) and a packed panel: dot products, or squared distances.
+  void block(int64_t t0, int64_t t1, int64_t i0, const T* panel, const T* x_squares, T* scores) const {
+    if (direct_) return score_block<SquaredDifference>(d, t1 - t0, tile(t0), tile_stride, panel, scores);
+    score_block<Dot>(d, t1 - t0, tile(t0), tile_stride, panel, scores);
+    if (distance_) expand(t0, t1, i0, x_squares, scores);
+  }
+
+  /// |x_i - y_j|^2 from the rows as given; `rows` holds 2 d values.
+  T direct_distance(int64_t i, int64_t j, T* rows) const {
+    x.get(i, rows);
+    y.get(j, rows + d);
+    T sum[16] = {};
+    for (int64_t k = 0; k < d; ++k) {
+      const T difference = rows[k] - rows[d + k];
+      sum[k % 16] += difference * difference;
+    }
+    for (int width = 8; width > 0; width /= 2)
+      for (int u = 0; u < width; ++u) sum[u] += sum[u + width];
+    return sum[0];
+  }
+
+  bool distance() const { return distance_; }
+
+  Source<T> x, y;
+  int64_t d;
+  int64_t tile_stride = 0;
+
+ private:
+  bool distance_, direct_;
+
+ public:
+  Chunks chunks;
+
+ private:
+  void expand(int64_t t0, int64_t t1, int64_t i0, const T* x_squares, T* scores) const {
+    Vec<T> own[P::kVectors], own_near[P::kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < P::kVectors; ++v) {
+      own[v] = load(x_squares + v * kLanes<T>);
+      own_near[v] = own[v] * kNear;
+    }
+    for (int64_t j = t0 * P::MR; j < t1 * P::MR; ++j) {
+      T* row = scores + (j - t0 * P::MR) * P::NR;
+      const Vec<T> other = splat<T>(squares_[j]), other_near = splat<T>(squares_[j] * kNear);
+      IVec<T> near = IVec<T>{};
+#pragma GCC unroll 2
+      for (int v = 0; v < P::kVectors; ++v) {
+        const Vec<T> square = (own[v] + other) - T(2) * load(row + v * kLanes<T>);
+        near |= square <= own_near[v] + other_near;
+        store(row + v * kLanes<T>, square);
+      }
+      if (any(near)) mend(j, i0, x_squares, row);
+    }
+  }
+
+  __attribute__((noinline)) void mend(int64_t j, int64_t i0, const T* x_squares, T* row) const {
+    if (j >= y.n()) return;
+    Buffer<T> rows(2 * d);
+    for (int lane = 0; lane < P::NR && i0 + lane < x.n(); ++lane)
+      if (row[lane] <= (x_squares[lane] + squares_[j]) * kNear) row[lane] = direct_distance(i0 + lane, j, rows.get());
+  }
+
+  /// The mean of (at most 1024, evenly spaced) rows of y, in double, over finite entries. Any common point is a valid
+  /// centre; it need not be the exact mean.
+  void find_center() {
+    const int64_t step = y.n() > 1024 ? y.n() / 1024 : 1;
+    center_ = Buffer<double>(d);
+    Buffer<T> row(d);
+    for (int64_t k = 0; k < d; ++k) center_[k] = 0;
+    int64_t count = 0;
+    for (int64_t j = 0; j < y.n(); j += step, ++count) {
+      y.get(j, row.get());
+      for (int64_t k = 0; k < d; ++k)
+        if (std::isfinite(row[k])) center_[k] += static_cast<double>(row[k]);
+    }
+    for (int64_t k = 0; k < d && count > 0; ++k) center_[k] /= static_cast<double>(count);
+    x.shift(center_.get());
+    y.shift(center_.get());
+  }
+
+  Buffer<T> tiles_, squares_;
+  Buffer<double> center_;
+};
+
+}  // namespace
+}  // namespace nearfar
