@@ -1,12 +1,13 @@
-// The element types that cross the Python boundary.
 #pragma once
 
 namespace nearfar {
 
+// The element types that the kernels read and write.
 enum class DType : int { f16, bf16, f32, f64, i32, i64 };
 
 inline constexpr int size_of(DType type) {
-  return type == DType::f64 || type == DType::i64 ? 8 : type == DType::f32 || type == DType::i32 ? 4 : 2;
+  if (type == DType::f16 || type == DType::bf16) return 2;
+  return type == DType::f32 || type == DType::i32 ? 4 : 8;
 }
 
 }  // namespace nearfar
