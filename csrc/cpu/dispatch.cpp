@@ -11,14 +11,11 @@ namespace nearfar {
   namespace name {          \
   const Ops& table();       \
   }
-#if defined(NEARFAR_HAVE_v2)
-NEARFAR_LEVEL(v2)
-NEARFAR_LEVEL(v3)
-NEARFAR_LEVEL(v4)
 NEARFAR_LEVEL(v4bf16)
-#else
+NEARFAR_LEVEL(v4)
+NEARFAR_LEVEL(v3)
+NEARFAR_LEVEL(v2)
 NEARFAR_LEVEL(generic)
-#endif
 #undef NEARFAR_LEVEL
 
 namespace {
@@ -30,17 +27,27 @@ struct Level {
 };
 
 const Ops& choose() {
-#if defined(NEARFAR_HAVE_v2)
-  // __builtin_cpu_supports asks cpuid and, through xgetbv, the operating system.
+  // __builtin_cpu_supports asks cpuid and, through xgetbv, the operating system. Best first.
+#if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool v4 = __builtin_cpu_supports("x86-64-v4");
-  const Level levels[] = {{"v4bf16", v4bf16::table, v4 && __builtin_cpu_supports("avx512bf16")},
-                          {"v4", v4::table, v4},
-                          {"v3", v3::table, static_cast<bool>(__builtin_cpu_supports("x86-64-v3"))},
-                          {"v2", v2::table, static_cast<bool>(__builtin_cpu_supports("x86-64-v2"))}};
-#else
-  const Level levels[] = {{"generic", generic::table, true}};
 #endif
+  const Level levels[] = {
+#if defined(NEARFAR_HAVE_v4bf16)
+      {"v4bf16", v4bf16::table, __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16")},
+#endif
+#if defined(NEARFAR_HAVE_v4)
+      {"v4", v4::table, __builtin_cpu_supports("x86-64-v4") != 0},
+#endif
+#if defined(NEARFAR_HAVE_v3)
+      {"v3", v3::table, __builtin_cpu_supports("x86-64-v3") != 0},
+#endif
+#if defined(NEARFAR_HAVE_v2)
+      {"v2", v2::table, __builtin_cpu_supports("x86-64-v2") != 0},
+#endif
+#if defined(NEARFAR_HAVE_generic)
+      {"generic", generic::table, true},
+#endif
+  };
   const char* wanted = std::getenv("NEARFAR_ISA");
   const bool any = wanted == nullptr || *wanted == '\0';
   std::string known;

@@ -130,6 +130,23 @@ NEARFAR_INLINE V vmin(V a, V b) {
 }
 #endif
 
+#if defined(__AVX512F__)
+NEARFAR_INLINE Vec<float> sqrt(Vec<float> v) { return _mm512_maskz_sqrt_ps(-1, v); }
+NEARFAR_INLINE Vec<double> sqrt(Vec<double> v) { return _mm512_maskz_sqrt_pd(-1, v); }
+#elif defined(__AVX2__)
+NEARFAR_INLINE Vec<float> sqrt(Vec<float> v) { return _mm256_sqrt_ps(v); }
+NEARFAR_INLINE Vec<double> sqrt(Vec<double> v) { return _mm256_sqrt_pd(v); }
+#elif defined(__SSE2__)
+NEARFAR_INLINE Vec<float> sqrt(Vec<float> v) { return _mm_sqrt_ps(v); }
+NEARFAR_INLINE Vec<double> sqrt(Vec<double> v) { return _mm_sqrt_pd(v); }
+#else
+template <class V>
+NEARFAR_INLINE V sqrt(V v) {
+  for (unsigned i = 0; i < sizeof(V) / sizeof(v[0]); ++i) v[i] = std::sqrt(v[i]);
+  return v;
+}
+#endif
+
 template <class V>
 NEARFAR_INLINE auto is_nan(V v) {
   return v != v;

@@ -53,7 +53,7 @@ class Select {
     }
   }
 
-  static NEARFAR_INLINE Vec<T> key(const T* scores) { return DISTANCE ? load(scores) : -load(scores); }
+  NEARFAR_INLINE static Vec<T> key(const T* scores) { return DISTANCE ? load(scores) : -load(scores); }
 
   /// Eight columns at a time: only where their minimum beats a lane's worst are they looked at one by one.
   void scan(const T* scores, int64_t column, int64_t end, int64_t row, T* worst, T* kept, int64_t* index) const {
