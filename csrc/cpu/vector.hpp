@@ -147,6 +147,31 @@ NEARFAR_INLINE V sqrt(V v) {
 }
 #endif
 
+// Transposes kLanes vectors of kLanes lanes in place, by exchanging halves of ever smaller blocks.
+template <class T, int STEP>
+NEARFAR_INLINE void transpose_step(Vec<T> (&v)[kLanes<T>]) {
+  constexpr int L = kLanes<T>;
+  IVec<T> low = IVec<T>{}, high = IVec<T>{};
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    low[i] = (i & STEP) ? L + i - STEP : i;
+    high[i] = (i & STEP) ? L + i : i + STEP;
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < L; ++i) {
+    if (i & STEP) continue;
+    const Vec<T> a = v[i], b = v[i + STEP];
+    v[i] = __builtin_shuffle(a, b, low);
+    v[i + STEP] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (STEP > 1) transpose_step<T, STEP / 2>(v);
+}
+
+template <class T>
+NEARFAR_INLINE void transpose(Vec<T> (&v)[kLanes<T>]) {
+  transpose_step<T, kLanes<T> / 2>(v);
+}
+
 template <class V>
 NEARFAR_INLINE auto is_nan(V v) {
   return v != v;
