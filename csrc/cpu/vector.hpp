@@ -14,16 +14,17 @@
 //   log, log1p:  x = 2^k (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1];       log x = k ln2 + log(1 + f)
 //                log(1 + f) = f - f^2/2 + s (f^2/2 + s^2 Q(s^2)), s = f/(2 + f)       Q as in fdlibm
 //
-// Measured, largest error in ulp (float: all 2^32 arguments; double: 8e6 against long double) and ns an element in L1
-// on a 3.9 GHz Sapphire Rapids core, GCC 12, glibc 2.36:
+// Measured: largest error in ulp (float: exp at all 2^32 arguments, the others at every fifth, against double; double:
+// 8e6 arguments against long double) and ns an element in L1 on one AVX-512 core at 3.9 GHz, GCC 12; std:: is
+// glibc 2.36, a scalar call. exp in float is 14 micro-operations, 7.3 cycles for 16 lanes on two ports.
 //
 //             ulp, float      ulp, double     ns, float                     ns, double
 //             v2     v3, v4   v2     v3, v4   v2     v3     v4     std::    v2     v3     v4     std::
-//   exp       @exp
-//   log       @log
-//   expm1     @em1
-//   log1p     @l1p
-//   exp_flush @efl
+//   exp       1.17   0.90    1.15   0.86     0.84   0.30   0.11   1.62      2.5    0.80   0.34   2.5
+//   log       0.83   0.83    0.81   0.81     1.03   0.51   0.31   1.88      2.7    1.23   0.72   2.6
+//   expm1     1.64   1.52    1.94   1.80     0.80   0.30   0.18   6.09      2.6    0.82   0.51   6.2
+//   log1p     1.40   1.40    1.37   1.37     1.17   0.61   0.40   4.02      3.1    1.48   0.90   3.7
+//   exp_flush 1.17   0.89    1.14   0.87     0.74   0.25   0.11   -         2.4    0.69   0.34   -
 #pragma once
 
 #include <cstdint>
