@@ -7,8 +7,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from nearfar import gram
-from nearfar.gram import PSDReport, is_psd, psd_report
+from nearfar import psd
+from nearfar.psd import PSDReport, is_psd, psd_report
 
 torch = pytest.importorskip("torch")
 
@@ -208,13 +208,13 @@ def test_witness_value_is_right_to_the_last_bits():
     """A value of -2^-60 next to entries of 1: plain float64 sums would return 0 or noise."""
     K = np.array([[1.0, 1.0], [1.0, 1.0 - 2.0**-52]])
     c = np.array([1.0, -1.0])
-    assert gram._quadratic_form(K, c) == -(2.0**-52)
+    assert psd._quadratic_form(K, c) == -(2.0**-52)
     x = normal(30, 2)
     K = x @ x.T
     K = (K + K.T) / 2
     for seed in range(20):
         c = np.linalg.qr(np.hstack([x, normal(30, 1, seed)]))[0][:, 2]  # in the null space up to round-off
-        assert gram._quadratic_form(K, c) == pytest.approx(exact_form(K, c), rel=1e-9)
+        assert psd._quadratic_form(K, c) == pytest.approx(exact_form(K, c), rel=1e-9)
 
 
 # ---- Mercer: accepted, in the arithmetic that made them --------------------------------------------------------------
@@ -392,7 +392,7 @@ def test_tol_zero_sees_below_the_noise_floor():
 
 
 def test_large_matrix_is_disproved_by_a_sub_sample(monkeypatch):
-    monkeypatch.setattr(gram, "DENSE_LIMIT", 300)
+    monkeypatch.setattr(psd, "DENSE_LIMIT", 300)
     x = normal(600, 3)
     K = np.exp(-(distances(x) ** 3))
     exact = np.linalg.eigvalsh(K)
@@ -414,7 +414,7 @@ def test_large_matrix_is_disproved_by_a_sub_sample(monkeypatch):
 
 
 def test_large_matrix_that_no_sub_sample_disproves(monkeypatch):
-    monkeypatch.setattr(gram, "DENSE_LIMIT", 300)
+    monkeypatch.setattr(psd, "DENSE_LIMIT", 300)
     good = np.exp(-(distances(normal(400, 3)) ** 2) / 2).astype(np.float32)
     assert (psd_report(good).is_psd, psd_report(good).method) == (True, "eigh")
     hidden = np.eye(400)  # one bad pair of 400: every small sample may miss it, the solver may not
@@ -426,7 +426,7 @@ def test_large_matrix_that_no_sub_sample_disproves(monkeypatch):
 
 def test_violation_among_neighbours_is_found(monkeypatch):
     """Clusters far apart: the kernel goes wrong only within them."""
-    monkeypatch.setattr(gram, "DENSE_LIMIT", 500)
+    monkeypatch.setattr(psd, "DENSE_LIMIT", 500)
     x = normal(600, 2) * 0.5 + 100.0 * (np.arange(600)[:, None] // 20)
     report = psd_report(np.exp(-(distances(x) ** 3)))
     assert (report.verdict, report.method) == ("not_psd", "subsample")
@@ -436,8 +436,8 @@ def test_kernel_beyond_the_limit_is_refused_before_it_is_evaluated():
     def kernel(x):
         raise AssertionError("evaluated")
 
-    x = np.zeros((gram.DENSE_LIMIT + 1, 1), np.float32)
-    with pytest.raises(NotImplementedError, match=rf"^x: .*{gram.DENSE_LIMIT}"):
+    x = np.zeros((psd.DENSE_LIMIT + 1, 1), np.float32)
+    with pytest.raises(NotImplementedError, match=rf"^x: .*{psd.DENSE_LIMIT}"):
         psd_report(kernel, x)
 
 

@@ -28,9 +28,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .arrays import Array, cast, check_points, compute_dtype, dtype_name, is_torch
+
 __all__ = ["DENSE_LIMIT", "PSDReport", "is_psd", "psd_report"]
 
-Array = Any  # numpy.ndarray or torch.Tensor
 Float64 = NDArray[np.float64]
 
 # Up to here a symmetric eigen-solver is run at once: 4096 points are 134 MB a copy in float64 and up to a minute of
@@ -303,21 +304,10 @@ def _evaluate(K: Array | Callable[[Array], Array], x: Array | None) -> Array:
 
 def _to_numpy(array: Array, name: str) -> tuple[NDArray[Any], str]:
     """A float32 or float64 view (a copy only for halves, which float32 holds exactly) and the name of its own dtype."""
-    torch = sys.modules.get("torch")
-    tensor = torch is not None and isinstance(array, torch.Tensor)
-    if not tensor and not isinstance(array, np.ndarray):
-        raise TypeError(f"{name}: expected a NumPy or PyTorch array, got {type(array).__name__}")
-    dtype = str(array.dtype).removeprefix("torch.") if tensor else array.dtype.name
-    if dtype not in EPS:
-        raise TypeError(f"{name}: expected a floating dtype ({', '.join(EPS)}), got {dtype}")
-    if tensor:
-        if array.device.type != "cpu":
-            raise NotImplementedError(f"{name}: on {array.device}, but this version computes on the CPU only")
-        if str(array.layout) != "torch.strided":
-            raise TypeError(f"{name}: expected a dense tensor, got layout {array.layout}")
-        array = array.detach().resolve_neg()
-        array = (array if dtype in ("float32", "float64") else array.float()).numpy()
-    return np.asarray(array, np.float64 if dtype == "float64" else np.float32), dtype
+    check_points(**{name: array})
+    dtype = dtype_name(array)
+    wide = cast(array.detach().resolve_neg() if is_torch(array) else array, compute_dtype(array))
+    return np.asarray(wide, np.float64 if dtype == "float64" else np.float32), dtype
 
 
 class _Survey(NamedTuple):
