@@ -70,7 +70,7 @@ py::tuple softmax(const std::string& mode, py::handle x_, py::handle y_, py::han
     p.dy = gradient<T>(dy, "dy", y);
     p.dpositive = positive.ndim ? gradient<T>(dpositive, "dpositive", positive) : nullptr;
     p.dpaired = paired.ndim ? gradient<T>(dpaired, "dpaired", paired) : nullptr;
-    if (p.dx && (!p.dy || (positive.ndim && !p.dpositive) || (paired.ndim && !p.dpaired)))
+    if (!dx.is_none() && (dy.is_none() || (positive.ndim && dpositive.is_none()) || (paired.ndim && dpaired.is_none())))
       refuse_value("dx", "expected all gradients or none");
     p.strip_budget = strip_budget;
     p.threads = threads;

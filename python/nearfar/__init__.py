@@ -1,3 +1,57 @@
-"""nearfar."""
+"""nearfar: reductions over all pairs of two point sets, fused, without the N x M matrix.
+
+Contrastive losses, alignment and uniformity, distances, nearest neighbours, k-means assignment, Gram matrices, for NumPy
+arrays and PyTorch tensors, with gradients.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from . import kernels, losses
+from .clustering import kmeans_assign
+from .distances import cdist, pdist
+from .gradients import value_and_grad
+from .kernels import gram
+from .losses import (
+    alignment,
+    clip_loss,
+    info_nce_limit,
+    info_nce_loss,
+    nt_xent_loss,
+    uniformity,
+    uniformity_of_sphere,
+)
+from .neighbors import knn
+from .runtime import build_info, get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
+
+__all__ = [  # noqa: PLE0604
+    *losses.MODULES,
+    "alignment",
+    "build_info",
+    "cdist",
+    "clip_loss",
+    "get_num_threads",
+    "gram",
+    "info_nce_limit",
+    "info_nce_loss",
+    "kernels",
+    "kmeans_assign",
+    "knn",
+    "losses",
+    "nt_xent_loss",
+    "pdist",
+    "set_num_threads",
+    "uniformity",
+    "uniformity_of_sphere",
+    "value_and_grad",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # torch is imported when a module that needs it is asked for, not before.
+    if name in losses.MODULES:
+        return getattr(losses, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

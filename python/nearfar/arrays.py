@@ -1,0 +1,133 @@
+"""What an array is: NumPy, PyTorch or CuPy; the same kind in and out; allocation of results.
+
+Everything above this module is written once for all kinds; everything below it sees only borrowed memory.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+Array = Any  # numpy.ndarray, torch.Tensor or cupy.ndarray
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+
+
+def kind_of(array: Array, name: str) -> str:
+    """'numpy', 'torch' or 'cupy'; TypeError naming the argument for anything else."""
+    if isinstance(array, np.ndarray):
+        return "numpy"
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(array, torch.Tensor):
+        return "torch"
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and isinstance(array, cupy.ndarray):
+        return "cupy"
+    raise TypeError(f"{name}: expected a NumPy, PyTorch or CuPy array, got {type(array).__name__}")
+
+
+def dtype_name(array: Array) -> str:
+    """'float32', 'bfloat16', ... whatever the kind."""
+    return str(array.dtype).removeprefix("torch.")
+
+
+def device_name(array: Array) -> str:
+    """'cpu' or 'cuda:0'."""
+    if isinstance(array, np.ndarray):
+        return "cpu"
+    return str(array.device) if hasattr(array.device, "type") else f"cuda:{array.device.id}"
+
+
+def compute_dtype(array: Array) -> str:
+    """What results are computed and returned in: float64 for float64, else float32."""
+    return "float64" if dtype_name(array) == "float64" else "float32"
+
+
+def check_points(**arrays: Array) -> str:
+    """Check that all arrays (None is skipped) are floating, of one kind, device and dtype, on the CPU; return the kind."""
+    given = {name: array for name, array in arrays.items() if array is not None}
+    first_name, first = next(iter(given.items()))
+    kind = kind_of(first, first_name)
+    for name, array in given.items():
+        own = kind_of(array, name)
+        if own != kind:
+            raise TypeError(f"{name}: expected a {kind} array to match {first_name}, got {own}")
+        if dtype_name(array) not in FLOATS:
+            raise TypeError(f"{name}: expected a floating dtype ({', '.join(FLOATS)}), got {dtype_name(array)}")
+        if array.dtype != first.dtype:
+            raise TypeError(f"{name}: expected dtype {dtype_name(first)} to match {first_name}, got {dtype_name(array)}")
+        if device_name(array) != device_name(first):
+            raise ValueError(
+                f"{name}: expected device {device_name(first)} to match {first_name}, got {device_name(array)}"
+            )
+    if device_name(first) != "cpu":
+        raise NotImplementedError(f"{first_name}: on {device_name(first)}, but this version computes on the CPU only")
+    return kind
+
+
+def check_matrix(array: Array, name: str) -> None:
+    """Two dimensions and at least one column."""
+    if array.ndim != 2:
+        raise ValueError(f"{name}: expected shape (n, d), got {tuple(array.shape)}")
+    if array.shape[1] == 0:
+        raise ValueError(f"{name}: expected at least one column, got shape {tuple(array.shape)}")
+
+
+def check_shape(array: Array, name: str, shape: Sequence[int], like: str) -> None:
+    """Exactly this shape, which comes from argument `like`."""
+    if tuple(array.shape) != tuple(shape):
+        raise ValueError(f"{name}: expected shape {tuple(shape)} to match {like}, got {tuple(array.shape)}")
+
+
+def number(value: Any, name: str) -> float:
+    """A real number (or 0-d array) as a float."""
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from error
+
+
+def is_torch(array: Any) -> bool:
+    """Whether this is a torch.Tensor; does not import torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(array, torch.Tensor)
+
+
+def empty(like: Array, shape: Sequence[int], dtype: str | None = None, *, zero: bool = False) -> Array:
+    """A new C-contiguous array of the kind and device of `like`, in its compute dtype unless told otherwise."""
+    dtype = dtype or compute_dtype(like)
+    if is_torch(like):
+        torch = sys.modules["torch"]
+        make = torch.zeros if zero else torch.empty
+        return make(tuple(shape), dtype=getattr(torch, dtype), device=like.device)
+    return (np.zeros if zero else np.empty)(tuple(shape), dtype)
+
+
+def cast(array: Array, dtype: str) -> Array:
+    """The array in another dtype, itself where it has it already."""
+    if is_torch(array):
+        return array.to(getattr(sys.modules["torch"], dtype))
+    return array.astype(dtype, copy=False)
+
+
+def concatenate(arrays: Sequence[Array]) -> Array:
+    """Along the first axis; one array is returned as it is."""
+    if len(arrays) == 1:
+        return arrays[0]
+    if is_torch(arrays[0]):
+        return sys.modules["torch"].cat(list(arrays))
+    return np.concatenate(arrays)
+
+
+def batched(array: Array, batch: tuple[int, ...]) -> Array:
+    """(..., n, d) broadcast to `batch` and flattened to three dimensions."""
+    n, d = array.shape[-2:]
+    if is_torch(array):
+        expanded = array.expand(*batch, n, d)
+    else:
+        expanded = np.broadcast_to(array, (*batch, n, d))
+    size = int(np.prod(batch, dtype=np.int64))
+    return expanded.reshape(size, n, d)

@@ -1,0 +1,483 @@
+"""The glue to PyTorch: operators of torch.library, one autograd Function outside them, and second derivatives.
+
+Imported only when a torch tensor arrives. Each operation has
+
+- raw operators ``torch.ops.nearfar.*`` (define + impl + register_fake): opaque to the compiler, no gradients;
+- `_Forward`, whose backward is `_Backward`, whose own backward is the second derivative.
+
+A loss computes its gradient in the forward pass when an input requires one, because for a scalar the upstream gradient
+only scales it. Second derivatives are rare, so they get no kernel: a plain torch formula of the operation, a block of
+rows at a time, is differentiated twice; memory is O(block * M), never O(N * M). Third derivatives raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from . import operations
+
+_BLOCK = 512  # rows of a second derivative at a time
+
+_library = torch.library.Library("nearfar", "DEF")
+
+
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    """Define an operator of the CPU; absent tensors in the result become empty ones, which a schema can express."""
+    name = schema.split("(", 1)[0]
+
+    def implementation(*args: Any) -> Any:
+        result = run(*map(_detached, args))
+        if isinstance(result, Tensor):
+            return result
+        return tuple(torch.empty(0) if part is None else part for part in result)
+
+    _library.define(schema)
+    _library.impl(name, implementation, "CPU")
+    torch.library.register_fake(f"nearfar::{name}", fake, lib=_library)
+    return getattr(torch.ops.nearfar, name).default
+
+
+def _compute(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _value_like(x: Tensor, reduction: str) -> Tensor:
+    return x.new_empty((x.shape[0],) if reduction == "none" else (), dtype=_compute(x))
+
+
+def _grad_like(x: Tensor | None, wanted: bool) -> Tensor:
+    return torch.empty(0) if x is None or not wanted else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+# ---- operators -------------------------------------------------------------------------------------------------------
+
+
+def _fake_softmax(
+    weights: Any, x: Any, y: Any, positive: Any, paired: Any, scale: Any, ids: Any, mode: str, reduction: str,
+    normalize: bool, in_sum: bool, shift: int, gradients: bool,
+) -> Any:  # fmt: skip
+    return (
+        _value_like(x, reduction),
+        _grad_like(x, gradients),
+        _grad_like(y if mode != "pairs" else None, gradients),
+        _grad_like(positive, gradients),
+        _grad_like(paired, gradients),
+        x.new_empty((), dtype=torch.float64) if gradients else torch.empty(0),
+    )
+
+
+_softmax = _define(
+    "softmax(Tensor? weights, Tensor x, Tensor? y, Tensor? positive, Tensor? paired, Tensor scale, Tensor? ids, "
+    "str mode, str reduction, bool normalize, bool in_sum, SymInt shift, bool gradients) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    operations.softmax,
+    _fake_softmax,
+)
+
+_potential = _define(
+    "potential(Tensor x, float t, bool normalize, bool gradients) -> (Tensor, Tensor)",
+    operations.potential,
+    lambda x, t, normalize, gradients: (_value_like(x, "mean"), _grad_like(x, gradients)),
+)
+
+_alignment = _define(
+    "alignment(Tensor? weights, Tensor x, Tensor y, float alpha, str reduction, bool normalize, bool gradients) "
+    "-> (Tensor, Tensor, Tensor)",
+    operations.alignment,
+    lambda weights, x, y, alpha, reduction, normalize, gradients: (
+        _value_like(x, reduction),
+        _grad_like(x, gradients),
+        _grad_like(y, gradients),
+    ),
+)
+
+
+def _fake_store(x: Tensor, y: Tensor | None, map: str, normalize: bool, condensed: bool) -> Tensor:
+    b, n, _ = x.shape
+    m = n if y is None else y.shape[1]
+    return x.new_empty((b, n * (n - 1) // 2) if condensed else (b, n, m), dtype=_compute(x))
+
+
+_store = _define(
+    "store(Tensor x, Tensor? y, str map, bool normalize, bool condensed) -> Tensor", operations.store, _fake_store
+)
+
+_store_grad = _define(
+    "store_grad(Tensor grad, Tensor value, Tensor x, Tensor? y, str map, bool normalize, bool condensed) "
+    "-> (Tensor, Tensor)",
+    operations.store_grad,
+    lambda grad, value, x, y, map, normalize, condensed: (_grad_like(x, True), _grad_like(y, True)),
+)
+
+_matmul = _define(
+    "matmul(Tensor x, Tensor? y, Tensor v, str map) -> Tensor",
+    operations.matmul,
+    lambda x, y, v, map: x.new_empty((x.shape[0], x.shape[1], v.shape[2]), dtype=_compute(x)),
+)
+
+_matmul_grad = _define(
+    "matmul_grad(Tensor grad, Tensor x, Tensor? y, Tensor v, str map) -> (Tensor, Tensor, Tensor)",
+    operations.matmul_grad,
+    lambda grad, x, y, v, map: (_grad_like(x, True), _grad_like(y, True), _grad_like(v, True)),
+)
+
+
+# ---- plain formulas, a block of rows at a time: what second derivatives are taken of -----------------------------------
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Rows of unit norm; a zero row stays zero, with zero derivatives."""
+    square = (x * x).sum(-1, keepdim=True)
+    return x * torch.where(square > 0, square, 1.0).rsqrt() * (square > 0)
+
+
+def _apply_map(map: str, x: Tensor, y: Tensor) -> Tensor:
+    if map in ("dot", "one_minus_dot"):
+        s = x @ y.mT
+        return s if map == "dot" else 1 - s
+    square = (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1)
+    if map == "sqeuclidean":
+        return square
+    if map == "gaussian":
+        return torch.exp(-square / 2)
+    return torch.where(square > 0, torch.where(square > 0, square, 1.0).sqrt(), 0.0)
+
+
+def _softmax_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
+    x, y, positive, paired, scale, ids = tensors
+    mode, _, normalize, in_sum, shift = config
+    prepare = _unit if normalize else (lambda z: z)
+    scale = scale.to(x.dtype)
+    x = prepare(x)
+    columns = x if y is None else prepare(y)
+    n = x.shape[0]
+    index = torch.arange(n, device=x.device)[rows]
+    positives = prepare(positive) if positive is not None else columns[:n]
+    chosen = (index + shift) % n
+    s_positive = scale * (x[rows] * positives[chosen]).sum(-1)
+
+    def losses(own: Tensor, others: Tensor) -> Tensor:
+        s = scale * own @ others.T
+        out = torch.zeros_like(s, dtype=torch.bool)
+        column = torch.arange(others.shape[0], device=x.device)
+        if positive is None:
+            out = out | (column == chosen[:, None])
+        if mode == "pairs":
+            out = out | (column == index[:, None])
+        if ids is not None:
+            out[:, :n] |= ids[rows, None] == ids
+        parts = [s.masked_fill(out, -torch.inf)]
+        if in_sum:
+            parts.append(s_positive[:, None])
+        if paired is not None:
+            parts.append(scale * (prepare(paired[rows]) * own[:, None]).sum(-1))
+        return torch.logsumexp(torch.cat(parts, 1), 1) - s_positive
+
+    if mode == "both":
+        return (losses(x[rows], columns) + losses(columns[rows], x)) / 2
+    return losses(x[rows], columns)
+
+
+def _alignment_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
+    alpha, _, normalize = config
+    x, y = (_unit(z[rows]) if normalize else z[rows] for z in tensors)
+    square = (x - y).square().sum(-1)
+    return torch.where(square > 0, torch.where(square > 0, square, 1.0) ** (alpha / 2), 0.0)
+
+
+def _store_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
+    x, y = tensors
+    map, normalize, condensed = config
+    prepare = _unit if normalize else (lambda z: z)
+    columns = prepare(x if y is None else y)
+    value = _apply_map(map, prepare(x)[:, rows], columns)
+    if not condensed:
+        return value
+    n = x.shape[1]
+    row, column = torch.arange(n)[rows, None], torch.arange(n)
+    return value[:, column > row]
+
+
+def _matmul_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
+    x, y, v = tensors
+    return _apply_map(config[0], x[:, rows], x if y is None else y) @ v
+
+
+def _potential_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
+    (x,) = tensors
+    t, normalize = config
+    x = _unit(x) if normalize else x
+    n = x.shape[0]
+    with torch.no_grad():
+        center = x.mean(0)
+    square = _apply_map("sqeuclidean", (x - center)[rows], x - center)
+    later = torch.arange(n, device=x.device) > torch.arange(n, device=x.device)[rows, None]
+    return torch.where(later, -t * square, -torch.inf)
+
+
+# ---- operations ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Operation:
+    """One operation: ``forward(tensors, config, gradients) -> (value, *gradients)`` and what differentiates it.
+
+    `grad` computes gradients from the upstream one where the forward pass did not; `rows` is the plain formula.
+    """
+
+    forward: Callable[..., Any]
+    grad: Callable[..., Any]
+    rows: Callable[..., Tensor]
+    count: int  # tensors that may require a gradient: the first `count` inputs
+    loss: bool
+
+
+def _pad(grads: Any, count: int) -> tuple[Tensor | None, ...]:
+    return tuple(None if g.numel() == 0 and g.dim() == 1 else g for g in grads[:count])
+
+
+def _softmax_grad(g: Tensor, value: Any, tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Any:
+    return _softmax(g, *tensors, *config, True)[1:]
+
+
+def _no_rows(*_: Any) -> Tensor:
+    raise AssertionError("potential has a second derivative of its own")
+
+
+_OPERATIONS = {
+    "softmax": _Operation(
+        lambda t, c, gradients: _softmax(None, *t, *c, gradients), _softmax_grad, _softmax_rows, 5, True
+    ),
+    "potential": _Operation(
+        lambda t, c, gradients: _potential(*t, *c, gradients), _no_rows, _potential_rows, 1, True
+    ),
+    "alignment": _Operation(
+        lambda t, c, gradients: _alignment(None, *t, *c, gradients),
+        lambda g, value, t, c: _alignment(g, *t, *c, True)[1:],
+        _alignment_rows,
+        2,
+        True,
+    ),
+    "store": _Operation(
+        lambda t, c, gradients: (_store(*t, *c),),
+        lambda g, value, t, c: _store_grad(g, value, *t, *c),
+        _store_rows,
+        2,
+        False,
+    ),
+    "matmul": _Operation(
+        lambda t, c, gradients: (_matmul(*t, *c),), lambda g, value, t, c: _matmul_grad(g, *t, *c), _matmul_rows, 3, False
+    ),
+}
+
+
+def _split(args: tuple[Any, ...], count: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    return args[:count], args[count:]
+
+
+def _loop_vmap(function: type[Function]) -> Callable[..., Any]:
+    """vmap as a loop: an operation fills the machine by itself."""
+
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        results = []
+        for i in range(info.batch_size):
+            own = [a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)]
+            results.append(function.apply(*own))
+        single = isinstance(results[0], Tensor)
+        columns = [[r] for r in zip(*([(r,) for r in results] if single else results), strict=True)]
+        stacked = tuple(None if c[0][0] is None else torch.stack(c[0]) for c in columns)
+        dims = tuple(None if s is None else 0 for s in stacked)
+        return (stacked[0], 0) if single else (stacked, dims)
+
+    return vmap
+
+
+class _Forward(Function):
+    """apply(name, gradients, number of tensors, *tensors, *config) -> (value, *gradients of a loss)."""
+
+    @staticmethod
+    def forward(name: str, gradients: bool, count: int, *args: Any) -> Any:
+        tensors, config = _split(args, count)
+        return tuple(_OPERATIONS[name].forward(tensors, config, gradients))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.name, _, ctx.count = inputs[:3]
+        tensors, ctx.config = _split(inputs[3:], ctx.count)
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        (g,) = upstream[:1]
+        padding = (None,) * (3 + len(ctx.config) + ctx.count)
+        if g is None:
+            return padding
+        operation = _OPERATIONS[ctx.name]
+        tensors, output = _split(ctx.saved_tensors, ctx.count)
+        grads = _Backward.apply(ctx.name, ctx.count, g, *output, *tensors, *ctx.config)
+        needed = ctx.needs_input_grad[3 : 3 + operation.count]
+        own = [grad if need else None for grad, need in zip(_pad(grads, operation.count), needed, strict=True)]
+        return (None, None, None, *own, *(None,) * (ctx.count - operation.count + len(ctx.config)))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _loop_vmap(_Forward)(info, in_dims, *args)
+
+
+def _is_scalar_loss(name: str, config: tuple[Any, ...]) -> bool:
+    """Whether the forward pass has computed the gradient already."""
+    return _OPERATIONS[name].loss and "none" not in config
+
+
+class _Backward(Function):
+    """apply(name, number of tensors, upstream, *forward's output, *tensors, *config) -> gradients of the tensors."""
+
+    @staticmethod
+    def _parts(name: str, count: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        operation = _OPERATIONS[name]
+        outputs = 1 + (operation.count if operation.loss else 0)
+        output, rest = _split(args, outputs)
+        return (operation, output, *_split(rest, count))
+
+    @staticmethod
+    def forward(name: str, count: int, g: Tensor, *args: Any) -> Any:
+        operation, output, tensors, config = _Backward._parts(name, count, args)
+        if _is_scalar_loss(name, config):
+            return tuple(grad if grad.numel() == 0 and grad.dim() == 1 else grad * g.to(grad.dtype) for grad in output[1:])
+        return tuple(operation.grad(g, output[0], tensors, config))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.name, ctx.count, g = inputs[:3]
+        _, forward_output, tensors, ctx.config = _Backward._parts(ctx.name, ctx.count, inputs[3:])
+        ctx.skip = len(forward_output)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(g, forward_output[0], *tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *vectors: Any) -> Any:
+        g, value, *tensors = ctx.saved_tensors
+        count = _OPERATIONS[ctx.name].count
+        vectors = tuple(None if v is None or t is None else v for v, t in zip(vectors, tensors, strict=False))
+        if all(v is None for v in vectors):
+            return (None,) * (3 + ctx.skip + ctx.count + len(ctx.config))
+        second = _potential_second if ctx.name == "potential" else _second
+        g_grad, grads = second(ctx.name, g, value, tuple(tensors), ctx.config, vectors)
+        rest = (None,) * (ctx.count - count + len(ctx.config))
+        return (None, None, g_grad, *(None,) * ctx.skip, *grads, *rest)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _loop_vmap(_Backward)(info, in_dims, *args)
+
+
+# ---- second derivatives ------------------------------------------------------------------------------------------------
+
+
+def _blocks(n: int) -> Iterator[slice]:
+    for begin in range(0, n, _BLOCK):
+        yield slice(begin, min(begin + _BLOCK, n))
+
+
+def _twice(total: Tensor, leaves: list[Tensor], extra: list[Tensor], vectors: list[Tensor | None]) -> list[Tensor]:
+    """Derivatives of ``<vectors, d total / d leaves>`` with respect to leaves and extra."""
+    first = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True, materialize_grads=True)
+    along = sum(((f * v.to(f.dtype)).sum() for f, v in zip(first, vectors, strict=True) if v is not None), total * 0)
+    return list(torch.autograd.grad(along, [*leaves, *extra], allow_unused=True, materialize_grads=True))
+
+
+def _leaves(tensors: tuple[Any, ...], count: int) -> tuple[list[Any], list[int]]:
+    """Detached inputs in at least float32, the differentiable ones requiring gradients; and where those are."""
+    made: list[Any] = []
+    where = []
+    for k, tensor in enumerate(tensors):
+        own = tensor
+        if k < count and tensor is not None:
+            own = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32)).requires_grad_()
+            where.append(k)
+        made.append(own)
+    return made, where
+
+
+def _second(
+    name: str, g: Tensor, value: Tensor, tensors: tuple[Any, ...], config: tuple[Any, ...], vectors: tuple[Any, ...]
+) -> tuple[Tensor, list[Any]]:
+    operation = _OPERATIONS[name]
+    leaves, where = _leaves(tensors, operation.count)
+    x = leaves[0]
+    rows_axis = 0 if operation.loss else 1
+    n = x.shape[rows_axis]
+    upstream = g.detach().to(torch.promote_types(g.dtype, torch.float32)).requires_grad_()
+    own = [leaves[k] for k in where]
+    along = [vectors[k] for k in where]
+    totals = [torch.zeros_like(leaf) for leaf in own] + [torch.zeros_like(upstream)]
+    offset = 0
+    for rows in _blocks(n):
+        with torch.enable_grad():
+            part = operation.rows(tuple(leaves), config, rows)
+            if not operation.loss:
+                if value.dim() == 2:  # condensed
+                    weights = upstream[:, offset : offset + part.shape[-1]]
+                    offset += part.shape[-1]
+                else:
+                    weights = upstream[:, rows]
+            elif "none" in config:
+                weights = upstream[rows]
+            else:
+                weights = upstream / n if "mean" in config else upstream
+            pieces = _twice((part * weights).sum(), own, [upstream], along)
+        for total, piece in zip(totals, pieces, strict=True):
+            total += piece
+    grads: list[Any] = [None] * operation.count
+    for k, total in zip(where, totals, strict=False):
+        grads[k] = total.to(tensors[k].dtype)
+    return totals[-1].to(g.dtype), grads
+
+
+def _potential_second(
+    name: str, g: Tensor, value: Tensor, tensors: tuple[Any, ...], config: tuple[Any, ...], vectors: tuple[Any, ...]
+) -> tuple[Tensor, list[Any]]:
+    """log Z: the second derivative is that of Z over Z, less the product of the first ones."""
+    leaves, _ = _leaves(tensors, 1)
+    x, v = leaves[0], vectors[0]
+    n = x.shape[0]
+    log_z = value.detach() + torch.log(torch.tensor(n * (n - 1) / 2, dtype=value.dtype))
+    first, second = torch.zeros_like(x), torch.zeros_like(x)
+    for rows in _blocks(n):
+        with torch.enable_grad():
+            z = torch.exp(_potential_rows((x,), config, rows) - log_z).sum()
+            (slope,) = torch.autograd.grad(z, x, create_graph=True)
+            (bend,) = torch.autograd.grad((slope * v).sum(), x)
+        first += slope.detach()
+        second += bend
+    along = (first * v).sum()
+    return along.to(g.dtype), [(g * (second - first * along)).to(tensors[0].dtype)]
+
+
+# ---- what the public functions call ------------------------------------------------------------------------------------
+
+
+def apply(name: str, tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tensor:
+    """The value of an operation, connected to the graph if any input requires a gradient."""
+    operation = _OPERATIONS[name]
+    gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[: operation.count])
+    if not gradients:
+        result: Tensor = operation.forward(tensors, config, False)[0]
+        return result
+    value: Tensor = _Forward.apply(name, _is_scalar_loss(name, config), len(tensors), *tensors, *config)[0]
+    return value
+

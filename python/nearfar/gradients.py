@@ -1,0 +1,186 @@
+"""One description of a differentiable call, evaluated for torch (autograd) or NumPy (`value_and_grad`).
+
+A public function validates its arguments and plans a `Call`: which operation, on which arrays, and how the operation's
+inputs are put together from the arguments. `run` launches it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+
+from . import operations
+from .arrays import Array, concatenate, is_torch
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_OPERATIONS: dict[str, Callable[..., Any]] = {
+    "softmax": lambda t, c, gradients: operations.softmax(None, *t, *c, gradients),
+    "potential": lambda t, c, gradients: operations.potential(*t, *c, gradients),
+    "alignment": lambda t, c, gradients: operations.alignment(None, *t, *c, gradients),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """An input of an operation: the named arguments one below the other, or a function of one scalar argument.
+
+    `slope` is d value / d argument for a scalar.
+    """
+
+    names: tuple[str, ...]
+    arrays: tuple[Any, ...]
+    slope: float = 1.0
+
+    def value(self) -> Any:
+        return concatenate(self.arrays) if self.arrays else None
+
+
+NOTHING = Part((), ())
+
+
+@dataclass(frozen=True)
+class Call:
+    """``offset + operation(parts, config)``."""
+
+    operation: str
+    parts: tuple[Part, ...]
+    config: tuple[Any, ...]
+    scalar: bool = True  # the value is a number, so it has a gradient of its own
+    offset: float = 0.0
+    extra: tuple[Any, ...] = field(default=())  # inputs without gradients, after the parts
+
+
+def run(call: Call) -> Array:
+    """The value; for torch connected to the graph."""
+    tensors = (*(part.value() for part in call.parts), *call.extra)
+    if is_torch(call.parts[0].arrays[0]):
+        from . import autograd
+
+        value = autograd.apply(call.operation, tensors, call.config)
+    else:
+        value = _OPERATIONS[call.operation](tensors, call.config, False)[0]
+        value = value[()] if value.ndim == 0 else value
+    return value + call.offset if call.offset else value
+
+
+def differentiable(plan: Callable[P, Call]) -> Callable[P, Any]:
+    """A public loss from its plan: the decorated function plans, the result launches; `value_and_grad` finds the plan."""
+
+    @functools.wraps(plan)
+    def function(*args: P.args, **kwargs: P.kwargs) -> Any:
+        return run(plan(*args, **kwargs))
+
+    function.__nearfar_plan__ = plan  # type: ignore[attr-defined]
+    signature = inspect.signature(plan)
+    function.__signature__ = signature.replace(return_annotation=Any)  # type: ignore[attr-defined]
+    return function
+
+
+def value_and_grad(f: Callable[..., Any], argnums: int | Sequence[int] = 0) -> Callable[..., tuple[Any, Any]]:
+    """A function that returns the value of a loss and its gradients.
+
+    For NumPy (and CuPy) arrays, which have no autograd of their own; the loss and its gradients come from one fused
+    pass. With torch tensors it uses autograd and works for any scalar function.
+
+    Parameters
+    ----------
+    f : callable
+        A loss of this package, with a scalar value (``reduction`` "mean" or "sum").
+    argnums : int or sequence of int
+        Which positional parameters of `f` to differentiate by, also ones that are passed by keyword (``temperature``
+        of `info_nce_loss` is its fourth parameter: 3).
+
+    Returns
+    -------
+    callable
+        ``(*args, **kwargs) -> (value, grads)``; `grads` is one array for an int, a tuple for a sequence.
+
+    Raises
+    ------
+    TypeError
+        If `f` is not a differentiable function of this package and the arguments are NumPy arrays.
+    ValueError
+        If the value is not a scalar, or a gradient is asked for an argument that has none.
+
+    Examples
+    --------
+    >>> import numpy as np, nearfar as nf
+    >>> q, k = np.eye(4), np.eye(4)
+    >>> value, (dq, dk) = nf.value_and_grad(nf.info_nce_loss, argnums=(0, 1))(q, k, temperature=1.0)
+    >>> float(round(value, 6)), dq.shape, dk.shape
+    (0.743668, (4, 4), (4, 4))
+    """
+    wanted = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+
+    @functools.wraps(f)
+    def function(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        if any(is_torch(a) for a in (*args, *kwargs.values())):
+            value, grads = _torch_value_and_grad(f, wanted, args, kwargs)
+        else:
+            value, grads = _plan_value_and_grad(f, wanted, args, kwargs)
+        return value, grads[0] if isinstance(argnums, int) else tuple(grads)
+
+    return function
+
+
+def _bound(f: Callable[..., Any], wanted: Sequence[int], args: Any, kwargs: Any) -> tuple[Any, list[str]]:
+    signature = inspect.signature(f)
+    names = list(signature.parameters)
+    for k in wanted:
+        if not -len(names) <= k < len(names):
+            raise ValueError(f"argnums: expected a parameter of {names}, got {k}")
+    bound = signature.bind(*args, **kwargs)
+    return bound, [names[k] for k in wanted]
+
+
+def _torch_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    import torch
+
+    bound, names = _bound(f, wanted, args, kwargs)
+    leaves = []
+    for name in names:
+        value = bound.arguments.get(name)
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"argnums: {name} is not a tensor, so it has no gradient")
+        bound.arguments[name] = value.detach().requires_grad_()
+        leaves.append(bound.arguments[name])
+    with torch.enable_grad():
+        value = f(*bound.args, **bound.kwargs)
+    if not isinstance(value, torch.Tensor) or value.dim() != 0:
+        raise ValueError("f: expected a scalar value (reduction 'mean' or 'sum')")
+    return value.detach(), torch.autograd.grad(value, leaves)
+
+
+def _plan_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: Any, kwargs: Any) -> tuple[Any, Any]:
+    plan = getattr(f, "__nearfar_plan__", None)
+    if plan is None:
+        raise TypeError(f"f: expected a differentiable function of nearfar for NumPy arguments, got {f!r}")
+    _, names = _bound(f, wanted, args, kwargs)
+    call = plan(*args, **kwargs)
+    if not call.scalar:
+        raise ValueError("f: expected a scalar value (reduction 'mean' or 'sum')")
+    tensors = (*(part.value() for part in call.parts), *call.extra)
+    value, *gradients = _OPERATIONS[call.operation](tensors, call.config, True)
+    found: dict[str, Any] = {}
+    for part, gradient in zip(call.parts, gradients, strict=True):
+        if gradient is None:
+            continue
+        begin = 0
+        for name, array in zip(part.names, part.arrays, strict=True):
+            if np.ndim(array) == 0:
+                own: Any = gradient[()] * part.slope
+            else:
+                own = gradient[begin : begin + len(array)]
+                begin += len(array)
+            found[name] = found[name] + own if name in found else own
+    for name in names:
+        if name not in found:
+            raise ValueError(f"argnums: {name} has no gradient in this call")
+    return (value[()] if value.ndim == 0 else value) + call.offset, [found[name] for name in names]

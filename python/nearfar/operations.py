@@ -1,0 +1,204 @@
+"""The compiled operations on arrays without gradients tracking: allocate results, call the kernel.
+
+Each function takes NumPy arrays or (detached) torch tensors and returns arrays of the same kind. Loss operations return
+``(value, *gradients)``; gradients are those of the value for reduction 'mean' or 'sum', of ``<weights, value>`` for
+'none', and None where they were not asked for. Gradients have the dtype of what they belong to; values have the compute
+dtype (float32 for half precisions).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from . import _core
+from .arrays import Array, cast, compute_dtype, dtype_name, empty
+from .runtime import get_num_threads
+
+# Workspace for exp(scores) of a strip of 128 rows. Beyond it (more than 64 Ki columns in float32) scores are computed
+# twice: four matrix products instead of three.
+STRIP_BUDGET = 32 << 20
+
+
+def _reduced(like: Array, rows: Array, total: float, reduction: str) -> Array:
+    if reduction == "none":
+        return rows
+    n = rows.shape[0]
+    value = empty(like, (), compute_dtype(like))
+    value[...] = total if reduction == "sum" else (total / n if n else 0.0)
+    return value
+
+
+def _codes(ids: Array, columns: int) -> tuple[Array, Array]:
+    """Integer ids as dense int32 codes of rows and columns; columns past the ids (queues) match nothing."""
+    _, codes = np.unique(np.asarray(ids), return_inverse=True)
+    rows = np.ascontiguousarray(codes.reshape(-1), np.int32)
+    return rows, np.concatenate([rows, np.full(columns - len(rows), -1, np.int32)])
+
+
+def softmax(
+    weights: Array | None,
+    x: Array,
+    y: Array | None,
+    positive: Array | None,
+    paired: Array | None,
+    scale: Any,
+    ids: Array | None,
+    mode: str,
+    reduction: str,
+    normalize: bool,
+    in_sum: bool,
+    shift: int,
+    gradients: bool,
+) -> tuple[Any, ...]:
+    """Softmax over pairs: value and gradients of x, y, positive, paired and scale.
+
+    ``y=None``: the columns are x itself. ``positive=None``: the positives are the first n columns, row ``i + shift``.
+    """
+    scale = float(scale)
+    if not (scale > 0 and math.isfinite(scale)):
+        raise ValueError(f"temperature: expected a positive number, got {1 / scale if scale else math.inf}")
+    n, d = x.shape
+    columns = x if y is None else y
+    own_positive = positive is not None
+    rows = empty(x, (n,))
+    dx = dy = dpositive = dpaired = None
+    if gradients:
+        dx = empty(x, (n, d), zero=True)
+        # NT-Xent: rows, columns and positives are one array, and so are their gradients.
+        dy = dx if mode == "pairs" else empty(x, tuple(columns.shape), zero=True)
+        dpositive = empty(x, (n, d), zero=True) if own_positive else dy[:n]
+        dpaired = empty(x, tuple(paired.shape)) if paired is not None else None
+    ids_x, ids_y = (None, None) if ids is None else _codes(ids, columns.shape[0])
+    if weights is None:
+        weight = 1.0 if reduction != "mean" else 1.0 / max(n, 1)
+    else:
+        weight, weights = 0.0, cast(weights, compute_dtype(x))
+        weights = weights.contiguous() if hasattr(weights, "contiguous") else np.ascontiguousarray(weights)
+    total, dscale = _core.softmax(
+        mode,
+        x,
+        columns,
+        positive if own_positive else columns[:n],
+        shift,
+        not own_positive,
+        in_sum,
+        paired,
+        ids_x,
+        ids_y,
+        scale,
+        normalize,
+        weights,
+        weight,
+        rows,
+        dx,
+        dy,
+        dpositive,
+        dpaired,
+        STRIP_BUDGET,
+        get_num_threads(),
+    )
+    value = _reduced(x, rows, total, reduction)
+    if not gradients:
+        return value, None, None, None, None, None
+    gscale = empty(x, (), "float64")
+    gscale[...] = dscale
+    dtype = dtype_name(x)
+    return (
+        value,
+        cast(dx, dtype),
+        None if y is None or mode == "pairs" else cast(dy, dtype),
+        cast(dpositive, dtype) if own_positive else None,
+        None if paired is None else cast(dpaired, dtype),
+        gscale,
+    )
+
+
+def potential(x: Array, t: float, normalize: bool, gradients: bool) -> tuple[Any, ...]:
+    """log mean over i < j of exp(-t |x_i - x_j|^2): value and gradient."""
+    n = x.shape[0]
+    dx = empty(x, tuple(x.shape), zero=True) if gradients else None
+    log_sum = _core.potential(x, t, normalize, dx, get_num_threads())
+    value = empty(x, ())
+    value[...] = log_sum - math.log(n * (n - 1) / 2)
+    return value, None if dx is None else cast(dx, dtype_name(x))
+
+
+def alignment(
+    weights: Array | None, x: Array, y: Array, alpha: float, reduction: str, normalize: bool, gradients: bool
+) -> tuple[Any, ...]:
+    """|x_i - y_i|^alpha: value and gradients."""
+    n = x.shape[0]
+    rows = empty(x, (n,))
+    dx, dy = (empty(x, tuple(x.shape)), empty(x, tuple(x.shape))) if gradients else (None, None)
+    if weights is None:
+        weight = 1.0 if reduction != "mean" else 1.0 / max(n, 1)
+    else:
+        weight, weights = 0.0, cast(weights, compute_dtype(x))
+        weights = weights.contiguous() if hasattr(weights, "contiguous") else np.ascontiguousarray(weights)
+    total = _core.alignment(x, y, alpha, normalize, weights, weight, rows, dx, dy, get_num_threads())
+    value = _reduced(x, rows, total, reduction)
+    if not gradients:
+        return value, None, None
+    return value, cast(dx, dtype_name(x)), cast(dy, dtype_name(x))
+
+
+def store(x: Array, y: Array | None, map: str, normalize: bool, condensed: bool, out: Array | None = None) -> Array:
+    """The matrix of a map, (b, n, m) or condensed (b, n (n - 1) / 2); ``y=None`` is x itself."""
+    b, n, _ = x.shape
+    columns = x if y is None else y
+    shape = (b, n * (n - 1) // 2) if condensed else (b, n, columns.shape[1])
+    if out is None:
+        out = empty(x, shape)
+    _core.store(x, columns, map, normalize, y is None, condensed, out, get_num_threads())
+    return out
+
+
+def store_grad(
+    grad: Array, value: Array, x: Array, y: Array | None, map: str, normalize: bool, condensed: bool
+) -> tuple[Any, ...]:
+    """Gradients of ``<grad, store(x, y)>``; with ``y=None`` both roles of x are in the first."""
+    columns = x if y is None else y
+    dx, dy = empty(x, tuple(x.shape), zero=True), empty(x, tuple(columns.shape), zero=True)
+    dtype = compute_dtype(x)
+    grad = cast(grad, dtype)
+    grad = grad.contiguous() if hasattr(grad, "contiguous") else np.ascontiguousarray(grad)
+    _core.store_grad(x, columns, map, normalize, condensed, value, grad, dx, dy, get_num_threads())
+    if y is None:
+        dx += dy
+        return cast(dx, dtype_name(x)), None
+    return cast(dx, dtype_name(x)), cast(dy, dtype_name(x))
+
+
+def matmul(x: Array, y: Array | None, v: Array, map: str) -> Array:
+    """K(x, y) v for (b, n, d), (b, m, d), (b, m, r)."""
+    out = empty(x, (x.shape[0], x.shape[1], v.shape[2]))
+    _core.matmul(x, x if y is None else y, v, map, out, get_num_threads())
+    return out
+
+
+def matmul_grad(grad: Array, x: Array, y: Array | None, v: Array, map: str) -> tuple[Any, ...]:
+    """Gradients of ``<grad, K(x, y) v>`` with respect to x, y, v."""
+    columns = x if y is None else y
+    dx, dy = empty(x, tuple(x.shape), zero=True), empty(x, tuple(columns.shape), zero=True)
+    grad = cast(grad, dtype_name(x))
+    _core.matmul_grad(x, columns, v, grad, map, dx, dy, get_num_threads())
+    dv = matmul(columns, x, grad, map)  # radial and dot kernels are symmetric: K(x, y)^T = K(y, x)
+    dtype = dtype_name(x)
+    if y is None:
+        dx += dy
+        return cast(dx, dtype), None, cast(dv, dtype)
+    return cast(dx, dtype), cast(dy, dtype), cast(dv, dtype)
+
+
+def select(
+    x: Array, y: Array | None, map: str, normalize: bool, exclude_self: bool, k: int
+) -> tuple[Array, Array]:
+    """The k best columns of every row: values and int64 indices, (b, n, k)."""
+    value = empty(x, (x.shape[0], x.shape[1], k))
+    index = empty(x, (x.shape[0], x.shape[1], k), "int64")
+    columns = x if y is None else y
+    _core.select(x, columns, map, normalize, exclude_self, k, value, index, get_num_threads())
+    return value, index
