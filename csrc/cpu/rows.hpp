@@ -49,8 +49,8 @@ class Source {
     });
   }
 
-  /// Subtract `center` (d doubles, kept by the caller) from every row.
-  void shift(const double* center) { center_ = center; }
+  /// Subtract `center` (d values, kept by the caller) from every packed row.
+  void shift(const T* center) { center_ = center; }
 
   T inverse_norm(int64_t i) const { return inverse_norm_.get() ? inverse_norm_[i] : T(1); }
   bool normalized() const { return inverse_norm_.get() != nullptr; }
@@ -73,11 +73,20 @@ class Source {
     for (int64_t k = 0; k < rows_.d; ++k) out[k] *= scale;
   }
 
+  /// The same without a copy where the memory holds just that; else `buffer` is filled.
+  const T* view(int64_t i, T* buffer) const {
+    constexpr DType kOwn = sizeof(T) == 8 ? DType::f64 : DType::f32;
+    if (rows_.dtype == kOwn && rows_.col_stride == 1 && !normalized())
+      return static_cast<const T*>(rows_.data) + i * rows_.row_stride;
+    get(i, buffer);
+    return buffer;
+  }
+
   /// Row i as it is packed: normalised, shifted.
   void get_packed(int64_t i, T* out) const {
     get(i, out);
     if (!center_) return;
-    for (int64_t k = 0; k < rows_.d; ++k) out[k] = static_cast<T>(static_cast<double>(out[k]) - center_[k]);
+    for (int64_t k = 0; k < rows_.d; ++k) out[k] -= center_[k];
   }
 
   static double dot(const T* a, const T* b, int64_t d) {
@@ -109,7 +118,7 @@ class Source {
 
   Rows rows_;
   Buffer<T> inverse_norm_;
-  const double* center_ = nullptr;
+  const T* center_ = nullptr;
 };
 
 /// From the gradient of the normalised row to the gradient of the row itself, in place: for u = x / |x|,

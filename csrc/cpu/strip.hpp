@@ -56,11 +56,12 @@ class StripPass {
     const int64_t partial = P::kStripRows * depth_;
     int64_t most = (int64_t(8) << 20) / (partial * static_cast<int64_t>(sizeof(T)) + 1);
     most = most < 4 ? 4 : most > 64 ? 64 : most;
-    chunks_each_ = ceil_div(c.count, most);
-    groups_ = c.count ? ceil_div(c.count, chunks_each_) : 0;
-    workers_ = worker_count(groups_ ? groups_ : 1, plan.threads);
+    chunks_each_ = c.count ? ceil_div(c.count, most) : 1;
+    groups_ = ceil_div(c.count, chunks_each_);
+    workers_ = worker_count(groups_, plan.threads);
 
-    rows_ = Buffer<T>(P::kStripRows * d_);
+    row_stride_ = padded<T>(d_);
+    rows_ = Buffer<T>(P::kStripRows * row_stride_);
     panels_ = Buffer<T>(P::kStripRows * d_);
     squares_ = Buffer<T>(P::kStripRows);
     const int64_t block = P::kPanels * panel_stride_;
@@ -110,7 +111,8 @@ class StripPass {
           multiply_weights(view(row, panels, chunk, group, worker), cell_.factor(chunk), worker);
         });
       });
-    if (products_) parallel_for(panels, plan_.threads, [&](int64_t p, int) { merge(row, rows, p, groups); });
+    if (products_ && groups > 0)
+      parallel_for(panels, plan_.threads, [&](int64_t p, int) { merge(row, rows, p, groups); });
   }
 
   template <class F>
@@ -120,13 +122,13 @@ class StripPass {
   }
 
   void pack_rows(int64_t row, int64_t p) {
-    T* rows = rows_.get() + p * NR * d_;
+    T* rows = rows_.get() + p * NR * row_stride_;
     o_.pack_panel(row + p * NR, plan_.scale, rows, panels_.get() + p * NR * d_, squares_.get() + p * NR);
     if (!products_) return;
     for (int64_t panel = 0; panel < depth_panels_; ++panel)
       for (int64_t r = 0; r < NR; ++r) {
         T* out = x_rows_.get() + (panel * P::kStripRows + p * NR + r) * NR;
-        for (int64_t k = 0; k < NR; ++k) out[k] = panel * NR + k < d_ ? rows[r * d_ + panel * NR + k] : T(0);
+        for (int64_t k = 0; k < NR; ++k) out[k] = panel * NR + k < d_ ? rows[r * row_stride_ + panel * NR + k] : T(0);
       }
   }
 
@@ -229,7 +231,7 @@ class StripPass {
       }
       T total = 0;
       for (int64_t g = 0; g < groups; ++g) total += row_sums_[g * P::kStripRows + p * NR + lane];
-      const T* own = rows_.get() + (p * NR + lane) * d_;
+      const T* own = rows_.get() + (p * NR + lane) * row_stride_;
       for (int64_t k = 0; k < d_; ++k) out[k] += total * own[k] - sum[k * NR + lane];
     }
   }
@@ -252,7 +254,7 @@ class StripPass {
   const StripPlan<T> plan_;
   const int64_t n_, d_;
   const bool products_;
-  int64_t panel_stride_ = 0, depth_ = 0, depth_panels_ = 0, chunks_each_ = 0, groups_ = 0;
+  int64_t panel_stride_ = 0, row_stride_ = 0, depth_ = 0, depth_panels_ = 0, chunks_each_ = 0, groups_ = 0;
   int workers_ = 1;
   Buffer<T> rows_, panels_, squares_, blocks_, x_rows_, partial_, scaled_, row_sums_;
   Buffer<double> column_sums_;

@@ -51,6 +51,16 @@ struct Job {
 std::atomic<void (*)()> interrupt_check{nullptr};
 thread_local bool inside_task = false;
 
+/// Numbers below 1e-38 are flushed to zero while a task runs: exp(-100) of a far pair adds nothing to a sum, but as a
+/// denormal number it costs a hundred cycles in every operation that meets it.
+struct FlushToZero {
+#if defined(__x86_64__)
+  unsigned before = _mm_getcsr();
+  FlushToZero() { _mm_setcsr(before | 0x8040); }
+  ~FlushToZero() { _mm_setcsr(before); }
+#endif
+};
+
 /// Marks the thread as working on a task, so that nested calls stay on it.
 struct InsideTask {
   bool before = inside_task;
@@ -60,6 +70,7 @@ struct InsideTask {
 
 void work(Job& job, int worker, bool is_caller) {
   InsideTask mark;
+  FlushToZero flush;
   auto checked = Clock::now();
   try {
     while (!job.stop.load(std::memory_order_relaxed)) {

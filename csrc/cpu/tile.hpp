@@ -140,20 +140,47 @@ void product_dy(int64_t panels, const T* weights, int64_t panel_stride, const T*
 
 // ---- packing ---------------------------------------------------------------------------------------------------------
 
-/// W rows of `source` from i0 on, side by side: out[k][W]; missing rows are zero. `buffer` holds W rows.
+/// Rows are read into a buffer whose stride is a whole number of vectors.
+template <class T>
+int64_t padded(int64_t d) {
+  return ceil_div(d, kLanes<T>) * kLanes<T>;
+}
+
 template <int W, class T>
-void pack(const Source<T>& source, int64_t i0, T scale, T* buffer, T* out) {
-  const int64_t d = source.d();
+void read_rows(const Source<T>& source, int64_t i0, T* rows) {
+  const int64_t d = source.d(), stride = padded<T>(d);
   for (int64_t r = 0; r < W; ++r) {
-    T* row = buffer + r * d;
+    T* row = rows + r * stride;
+    int64_t k = 0;
     if (i0 + r < source.n()) {
       source.get_packed(i0 + r, row);
-    } else {
-      for (int64_t k = 0; k < d; ++k) row[k] = 0;
+      k = d;
     }
+    for (; k < stride; ++k) row[k] = 0;
   }
-  for (int64_t k = 0; k < d; ++k)
-    for (int r = 0; r < W; ++r) out[k * W + r] = buffer[r * d + k] * scale;
+}
+
+/// Rows side by side: out[k][NR] = scale * rows[r][k].
+template <class T>
+void pack_panel(const T* rows, int64_t d, T scale, T* out) {
+  constexpr int L = kLanes<T>, NR = Policy<T>::NR;
+  const int64_t stride = padded<T>(d);
+  for (int64_t r = 0; r < NR; r += L)
+    for (int64_t k = 0; k < d; k += L) {
+      Vec<T> block[L];
+#pragma GCC unroll 16
+      for (int u = 0; u < L; ++u) block[u] = load(rows + (r + u) * stride + k) * splat<T>(scale);
+      transpose<T>(block);
+      if (k + L <= d) {
+#pragma GCC unroll 16
+        for (int u = 0; u < L; ++u) store(out + (k + u) * NR + r, block[u]);
+      } else {
+        alignas(64) T rest[L][L];
+#pragma GCC unroll 16
+        for (int u = 0; u < L; ++u) store(rest[u], block[u]);
+        for (int64_t u = 0; u < d - k; ++u) store(out + (k + u) * NR + r, load(rest[u]));
+      }
+    }
 }
 
 /// Where the columns of a problem are cut.
@@ -169,8 +196,8 @@ struct Chunks {
     // At least four chunks where there are columns for them, so that small problems have work for several threads.
     const int64_t wanted = c.tiles / P::kTilesPerChunk + (c.tiles % P::kTilesPerChunk != 0);
     c.count = wanted >= 4 ? wanted : (c.tiles < 4 ? c.tiles : 4);
-    c.tiles_each = c.count ? ceil_div(c.tiles, c.count) : 0;
-    c.count = c.count ? ceil_div(c.tiles, c.tiles_each) : 0;
+    c.tiles_each = c.count ? ceil_div(c.tiles, c.count) : 1;
+    c.count = ceil_div(c.tiles, c.tiles_each);
     return c;
   }
   int64_t tile_begin(int64_t chunk) const { return chunk * tiles_each; }
@@ -206,50 +233,71 @@ class Operands {
     if (distance) squares_ = Buffer<T>(chunks.tiles * P::MR);
     constexpr int64_t kTilesPerTask = 16;
     parallel_for(ceil_div(chunks.tiles, kTilesPerTask), threads, [&](int64_t task, int) {
-      Buffer<T> rows(P::MR * d);
+      Buffer<T> rows(P::MR * padded<T>(d));
       const int64_t last = (task + 1) * kTilesPerTask < chunks.tiles ? (task + 1) * kTilesPerTask : chunks.tiles;
       for (int64_t t = task * kTilesPerTask; t < last; ++t) {
         T* tile = tiles_.get() + t * tile_stride;
-        pack<P::MR>(y, t * P::MR, T(1), rows.get(), tile);
+        read_rows<P::MR>(y, t * P::MR, rows.get());
+        for (int64_t k = 0; k < d; ++k)
+          for (int r = 0; r < P::MR; ++r) tile[k * P::MR + r] = rows[r * padded<T>(d) + k];
         for (int64_t k = d * P::MR; k < tile_stride; ++k) tile[k] = 0;
         if (distance_)
-          for (int r = 0; r < P::MR; ++r) squares_[t * P::MR + r] = static_cast<T>(y.squared_norm(&rows[r * d]));
+          for (int r = 0; r < P::MR; ++r)
+            squares_[t * P::MR + r] = static_cast<T>(y.squared_norm(&rows[r * padded<T>(d)]));
       }
     });
   }
 
-  /// Packs NR rows of x from i0 on as panel[k][NR], and their squared norms; `rows` (NR * d) keeps them row by row.
+  /// Packs NR rows of x from i0 on as panel[k][NR], and their squared norms; `rows` (NR * padded(d)) keeps the rows.
   void pack_panel(int64_t i0, T scale, T* rows, T* panel, T* squares) const {
-    pack<P::NR>(x, i0, scale, rows, panel);
-    if (squares && distance_)
-      for (int r = 0; r < P::NR; ++r) squares[r] = static_cast<T>(x.squared_norm(rows + r * d));
+    read_rows<P::NR>(x, i0, rows);
+    nearfar::pack_panel(rows, d, scale, panel);
+    if (!squares || !distance_) return;
+    for (int v = 0; v < P::kVectors; ++v) {
+      Vec<T> sum = Vec<T>{};
+      for (int64_t k = 0; k < d; ++k) {
+        const Vec<T> own = load(panel + k * P::NR + v * kLanes<T>);
+        sum += own * own;
+      }
+      store(squares + v * kLanes<T>, sum);
+    }
   }
+  int64_t row_buffer() const { return P::NR * padded<T>(d); }
 
   const T* tile(int64_t t) const { return tiles_.get() + t * tile_stride; }
   const T* squares(int64_t column) const { return squares_.get() + column; }
 
   /// S[columns][NR] for tiles [t0, t1) and a packed panel: dot products, or squared distances.
   void block(int64_t t0, int64_t t1, int64_t i0, const T* panel, const T* x_squares, T* scores) const {
-    if (direct_) return score_block<SquaredDifference>(d, t1 - t0, tile(t0), tile_stride, panel, scores);
-    score_block<Dot>(d, t1 - t0, tile(t0), tile_stride, panel, scores);
-    if (distance_) expand(t0, t1, i0, x_squares, scores);
+    raw_block(t0, t1, panel, scores);
+    if (distance_ && !direct_) expand(t0, t1, i0, x_squares, scores);
+  }
+
+  /// The same before the expansion: dot products, or squared distances where those are direct.
+  void raw_block(int64_t t0, int64_t t1, const T* panel, T* scores) const {
+    if (direct_) {
+      score_block<SquaredDifference>(d, t1 - t0, tile(t0), tile_stride, panel, scores);
+    } else {
+      score_block<Dot>(d, t1 - t0, tile(t0), tile_stride, panel, scores);
+    }
   }
 
   /// |x_i - y_j|^2 from the rows as given; `rows` holds 2 d values.
   T direct_distance(int64_t i, int64_t j, T* rows) const {
-    x.get(i, rows);
-    y.get(j, rows + d);
-    T sum[16] = {};
-    for (int64_t k = 0; k < d; ++k) {
-      const T difference = rows[k] - rows[d + k];
-      sum[k % 16] += difference * difference;
+    const T *a = x.view(i, rows), *b = y.view(j, rows + d);
+    Vec<T> sum = Vec<T>{};
+    int64_t k = 0;
+    for (; k + kLanes<T> <= d; k += kLanes<T>) {
+      const Vec<T> difference = load(a + k) - load(b + k);
+      sum += difference * difference;
     }
-    for (int width = 8; width > 0; width /= 2)
-      for (int u = 0; u < width; ++u) sum[u] += sum[u + width];
-    return sum[0];
+    T total = hsum<T>(sum);
+    for (; k < d; ++k) total += (a[k] - b[k]) * (a[k] - b[k]);
+    return total;
   }
 
   bool distance() const { return distance_; }
+  bool expanded() const { return distance_ && !direct_; }
 
   Source<T> x, y;
   int64_t d;
@@ -290,26 +338,27 @@ class Operands {
       if (row[lane] <= (x_squares[lane] + squares_[j]) * kNear) row[lane] = direct_distance(i0 + lane, j, rows.get());
   }
 
-  /// The mean of (at most 1024, evenly spaced) rows of y, in double, over finite entries. Any common point is a valid
+  /// The mean of (at most 1024, evenly spaced) rows of y, over finite entries, rounded to T. Any common point is a valid
   /// centre; it need not be the exact mean.
   void find_center() {
     const int64_t step = y.n() > 1024 ? y.n() / 1024 : 1;
-    center_ = Buffer<double>(d);
+    center_ = Buffer<T>(d);
+    Buffer<double> sum(d);
     Buffer<T> row(d);
-    for (int64_t k = 0; k < d; ++k) center_[k] = 0;
+    for (int64_t k = 0; k < d; ++k) sum[k] = 0;
     int64_t count = 0;
     for (int64_t j = 0; j < y.n(); j += step, ++count) {
       y.get(j, row.get());
       for (int64_t k = 0; k < d; ++k)
-        if (std::isfinite(row[k])) center_[k] += static_cast<double>(row[k]);
+        if (std::isfinite(row[k])) sum[k] += static_cast<double>(row[k]);
     }
-    for (int64_t k = 0; k < d && count > 0; ++k) center_[k] /= static_cast<double>(count);
+    for (int64_t k = 0; k < d; ++k) center_[k] = static_cast<T>(count ? sum[k] / static_cast<double>(count) : 0);
     x.shift(center_.get());
     y.shift(center_.get());
   }
 
   Buffer<T> tiles_, squares_;
-  Buffer<double> center_;
+  Buffer<T> center_;
 };
 
 }  // namespace

@@ -62,7 +62,7 @@ class Matmul {
   void strip(int64_t s, int64_t first, int64_t last, T* out) {
     const int64_t d = o.d, row = s * P::kStripRows, rows_total = o.chunks.tiles * P::MR;
     const int64_t panels = ceil_div(n - row < P::kStripRows ? n - row : P::kStripRows, NR);
-    Buffer<T> rows(NR * d), packed(P::kStripRows * d), block(o.chunks.tiles_each * P::MR * NR);
+    Buffer<T> rows(o.row_buffer()), packed(P::kStripRows * d), block(o.chunks.tiles_each * P::MR * NR);
     alignas(64) T squares[P::kStripRows];
     for (int64_t p_ = 0; p_ < panels; ++p_)
       o.pack_panel(row + p_ * NR, T(1), rows.get(), packed.get() + p_ * NR * d, squares + p_ * NR);
@@ -124,7 +124,7 @@ struct MatmulGradCell {
 
   void map(const Block<T>& b) {
     const int64_t r = coefficients.d;
-    Buffer<T> rows(P::NR * r), panel(P::NR * r), product(b.columns * P::NR);
+    Buffer<T> rows(coefficients.row_buffer()), panel(P::NR * r), product(b.columns * P::NR);
     for (int64_t p = 0; p < b.panels; ++p) {
       coefficients.pack_panel(b.row + p * P::NR, T(1), rows.get(), panel.get(), nullptr);
       coefficients.block(b.column / P::MR, (b.column + b.columns) / P::MR, 0, panel.get(), nullptr, product.get());

@@ -7,15 +7,18 @@
 namespace nearfar {
 namespace {
 
-/// Distances are minimised as they are; dot products as their negatives.
-template <class T, bool DISTANCE>
+/// What is minimised: the squared distance as it is, its expansion without |x|^2, or the negative dot product.
+enum class Key { direct, expanded, negative_dot };
+
+template <class T, Key KEY>
 class Select {
   using P = Policy<T>;
   static constexpr int NR = P::NR;
+  static constexpr bool kDistance = KEY != Key::negative_dot;
 
  public:
-  explicit Select(const SelectParams<T>& params)
-      : p(params), n(p.x.n), m(p.y.n), k(p.k), o(p.x, p.y, p.normalize, DISTANCE, false, p.threads) {}
+  Select(const SelectParams<T>& params, const Operands<T>& operands)
+      : p(params), n(p.x.n), m(p.y.n), k(p.k), o(operands) {}
 
   void run() {
     // Few rows: cut the columns too, by the shape alone; parts are merged in order.
@@ -32,61 +35,143 @@ class Select {
   }
 
  private:
+  /// One panel of rows while its columns go by.
+  struct Panel {
+    int64_t row;
+    const T* squares;
+    T* worst;        // per lane: what a candidate must beat
+    T* kept;         // [lane][k], sorted
+    int64_t* index;
+  };
+
   void strip(int64_t s, int64_t first, int64_t last, T* kept, int64_t* index) {
     const int64_t d = o.d, row = s * P::kStripRows;
     const int64_t panels = ceil_div(n - row < P::kStripRows ? n - row : P::kStripRows, NR);
-    Buffer<T> rows(NR * d), packed(P::kStripRows * d), block(o.chunks.tiles_each * P::MR * NR);
-    alignas(64) T squares[P::kStripRows];
+    Buffer<T> rows(o.row_buffer()), packed(P::kStripRows * d), block(o.chunks.tiles_each * P::MR * NR);
+    alignas(64) T squares[P::kStripRows], worst[P::kStripRows];
     for (int64_t q = 0; q < panels; ++q)
       o.pack_panel(row + q * NR, T(1), rows.get(), packed.get() + q * NR * d, squares + q * NR);
     for (int64_t at = 0; at < P::kStripRows * k; ++at) kept[at] = static_cast<T>(kInfinity), index[at] = -1;
-    // worst[row]: what a candidate must beat.
-    alignas(64) T worst[P::kStripRows];
     for (int64_t i = 0; i < P::kStripRows; ++i) worst[i] = static_cast<T>(kInfinity);
     for (int64_t chunk = first; chunk < last; ++chunk) {
       const int64_t t0 = o.chunks.tile_begin(chunk), t1 = o.chunks.tile_end(chunk);
       for (int64_t q = 0; q < panels; ++q) {
-        o.block(t0, t1, row + q * NR, packed.get() + q * NR * d, squares + q * NR, block.get());
-        scan(block.get(), t0 * P::MR, t1 * P::MR < m ? t1 * P::MR : m, row + q * NR, worst + q * NR,
-             kept + q * NR * k, index + q * NR * k);
+        o.raw_block(t0, t1, packed.get() + q * NR * d, block.get());
+        const Panel panel{row + q * NR, squares + q * NR, worst + q * NR, kept + q * NR * k, index + q * NR * k};
+        const int64_t end = t1 * P::MR < m ? t1 * P::MR : m;
+        if (k == 1 && !p.exclude_self) {
+          scan_best(block.get(), t0 * P::MR, end, panel);
+        } else {
+          scan(block.get(), t0 * P::MR, end, panel);
+        }
       }
     }
   }
 
-  NEARFAR_INLINE static Vec<T> key(const T* scores) { return DISTANCE ? load(scores) : -load(scores); }
+  /// Keys of column j for one vector of lanes; marks pairs so close that the expansion is not to be trusted.
+  NEARFAR_INLINE Vec<T> key(const T* scores, int64_t j, Vec<T> own, IVec<T>& near) const {
+    const Vec<T> s = load(scores);
+    if (KEY == Key::direct) return s;
+    if (KEY == Key::negative_dot) return -s;
+    const T square = *o.squares(j);
+    const Vec<T> value = splat<T>(square) - T(2) * s;
+    near |= value <= splat<T>(square * Operands<T>::kNear) - own * (1 - Operands<T>::kNear);
+    return value;
+  }
 
-  /// Eight columns at a time: only where their minimum beats a lane's worst are they looked at one by one.
-  void scan(const T* scores, int64_t column, int64_t end, int64_t row, T* worst, T* kept, int64_t* index) const {
+  /// The same keys with marked pairs computed from their differences.
+  __attribute__((noinline)) void exact_keys(const T* scores, int64_t j, const Panel& panel, T* out) const {
+    Buffer<T> rows(2 * o.d);
+    for (int v = 0; v < P::kVectors; ++v) {
+      IVec<T> near = IVec<T>{};
+      const Vec<T> value = key(scores + v * kLanes<T>, j, load(panel.squares + v * kLanes<T>), near);
+      store(out + v * kLanes<T>, value);
+      if (!any(near)) continue;
+      for (int u = 0; u < kLanes<T>; ++u) {
+        const int64_t lane = v * kLanes<T> + u;
+        if (near[u] && panel.row + lane < n)
+          out[lane] = o.direct_distance(panel.row + lane, j, rows.get()) - panel.squares[lane];
+      }
+    }
+  }
+
+  /// k = 1: the running minimum of every lane, in registers.
+  void scan_best(const T* scores, int64_t column, int64_t end, const Panel& panel) const {
+    Vec<T> best[P::kVectors], own[P::kVectors];
+    IVec<T> where[P::kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < P::kVectors; ++v) {
+      best[v] = load(panel.worst + v * kLanes<T>);
+      own[v] = KEY == Key::expanded ? load(panel.squares + v * kLanes<T>) : Vec<T>{};
+      where[v] = isplat<T>(-1);
+    }
+    for (int64_t j = column; j < end; ++j) {
+      const T* s = scores + (j - column) * NR;
+      Vec<T> value[P::kVectors];
+      IVec<T> near = IVec<T>{};
+#pragma GCC unroll 2
+      for (int v = 0; v < P::kVectors; ++v) value[v] = key(s + v * kLanes<T>, j, own[v], near);
+      if (KEY == Key::expanded && any(near)) {
+        alignas(64) T exact[NR];
+        exact_keys(s, j, panel, exact);
+#pragma GCC unroll 2
+        for (int v = 0; v < P::kVectors; ++v) value[v] = load(exact + v * kLanes<T>);
+      }
+      const IVec<T> here = isplat<T>(static_cast<IntOf<T>>(j - column));
+#pragma GCC unroll 2
+      for (int v = 0; v < P::kVectors; ++v) {
+        const IVec<T> better = value[v] < best[v];
+        best[v] = select(better, value[v], best[v]);
+        where[v] = select(better, here, where[v]);
+      }
+    }
+    for (int v = 0; v < P::kVectors; ++v) {
+      store(panel.worst + v * kLanes<T>, best[v]);
+      store(panel.kept + v * kLanes<T>, best[v]);
+      for (int u = 0; u < kLanes<T>; ++u)
+        if (where[v][u] >= 0) panel.index[v * kLanes<T> + u] = column + where[v][u];
+    }
+  }
+
+  /// k > 1: eight columns at a time; only where their minimum beats a lane's worst are they looked at one by one.
+  void scan(const T* scores, int64_t column, int64_t end, const Panel& panel) const {
     constexpr int64_t kAtOnce = 8;
     for (int64_t j0 = column; j0 < end; j0 += kAtOnce) {
       const int64_t j1 = j0 + kAtOnce < end ? j0 + kAtOnce : end;
-      IVec<T> better = IVec<T>{};
+      IVec<T> look = IVec<T>{};
       for (int v = 0; v < P::kVectors; ++v) {
-        const T* s = scores + (j0 - column) * NR + v * kLanes<T>;
-        Vec<T> least = key(s);
-        for (int64_t j = 1; j < j1 - j0; ++j) least = vmin(key(s + j * NR), least);
-        better |= least < load(worst + v * kLanes<T>);
+        const Vec<T> own = KEY == Key::expanded ? load(panel.squares + v * kLanes<T>) : Vec<T>{};
+        Vec<T> least = splat<T>(static_cast<T>(kInfinity));
+        for (int64_t j = j0; j < j1; ++j)
+          least = vmin(key(scores + (j - column) * NR + v * kLanes<T>, j, own, look), least);
+        look |= least < load(panel.worst + v * kLanes<T>);
       }
-      if (!any(better)) continue;
-      for (int64_t j = j0; j < j1; ++j) insert(scores + (j - column) * NR, j, row, worst, kept, index);
+      if (!any(look)) continue;
+      for (int64_t j = j0; j < j1; ++j) insert(scores + (j - column) * NR, j, panel);
     }
   }
 
-  void insert(const T* scores, int64_t j, int64_t row, T* worst, T* kept, int64_t* index) const {
+  void insert(const T* scores, int64_t j, const Panel& panel) const {
+    alignas(64) T keys[NR];
+    IVec<T> near = IVec<T>{};
     for (int v = 0; v < P::kVectors; ++v) {
-      const Vec<T> value = key(scores + v * kLanes<T>);
-      const IVec<T> better = value < load(worst + v * kLanes<T>);
+      const Vec<T> own = KEY == Key::expanded ? load(panel.squares + v * kLanes<T>) : Vec<T>{};
+      store(keys + v * kLanes<T>, key(scores + v * kLanes<T>, j, own, near));
+    }
+    if (KEY == Key::expanded && any(near)) exact_keys(scores, j, panel, keys);
+    for (int v = 0; v < P::kVectors; ++v) {
+      const IVec<T> better = load(keys + v * kLanes<T>) < load(panel.worst + v * kLanes<T>);
       if (!any(better)) continue;
       for (int u = 0; u < kLanes<T>; ++u) {
         const int64_t lane = v * kLanes<T> + u;
-        if (!better[u] || row + lane >= n || (p.exclude_self && row + lane == j)) continue;
-        T* own = kept + lane * k;
-        int64_t* own_index = index + lane * k;
+        if (!better[u] || panel.row + lane >= n || (p.exclude_self && panel.row + lane == j)) continue;
+        T* own = panel.kept + lane * k;
+        int64_t* own_index = panel.index + lane * k;
         int64_t at = k - 1;
-        for (; at > 0 && own[at - 1] > value[u]; --at) own[at] = own[at - 1], own_index[at] = own_index[at - 1];
-        own[at] = value[u];
+        for (; at > 0 && own[at - 1] > keys[lane]; --at) own[at] = own[at - 1], own_index[at] = own_index[at - 1];
+        own[at] = keys[lane];
         own_index[at] = j;
-        worst[lane] = own[k - 1];
+        panel.worst[lane] = own[k - 1];
       }
     }
   }
@@ -117,7 +202,7 @@ class Select {
   }
 
   T measure(int64_t i, int64_t j, T* rows) const {
-    if (DISTANCE) return o.direct_distance(i, j, rows);
+    if (kDistance) return o.direct_distance(i, j, rows);
     o.x.get(i, rows);
     o.y.get(j, rows + o.d);
     const double s = Source<T>::dot(rows, rows + o.d, o.d);
@@ -131,7 +216,7 @@ class Select {
 
   const SelectParams<T>& p;
   const int64_t n, m, k;
-  Operands<T> o;
+  const Operands<T>& o;
   int64_t splits_ = 1;
   Buffer<T> kept_;
   Buffer<int64_t> index_;
@@ -139,11 +224,11 @@ class Select {
 
 template <class T>
 void run(const SelectParams<T>& p) {
-  if (p.map == PairMap::euclidean || p.map == PairMap::sqeuclidean) {
-    Select<T, true>(p).run();
-  } else {
-    Select<T, false>(p).run();
-  }
+  const bool distance = p.map == PairMap::euclidean || p.map == PairMap::sqeuclidean;
+  const Operands<T> o(p.x, p.y, p.normalize, distance, false, p.threads);
+  if (!distance) return Select<T, Key::negative_dot>(p, o).run();
+  if (o.expanded()) return Select<T, Key::expanded>(p, o).run();
+  Select<T, Key::direct>(p, o).run();
 }
 
 }  // namespace

@@ -29,7 +29,7 @@ class Store {
     panels_ = Buffer<T>(strips * P::kStripRows * d);
     squares_ = Buffer<T>(strips * P::kStripRows);
     parallel_for(strips * P::kPanels, p.threads, [&](int64_t panel, int) {
-      Buffer<T> rows(NR * d);
+      Buffer<T> rows(o.row_buffer());
       o.pack_panel(panel * NR, T(1), rows.get(), panels_.get() + panel * NR * d, squares_.get() + panel * NR);
     });
     // A task is a run of rows of the result: short enough to balance, long enough to reuse a panel.

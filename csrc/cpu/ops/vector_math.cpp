@@ -1,5 +1,5 @@
-// exp, log, expm1 and log1p of cpu/vector.hpp over whole arrays: the door through which the tests reach every
-// instruction set's versions. No kernel calls this.
+// exp, log, expm1, log1p and exp_flush (0 to 4) of cpu/vector.hpp over whole arrays: the door through which the tests
+// reach every instruction set's versions. No kernel calls this.
 #include <cstdint>
 #include <cstring>
 
@@ -31,6 +31,8 @@ NEARFAR_INLINE void apply(int function, const T* x, T* y, int64_t n) {
       return map_array(x, y, n, [](Vec<T> v) { return expm1(v); });
     case 3:
       return map_array(x, y, n, [](Vec<T> v) { return log1p(v); });
+    case 4:
+      return map_array(x, y, n, [](Vec<T> v) { return exp_flush(v); });
   }
 }
 
