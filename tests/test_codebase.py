@@ -109,7 +109,7 @@ needs_compiler = pytest.mark.skipif(
 def test_kernels_emit_no_weak_symbols(operation, tmp_path):
     """Two operations compiled here, quickly; all of them, as they were built, in the test below."""
     target = tmp_path / f"{operation}.o"
-    flags = ["-std=c++17", "-O1", "-march=x86-64-v3", "-Wno-psabi", "-DNEARFAR_ISA=v3", "-DNEARFAR_BASE=v3", "-Icsrc"]
+    flags = ["-std=c++17", "-O1", "-march=x86-64-v3", "-Wno-psabi", "-DNEARFAR_ISA=v3", "-Icsrc"]
     subprocess.run(["g++", *flags, "-c", f"csrc/cpu/ops/{operation}.cpp", "-o", target], cwd=ROOT, check=True)
     check_symbols(target, "v3")
 
