@@ -22,6 +22,9 @@ def build_info() -> dict[str, Any]:
 def vector_math(function: str, x: object, out: object) -> None:
     """exp, log, expm1 or log1p of a contiguous array, by the kernels' own code."""
 
+def fma_peak(threads: int) -> float:
+    """Measured float32 multiply-add rate in GFLOP/s."""
+
 def task_trace(tasks: int, threads: int) -> list[int]:
     """The worker that ran each task."""
 

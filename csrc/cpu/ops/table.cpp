@@ -25,12 +25,13 @@ void select(const SelectParams<float>&);
 void select(const SelectParams<double>&);
 void vector_math(int, const float*, float*, int64_t);
 void vector_math(int, const double*, double*, int64_t);
+double fma_peak(int threads);
 
 template <class T>
 constexpr OpsOf<T> kOpsOf = {store, store_grad, softmax, potential, alignment, matmul, matmul_grad, select, vector_math};
 
 const Ops& table() {
-  static constexpr Ops kOps = {NEARFAR_NAME(NEARFAR_ISA), kVectorBytes, kOpsOf<float>, kOpsOf<double>};
+  static constexpr Ops kOps = {NEARFAR_NAME(NEARFAR_ISA), kVectorBytes, fma_peak, kOpsOf<float>, kOpsOf<double>};
   return kOps;
 }
 
