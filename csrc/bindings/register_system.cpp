@@ -38,10 +38,10 @@ py::dict build_info() {
 }
 
 void vector_math(const std::string& function, py::handle x, py::handle out) {
-  constexpr const char* kNames[] = {"exp", "log", "expm1", "log1p"};
+  constexpr const char* kNames[] = {"exp", "log", "expm1", "log1p", "exp_flush"};
   int which = 0;
-  while (which < 4 && function != kNames[which]) ++which;
-  if (which == 4) refuse_value("function", "expected exp, log, expm1 or log1p, got " + function);
+  while (which < 5 && function != kNames[which]) ++which;
+  if (which == 5) refuse_value("function", "expected exp, log, expm1, log1p or exp_flush, got " + function);
   const Array a = input(x, "x", 1, {DType::f32, DType::f64});
   if (!a.contiguous()) refuse_value("x", "expected a contiguous array");
   with_compute_type(a.dtype, [&](auto zero) {

@@ -22,9 +22,10 @@ int worker_count(int64_t tasks, int threads);
 /// Called about every 50 ms by the thread that entered run_tasks, between two tasks; may throw to stop the call.
 void set_interrupt_check(void (*check)());
 
-/// 64-byte aligned memory for packed operands and partial results; throws std::bad_alloc.
+/// 64-byte aligned memory for packed operands and partial results; throws std::bad_alloc. Small blocks are kept by the
+/// thread that releases them.
 void* workspace_acquire(size_t bytes);
-void workspace_release(void* pointer) noexcept;
+void workspace_release(void* pointer, size_t bytes) noexcept;
 
 /// Asks for huge pages under a large result that is about to be written for the first time: page faults otherwise cost
 /// more than the arithmetic of a distance matrix. A hint; never fails.
@@ -50,20 +51,23 @@ template <class T>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(int64_t count) : data_(static_cast<T*>(workspace_acquire(static_cast<size_t>(count) * sizeof(T)))) {}
-  ~Buffer() { workspace_release(data_); }
+  explicit Buffer(int64_t count)
+      : bytes_(static_cast<size_t>(count) * sizeof(T)), data_(static_cast<T*>(workspace_acquire(bytes_))) {}
+  ~Buffer() { workspace_release(data_, bytes_); }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
   Buffer& operator=(Buffer&& other) noexcept {
-    T* mine = data_;
-    data_ = other.data_;
-    other.data_ = mine;
+    T* data = data_;
+    const size_t bytes = bytes_;
+    data_ = other.data_, bytes_ = other.bytes_;
+    other.data_ = data, other.bytes_ = bytes;
     return *this;
   }
   T* get() const { return data_; }
   T& operator[](int64_t i) const { return data_[i]; }
 
  private:
+  size_t bytes_ = 0;
   T* data_ = nullptr;
 };
 

@@ -160,25 +160,31 @@ void read_rows(const Source<T>& source, int64_t i0, T* rows) {
   }
 }
 
-/// Rows side by side: out[k][NR] = scale * rows[r][k].
-template <class T>
-void pack_panel(const T* rows, int64_t d, T scale, T* out) {
-  constexpr int L = kLanes<T>, NR = Policy<T>::NR;
+/// W rows side by side: out[k][W] = scale * rows[r][k].
+template <int W, class T>
+void pack(const T* rows, int64_t d, T scale, T* out) {
+  constexpr int L = kLanes<T>;
   const int64_t stride = padded<T>(d);
-  for (int64_t r = 0; r < NR; r += L)
-    for (int64_t k = 0; k < d; k += L) {
+  for (int64_t k = 0; k < d; k += L)
+#pragma GCC unroll 4
+    for (int r = 0; r < W; r += L) {
       Vec<T> block[L];
 #pragma GCC unroll 16
-      for (int u = 0; u < L; ++u) block[u] = load(rows + (r + u) * stride + k) * splat<T>(scale);
+      for (int u = 0; u < L; ++u)
+        block[u] = r + u < W ? load(rows + (r + u) * stride + k) * splat<T>(scale) : Vec<T>{};
       transpose<T>(block);
-      if (k + L <= d) {
+      const int64_t steps = d - k < L ? d - k : L;
+      alignas(64) T lanes[L][L];
 #pragma GCC unroll 16
-        for (int u = 0; u < L; ++u) store(out + (k + u) * NR + r, block[u]);
-      } else {
-        alignas(64) T rest[L][L];
-#pragma GCC unroll 16
-        for (int u = 0; u < L; ++u) store(rest[u], block[u]);
-        for (int64_t u = 0; u < d - k; ++u) store(out + (k + u) * NR + r, load(rest[u]));
+      for (int u = 0; u < L; ++u) store(lanes[u], block[u]);
+      constexpr int kWhole = sizeof(T) * L;
+      for (int64_t u = 0; u < steps; ++u) {
+        T* place = out + (k + u) * W + r;
+        if (r + L <= W) {
+          __builtin_memcpy(place, lanes[u], kWhole);
+        } else {
+          __builtin_memcpy(place, lanes[u], (W % L) * sizeof(T));
+        }
       }
     }
 }
@@ -238,8 +244,7 @@ class Operands {
       for (int64_t t = task * kTilesPerTask; t < last; ++t) {
         T* tile = tiles_.get() + t * tile_stride;
         read_rows<P::MR>(y, t * P::MR, rows.get());
-        for (int64_t k = 0; k < d; ++k)
-          for (int r = 0; r < P::MR; ++r) tile[k * P::MR + r] = rows[r * padded<T>(d) + k];
+        pack<P::MR>(rows.get(), d, T(1), tile);
         for (int64_t k = d * P::MR; k < tile_stride; ++k) tile[k] = 0;
         if (distance_)
           for (int r = 0; r < P::MR; ++r)
@@ -251,7 +256,7 @@ class Operands {
   /// Packs NR rows of x from i0 on as panel[k][NR], and their squared norms; `rows` (NR * padded(d)) keeps the rows.
   void pack_panel(int64_t i0, T scale, T* rows, T* panel, T* squares) const {
     read_rows<P::NR>(x, i0, rows);
-    nearfar::pack_panel(rows, d, scale, panel);
+    pack<P::NR>(rows, d, scale, panel);
     if (!squares || !distance_) return;
     for (int v = 0; v < P::kVectors; ++v) {
       Vec<T> sum = Vec<T>{};

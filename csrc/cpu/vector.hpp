@@ -159,6 +159,28 @@ NEARFAR_INLINE V sqrt(V v) {
 }
 #endif
 
+// A store past the caches, for results that are larger than these; `to` is aligned to a vector. Follow with fence().
+#if defined(__AVX512F__)
+NEARFAR_INLINE void stream(float* to, Vec<float> v) { _mm512_stream_ps(to, v); }
+NEARFAR_INLINE void stream(double* to, Vec<double> v) { _mm512_stream_pd(to, v); }
+#elif defined(__AVX2__)
+NEARFAR_INLINE void stream(float* to, Vec<float> v) { _mm256_stream_ps(to, v); }
+NEARFAR_INLINE void stream(double* to, Vec<double> v) { _mm256_stream_pd(to, v); }
+#elif defined(__SSE2__)
+NEARFAR_INLINE void stream(float* to, Vec<float> v) { _mm_stream_ps(to, v); }
+NEARFAR_INLINE void stream(double* to, Vec<double> v) { _mm_stream_pd(to, v); }
+#else
+template <class T, class V>
+NEARFAR_INLINE void stream(T* to, V v) {
+  store(to, v);
+}
+#endif
+NEARFAR_INLINE void fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 // Transposes kLanes vectors of kLanes lanes in place, by exchanging halves of ever smaller blocks.
 template <class T, int STEP>
 NEARFAR_INLINE void transpose_step(Vec<T> (&v)[kLanes<T>]) {

@@ -6,7 +6,7 @@
 // differentiated through a square root. A map of the dot product has kDistance = false and
 // dx_i = sum_j g_ij pull_ij y_j. Both are given the value again, which the backward pass has at hand.
 //
-// `exp`, `sqrt` and `select` are those of the backend: include cpu/vector.hpp (or the CUDA one) first.
+// `exp_flush`, `sqrt` and `select` are those of the backend: include cpu/vector.hpp (or the CUDA one) first.
 #pragma once
 
 #include "pairwise/pair_map.hpp"
@@ -52,7 +52,7 @@ struct EuclideanMap {
 struct GaussianMap {
   static constexpr bool kDistance = true;
   template <class V>
-  static NEARFAR_FN V value(V r) { return exp(V(r * -0.5f)); }
+  static NEARFAR_FN V value(V r) { return exp_flush(V(r * -0.5f)); }
   template <class V>
   static NEARFAR_FN V pull(V value) { return -value; }
 };

@@ -12,6 +12,7 @@ from . import kernels, losses
 from .clustering import kmeans_assign
 from .distances import cdist, pdist
 from .gradients import value_and_grad
+from .psd import PSDReport, is_psd, psd_report
 from .kernels import gram
 from .losses import (
     alignment,
@@ -29,6 +30,7 @@ __version__ = "0.1.0"
 
 __all__ = [  # noqa: PLE0604
     *losses.MODULES,
+    "PSDReport",
     "alignment",
     "build_info",
     "cdist",
@@ -37,12 +39,14 @@ __all__ = [  # noqa: PLE0604
     "gram",
     "info_nce_limit",
     "info_nce_loss",
+    "is_psd",
     "kernels",
     "kmeans_assign",
     "knn",
     "losses",
     "nt_xent_loss",
     "pdist",
+    "psd_report",
     "set_num_threads",
     "uniformity",
     "uniformity_of_sphere",

@@ -31,7 +31,7 @@ def kind_of(array: Array, name: str) -> str:
 
 def dtype_name(array: Array) -> str:
     """'float32', 'bfloat16', ... whatever the kind."""
-    return str(array.dtype).removeprefix("torch.")
+    return str(getattr(array.dtype, "name", array.dtype)).removeprefix("torch.")
 
 
 def device_name(array: Array) -> str:
@@ -48,13 +48,15 @@ def compute_dtype(array: Array) -> str:
 
 def check_points(**arrays: Array) -> str:
     """Check that all arrays (None is skipped) are floating, of one kind, device and dtype, on the CPU; return the kind."""
-    given = {name: array for name, array in arrays.items() if array is not None}
-    first_name, first = next(iter(given.items()))
+    (first_name, first), *_ = arrays.items()  # never optional
+    given = {name: array for name, array in arrays.items() if array is not None or name == first_name}
     kind = kind_of(first, first_name)
     for name, array in given.items():
         own = kind_of(array, name)
         if own != kind:
             raise TypeError(f"{name}: expected a {kind} array to match {first_name}, got {own}")
+        if own == "torch" and str(array.layout) != "torch.strided":
+            raise TypeError(f"{name}: expected a dense tensor, got layout {array.layout}")
         if dtype_name(array) not in FLOATS:
             raise TypeError(f"{name}: expected a floating dtype ({', '.join(FLOATS)}), got {dtype_name(array)}")
         if array.dtype != first.dtype:

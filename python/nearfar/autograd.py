@@ -12,6 +12,7 @@ rows at a time, is differentiated twice; memory is O(block * M), never O(N * M).
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -327,7 +328,9 @@ class _Forward(Function):
             return padding
         operation = _OPERATIONS[ctx.name]
         tensors, output = _split(ctx.saved_tensors, ctx.count)
-        grads = _Backward.apply(ctx.name, ctx.count, g, *output, *tensors, *ctx.config)
+        # The graph of the gradient is built only for whoever differentiates it.
+        backward = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
+        grads = backward(ctx.name, ctx.count, g, *output, *tensors, *ctx.config)
         needed = ctx.needs_input_grad[3 : 3 + operation.count]
         own = [grad if need else None for grad, need in zip(_pad(grads, operation.count), needed, strict=True)]
         return (None, None, None, *own, *(None,) * (ctx.count - operation.count + len(ctx.config)))
@@ -383,6 +386,11 @@ class _Backward(Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         return _loop_vmap(_Backward)(info, in_dims, *args)
+
+
+# Function.apply binds its arguments to this signature at every call; finding it anew costs more than a small loss.
+for _function in (_Forward, _Backward):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
 
 
 # ---- second derivatives ------------------------------------------------------------------------------------------------

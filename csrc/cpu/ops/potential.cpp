@@ -40,7 +40,7 @@ struct PotentialCell {
         T* s = b.panel(p) + v * kLanes<T>;
         Vec<T> total = Vec<T>{};
         for (int64_t j = 0; j < b.columns; ++j) {
-          const Vec<T> w = exp((splat<T>(reference) - load(s + j * P::NR)) * splat<T>(t));
+          const Vec<T> w = exp_flush((splat<T>(reference) - load(s + j * P::NR)) * splat<T>(t));
           total += w;
           store(s + j * P::NR, w);
         }

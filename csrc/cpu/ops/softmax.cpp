@@ -46,12 +46,12 @@ struct LseCell {
         const Vec<T> base = finite_or_zero<T>(top);
         if (keep) {
           for (int64_t j = 0; j < b.columns; ++j) {
-            const Vec<T> e = exp(load(s + j * P::NR) - base);
+            const Vec<T> e = exp_flush(load(s + j * P::NR) - base);
             total += e;
             store(s + j * P::NR, e);
           }
         } else {
-          for (int64_t j = 0; j < b.columns; ++j) total += exp(load(s + j * P::NR) - base);
+          for (int64_t j = 0; j < b.columns; ++j) total += exp_flush(load(s + j * P::NR) - base);
         }
         const int64_t at = b.chunk * P::kStripRows + p * P::NR + v * kLanes<T>;
         store(&max[at], base);
@@ -69,8 +69,8 @@ struct LseCell {
         Vec<T> top = before;
         for (int64_t p = 0; p < b.panels; ++p) top = vmax(load(b.panel(p) + within), top);
         const Vec<T> base = finite_or_zero<T>(top);
-        Vec<T> total = load(&column_sum[at]) * exp(before - base);
-        for (int64_t p = 0; p < b.panels; ++p) total += exp(load(b.panel(p) + within) - base);
+        Vec<T> total = load(&column_sum[at]) * exp_flush(before - base);
+        for (int64_t p = 0; p < b.panels; ++p) total += exp_flush(load(b.panel(p) + within) - base);
         store(&column_max[at], top);
         store(&column_sum[at], total);
       }
@@ -130,9 +130,9 @@ struct WeightCell {
         for (int64_t j = 0; j < b.columns; ++j) {
           T* place = s + j * P::NR + v * kLanes<T>;
           const Vec<T> score = load(place);
-          Vec<T> w = u * exp(score - a);
+          Vec<T> w = u * exp_flush(score - a);
           if (COLUMNS)
-            w += splat<T>(column_weight[b.column + j]) * exp(score - splat<T>(column_lse[b.column + j]));
+            w += splat<T>(column_weight[b.column + j]) * exp_flush(score - splat<T>(column_lse[b.column + j]));
           store(place, w);
         }
       }

@@ -26,6 +26,10 @@ class Store {
 
   void run() {
     const int64_t strips = ceil_div(m, P::kStripRows), d = o.d;
+    // A large result passes the caches by, where its rows keep the alignment of a vector.
+    constexpr int64_t kLarge = int64_t(8) << 20;
+    stream_ = !p.condensed && n * m * static_cast<int64_t>(sizeof(T)) >= kLarge && m % kLanes<T> == 0 &&
+              reinterpret_cast<uintptr_t>(p.out) % kVectorBytes == 0;
     panels_ = Buffer<T>(strips * P::kStripRows * d);
     squares_ = Buffer<T>(strips * P::kStripRows);
     parallel_for(strips * P::kPanels, p.threads, [&](int64_t panel, int) {
@@ -43,6 +47,7 @@ class Store {
         o.block(t0, t1, panel * NR, panels_.get() + panel * NR * d, squares_.get() + panel * NR, block);
         write(t0 * P::MR, t1 * P::MR < n ? t1 * P::MR : n, panel * NR, block);
       }
+      if (stream_) fence();
     });
   }
 
@@ -59,17 +64,40 @@ class Store {
       T* out = row_of(p.out, i, m, p.condensed) + j0;
       const int64_t begin = p.same && i >= j0 ? i - j0 + (p.condensed ? 1 : 0) : 0;
       if (begin == 0 && lanes == NR) {
-        for (int v = 0; v < P::kVectors; ++v) store(out + v * kLanes<T>, load(s + v * kLanes<T>));
+        for (int v = 0; v < P::kVectors; ++v) put(out + v * kLanes<T>, load(s + v * kLanes<T>));
       } else {
         for (int64_t lane = begin; lane < lanes; ++lane) out[lane] = s[lane];
       }
     }
-    if (!p.same || p.condensed) return;
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      const int64_t j = j0 + lane, last = row1 < j ? row1 : j;
-      T* out = p.out + j * m;
-      for (int64_t i = row0; i < last; ++i) out[i] = block[(i - row0) * NR + lane];
+    if (p.same && !p.condensed) mirror(row0, row1, j0, lanes, block);
+  }
+
+  void put(T* to, Vec<T> v) const {
+    if (stream_) {
+      stream(to, v);
+    } else {
+      store(to, v);
     }
+  }
+
+  /// The block's transpose, to below the diagonal.
+  void mirror(int64_t row0, int64_t row1, int64_t j0, int64_t lanes, const T* block) const {
+    constexpr int L = kLanes<T>;
+    for (int64_t i = row0; i < row1; i += L)
+      for (int64_t lane = 0; lane < lanes; lane += L) {
+        if (i + L <= row1 && lane + L <= lanes && i + L <= j0 + lane) {
+          Vec<T> v[L];
+#pragma GCC unroll 16
+          for (int u = 0; u < L; ++u) v[u] = load(block + (i - row0 + u) * NR + lane);
+          transpose<T>(v);
+#pragma GCC unroll 16
+          for (int u = 0; u < L; ++u) put(p.out + (j0 + lane + u) * m + i, v[u]);
+          continue;
+        }
+        for (int64_t u = lane; u < lanes && u < lane + L; ++u)
+          for (int64_t k = i; k < i + L && k < row1 && k < j0 + u; ++k)
+            p.out[(j0 + u) * m + k] = block[(k - row0) * NR + u];
+      }
   }
 
   /// 1 - <u, v> loses what it measures when u is near v; half the squared difference of the unit rows does not.
@@ -86,6 +114,7 @@ class Store {
   const StoreParams<T>& p;
   const int64_t n, m;
   Operands<T> o;
+  bool stream_ = false;
   Buffer<T> panels_, squares_;
 };
 
@@ -94,31 +123,42 @@ template <class T, class Map>
 struct StoreGradCell {
   using P = Policy<T>;
   static constexpr bool kScores = false;
+  static constexpr bool kUsesValue = std::is_same_v<Map, EuclideanMap> || std::is_same_v<Map, GaussianMap>;
 
   void map(const Block<T>& b) {
-    for (int64_t panel = 0; panel < b.panels; ++panel) {
-      const int64_t j0 = b.row + panel * P::NR;  // the second index of the result: lanes
-      for (int64_t c = 0; c < b.columns; ++c) {
-        T* w = b.panel(panel) + c * P::NR;
-        const int64_t i = b.column + c;
-        int64_t begin = p.condensed && i >= j0 ? i - j0 + 1 : 0, end = m - j0 < P::NR ? m - j0 : P::NR;
-        if (i >= n) end = 0;
-        const T* grad = row_of(p.grad, i, m, p.condensed) + j0;
-        const T* value = row_of(p.out, i, m, p.condensed) + j0;
-        if (begin == 0 && end == P::NR) {
-          for (int v = 0; v < P::kVectors; ++v)
-            store(w + v * kLanes<T>, load(grad + v * kLanes<T>) * Map::pull(load(value + v * kLanes<T>)));
-        } else {
-          alignas(64) T own[P::NR] = {}, upstream[P::NR] = {};
-          for (int64_t lane = begin; lane < end; ++lane) own[lane] = value[lane], upstream[lane] = grad[lane];
-          for (int v = 0; v < P::kVectors; ++v)
-            store(w + v * kLanes<T>, load(upstream + v * kLanes<T>) * Map::pull(load(own + v * kLanes<T>)));
-          for (int64_t lane = 0; lane < P::NR; ++lane)
-            if (lane < begin || lane >= end) w[lane] = 0;
+    constexpr int64_t kAhead = 8;  // rows of the two matrices, which lie far apart: no prefetcher follows them
+    for (int64_t c = 0; c < b.columns; ++c) {
+      const int64_t i = b.column + c;
+      if (i + kAhead < n && c + kAhead < b.columns)
+        for (int64_t k = b.row; k < b.row + b.panels * P::NR && k < m; k += 64 / static_cast<int64_t>(sizeof(T))) {
+          __builtin_prefetch(row_of(p.grad, i + kAhead, m, p.condensed) + k);
+          if (kUsesValue) __builtin_prefetch(row_of(p.out, i + kAhead, m, p.condensed) + k);
         }
-      }
+      for (int64_t panel = 0; panel < b.panels; ++panel) weights(i, b.row + panel * P::NR, b.panel(panel) + c * P::NR);
     }
   }
+
+  /// Row i of the result against one panel of its columns.
+  void weights(int64_t i, int64_t j0, T* w) const {
+    const int64_t end = i >= n ? 0 : (m - j0 < P::NR ? m - j0 : P::NR);
+    const int64_t begin = p.condensed && i >= j0 ? i - j0 + 1 : 0;
+    const T* grad = row_of(p.grad, i, m, p.condensed) + j0;
+    const T* value = row_of(p.out, i, m, p.condensed) + j0;
+    if (begin == 0 && end == P::NR) {
+      for (int v = 0; v < P::kVectors; ++v) {
+        const Vec<T> own = kUsesValue ? load(value + v * kLanes<T>) : Vec<T>{};
+        store(w + v * kLanes<T>, load(grad + v * kLanes<T>) * Map::pull(own));
+      }
+      return;
+    }
+    alignas(64) T own[P::NR] = {}, upstream[P::NR] = {};
+    for (int64_t lane = begin; lane < end; ++lane) own[lane] = value[lane], upstream[lane] = grad[lane];
+    for (int v = 0; v < P::kVectors; ++v)
+      store(w + v * kLanes<T>, load(upstream + v * kLanes<T>) * Map::pull(load(own + v * kLanes<T>)));
+    for (int64_t lane = 0; lane < P::NR; ++lane)
+      if (lane < begin || lane >= end) w[lane] = 0;
+  }
+
   void close(int64_t, int64_t, int64_t) {}
   const T* factor(int64_t) const { return nullptr; }
 
