@@ -5,7 +5,10 @@ Runs at the instruction set the module chose; set NEARFAR_ISA to test another.
 
 import numpy as np
 import pytest
+
 from nearfar import _core
+
+pytestmark = pytest.mark.isa
 
 # Largest error allowed, in units in the last place of the result: the contract in the header of vector.hpp.
 MAX_ULP = {"exp": 2, "log": 2, "expm1": 3, "log1p": 3, "exp_flush": 2}

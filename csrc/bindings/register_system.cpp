@@ -50,7 +50,12 @@ void vector_math(const std::string& function, py::handle x, py::handle out) {
   });
 }
 
-/// A sum of squares over tasks that each call back: what the tests of the pool look at.
+double fma_peak(int threads) {
+  if (threads < 1 || threads > kMaxThreads) refuse_value("threads", "expected 1 to " + std::to_string(kMaxThreads));
+  py::gil_scoped_release release;
+  return ops().fma_peak(threads);
+}
+
 py::list task_trace(int64_t tasks, int threads) {
   Buffer<int> worker(tasks);
   {
@@ -69,6 +74,7 @@ void register_system(py::module_& m) {
   m.def("build_info", build_info, "Instruction set, compiler and CUDA of this build.");
   m.def("vector_math", vector_math, py::arg("function"), py::arg("x"), py::arg("out"),
         "exp, log, expm1 or log1p of a contiguous array, by the kernels' own code.");
+  m.def("fma_peak", fma_peak, py::arg("threads"), "Measured float32 multiply-add rate in GFLOP/s.");
   m.def("task_trace", task_trace, py::arg("tasks"), py::arg("threads"), "The worker that ran each task.");
 }
 

@@ -146,6 +146,7 @@ struct OpsOf {
 struct Ops {
   const char* isa;
   int vector_bytes;
+  double (*fma_peak)(int threads);  // GFLOP/s
   OpsOf<float> f32;
   OpsOf<double> f64;
 };

@@ -5,8 +5,7 @@
 #define NEARFAR_STRING(x) #x
 #define NEARFAR_NAME(x) NEARFAR_STRING(x)
 
-// What this level shares with its base level (itself, for most).
-namespace nearfar::NEARFAR_BASE {
+namespace nearfar::NEARFAR_ISA {
 
 void store(const StoreParams<float>&);
 void store(const StoreParams<double>&);
@@ -22,23 +21,17 @@ void matmul(const MatmulParams<float>&);
 void matmul(const MatmulParams<double>&);
 void matmul_grad(const MatmulGradParams<float>&);
 void matmul_grad(const MatmulGradParams<double>&);
-void vector_math(int, const float*, float*, int64_t);
-void vector_math(int, const double*, double*, int64_t);
-
-}  // namespace nearfar::NEARFAR_BASE
-
-namespace nearfar::NEARFAR_ISA {
-
 void select(const SelectParams<float>&);
 void select(const SelectParams<double>&);
+void vector_math(int, const float*, float*, int64_t);
+void vector_math(int, const double*, double*, int64_t);
+double fma_peak(int threads);
 
 template <class T>
-constexpr OpsOf<T> kOpsOf = {NEARFAR_BASE::store,       NEARFAR_BASE::store_grad, NEARFAR_BASE::softmax,
-                             NEARFAR_BASE::potential,   NEARFAR_BASE::alignment,  NEARFAR_BASE::matmul,
-                             NEARFAR_BASE::matmul_grad, select,                   NEARFAR_BASE::vector_math};
+constexpr OpsOf<T> kOpsOf = {store, store_grad, softmax, potential, alignment, matmul, matmul_grad, select, vector_math};
 
 const Ops& table() {
-  static constexpr Ops kOps = {NEARFAR_NAME(NEARFAR_ISA), kVectorBytes, kOpsOf<float>, kOpsOf<double>};
+  static constexpr Ops kOps = {NEARFAR_NAME(NEARFAR_ISA), kVectorBytes, fma_peak, kOpsOf<float>, kOpsOf<double>};
   return kOps;
 }
 

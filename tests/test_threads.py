@@ -1,0 +1,239 @@
+"""The thread pool: the same bits for any number of threads, fork, callers side by side, Ctrl-C, and no GIL held."""
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import nearfar as nf
+from nearfar import _core
+
+TIMEOUT = 60  # seconds after which a child counts as hung
+
+rng = np.random.default_rng(0)
+X, Y = rng.standard_normal((2, 1003, 37)).astype(np.float32)
+V = rng.standard_normal((1003, 5)).astype(np.float32)
+
+
+def select(x, y, threads, k=3):
+    value = np.empty((1, len(x), k), np.float32)
+    index = np.full((1, len(x), k), -1)
+    _core.select(x[None], y[None], "sqeuclidean", False, False, k, value, index, threads)
+    return value, index
+
+
+def matmul_grad(threads):
+    dx, dy = np.zeros_like(X[None]), np.zeros_like(Y[None])
+    _core.matmul_grad(X[None], Y[None], V[None], V[None], "gaussian", dx, dy, threads)
+    return dx, dy
+
+
+def store_grad(threads):
+    value = np.empty((1, len(X), len(Y)), np.float32)
+    _core.store(X[None], Y[None], "euclidean", False, False, False, value, threads)
+    dx, dy = np.zeros_like(X[None]), np.zeros_like(Y[None])
+    _core.store_grad(X[None], Y[None], "euclidean", False, False, value, np.sqrt(value), dx, dy, threads)
+    return value, dx, dy
+
+
+def with_threads(function):
+    """A public function as one of the number of threads."""
+
+    def run(threads):
+        nf.set_num_threads(threads)
+        try:
+            return function()
+        finally:
+            nf.set_num_threads(None)
+
+    return run
+
+
+OPERATIONS = {
+    "info_nce": with_threads(lambda: nf.value_and_grad(nf.info_nce_loss, (0, 1))(X, Y, temperature=0.1)),
+    "info_nce rows": with_threads(lambda: nf.info_nce_loss(X, Y, temperature=0.1, reduction="none")),
+    "clip": with_threads(lambda: nf.value_and_grad(nf.clip_loss, (0, 1))(X, Y)),
+    "nt_xent": with_threads(lambda: nf.value_and_grad(nf.nt_xent_loss, (0, 1))(X, Y)),
+    "uniformity": with_threads(lambda: nf.value_and_grad(nf.uniformity)(X)),
+    "alignment": with_threads(lambda: nf.value_and_grad(nf.alignment, (0, 1))(X, Y)),
+    "cdist": with_threads(lambda: nf.cdist(X, Y)),
+    "cdist of one set": with_threads(lambda: nf.cdist(X)),
+    "cdist of a batch": with_threads(lambda: nf.cdist(X[:1000].reshape(20, 50, 37), Y[:1000].reshape(20, 50, 37))),
+    "pdist": with_threads(lambda: nf.pdist(X)),
+    "gram": with_threads(lambda: nf.gram(X)),
+    "gram matmul": with_threads(lambda: nf.kernels.Gaussian(3.0).matmul(X, Y, V)),
+    "matmul_grad": matmul_grad,
+    "store_grad": store_grad,
+    "select": lambda threads: select(X, Y, threads),
+    "one neighbour": lambda threads: select(X, Y, threads, k=1),
+}
+
+
+def bits(result):
+    """Everything in a nested result, as bytes."""
+    if isinstance(result, tuple | list):
+        return [part for item in result for part in bits(item)]
+    return [np.asarray(result).tobytes()]
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_bits_do_not_depend_on_the_number_of_threads(operation):
+    alone = bits(operation(1))
+    for threads in (2, 3, 7):
+        assert bits(operation(threads)) == alone, f"{threads} threads differ from one"
+
+
+def test_bits_do_not_depend_on_the_run():
+    """Who takes which task differs from run to run; the result must not."""
+    operation = OPERATIONS["info_nce"]
+    assert len({tuple(bits(operation(3))) for _ in range(20)}) == 1
+
+
+# ---- the pool itself -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [-1, 0, 1, 2, 3, 7, 100_000])
+@pytest.mark.parametrize("tasks", [1, 2, 1000])
+def test_every_task_runs_on_a_worker_that_exists(tasks, threads):
+    trace = _core.task_trace(tasks, threads)
+    assert len(trace) == tasks
+    assert set(trace) <= set(range(max(1, min(tasks, threads, 256))))
+
+
+def test_no_tasks():
+    assert _core.task_trace(0, 4) == []
+
+
+def test_one_thread_is_the_caller():
+    assert set(_core.task_trace(1000, 1)) == {0}
+
+
+def test_pool_grows_and_shrinks_between_calls():
+    for threads in (2, 7, 1, 3, 64, 2) * 50:
+        assert max(_core.task_trace(200, threads)) < threads
+
+
+# ---- several Python threads at once ----------------------------------------------------------------------------------
+
+
+def test_callers_side_by_side_get_their_own_results():
+    sets = [rng.standard_normal((301 + 7 * k, 19)).astype(np.float32) for k in range(8)]
+    expected = [bits(select(x, x, 1)) for x in sets]
+    with ThreadPoolExecutor(8) as callers:
+        for _ in range(5):
+            assert list(callers.map(lambda x: bits(select(x, x, 3)), sets)) == expected
+
+
+def test_gil_is_released():
+    """The main thread goes on while another one is inside a call."""
+    x = rng.standard_normal((20000, 64)).astype(np.float32)
+    inside, ticks = threading.Event(), 0
+    pause = threading.Event()
+
+    def work():
+        inside.set()
+        select(x, x, 1)
+        inside.clear()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while thread.is_alive():
+        ticks += inside.is_set()
+        pause.wait(0.001)
+    thread.join()
+    assert ticks >= 10
+
+
+# ---- fork ------------------------------------------------------------------------------------------------------------
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+# Python 3.12 warns of what is tested here.
+fork_warning = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+
+
+def _answer(connection, threads):
+    connection.send([*bits(select(X, Y, threads)), max(_core.task_trace(1000, threads)) < threads])
+    connection.close()
+
+
+def _ask_a_child(threads):
+    context = multiprocessing.get_context("fork")
+    here, there = context.Pipe(duplex=False)
+    child = context.Process(target=_answer, args=(there, threads))
+    child.start()
+    there.close()
+    try:
+        assert here.poll(TIMEOUT), "the forked child hangs"
+        answer = here.recv()
+        child.join(TIMEOUT)
+        assert child.exitcode == 0
+        return answer
+    finally:
+        if child.is_alive():
+            child.kill()
+            child.join()
+
+
+@needs_fork
+@fork_warning
+def test_child_of_a_fork_has_a_pool():
+    expected = [*bits(select(X, Y, 3)), True]
+    for _ in range(3):
+        assert _ask_a_child(3) == expected
+    assert [*bits(select(X, Y, 3)), True] == expected  # and the parent still has its own
+
+
+@needs_fork
+@fork_warning
+def test_fork_while_another_thread_holds_the_pool():
+    expected = [*bits(select(X, Y, 2)), True]
+    x = rng.standard_normal((6000, 64)).astype(np.float32)
+    stop = threading.Event()
+
+    def keep_busy():
+        while not stop.is_set():
+            select(x, x, 2)
+
+    thread = threading.Thread(target=keep_busy)
+    thread.start()
+    try:
+        for _ in range(5):
+            assert _ask_a_child(2) == expected
+    finally:
+        stop.set()
+        thread.join()
+
+
+# ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
+
+INTERRUPTED = """
+    import os, signal, threading
+    import numpy as np
+    from nearfar import _core
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent may have told us to ignore it
+    n, d = 60000, 256
+    x = np.random.default_rng(0).standard_normal((1, n, d), dtype=np.float32)
+    value, index = np.full((1, n, 1), np.nan, np.float32), np.full((1, n, 1), -1)
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    try:
+        _core.select(x, x, "sqeuclidean", False, False, 1, value, index, {threads})
+    except KeyboardInterrupt:
+        # Unwritten rows: it stopped inside the call, and not when that was over.
+        print("interrupted", (index == -1).any(), len(_core.task_trace(100, {threads})))
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_ctrl_c_stops_a_long_call(threads):
+    # In a process of its own, where a late signal cannot end the test session.
+    script = textwrap.dedent(INTERRUPTED).format(threads=threads)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=10 * TIMEOUT)
+    assert result.stdout.split() == ["interrupted", "True", "100"], result.stderr
