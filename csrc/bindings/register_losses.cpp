@@ -31,10 +31,10 @@ py::tuple softmax(const std::string& mode, py::handle x_, py::handle y_, py::han
     require_shape(positive, "positive", {n, d});
   }
   if (!paired_.is_none()) {
-    paired = input(paired_, "paired", 3);
+    paired = input(paired_, "paired", 2);
     require_dtype(paired, "paired", x.dtype);
-    require_shape(paired, "paired", {n, paired.shape[1], d});
-    if (n > 1 && paired.strides[0] != paired.strides[1] * paired.shape[1]) refuse_value("paired", "expected merged rows");
+    require_shape(paired, "paired", {paired.shape[0], d});
+    if (n ? paired.shape[0] % n : paired.shape[0]) refuse_value("paired", "expected as many rows for every row of x");
   }
   if (!ids_x.is_none()) {
     codes_x = input(ids_x, "ids_x", 1, {DType::i32});
@@ -56,9 +56,8 @@ py::tuple softmax(const std::string& mode, py::handle x_, py::handle y_, py::han
     p.positive_is_column = positive_is_column;
     p.positive_in_sum = positive_in_sum;
     if (paired.ndim) {
-      Array flat = paired;
-      p.paired = {flat.data, n * flat.shape[1], d, flat.strides[1], flat.strides[2], flat.dtype};
-      p.paired_per_row = flat.shape[1];
+      p.paired = rows_of(paired);
+      p.paired_per_row = n ? paired.shape[0] / n : 0;
     }
     if (codes_x.ndim) p.ids_x = codes_x.as<int32_t>(), p.ids_y = codes_y.as<int32_t>();
     p.scale = scale;

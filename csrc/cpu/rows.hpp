@@ -43,7 +43,7 @@ class Source {
       Buffer<T> row(rows_.d);
       for (int64_t i = task * kRowsPerTask; i < end(task); ++i) {
         read(i, row.get());
-        const double norm = std::sqrt(squared_norm(row.get()));
+        const double norm = norm_of(row.get());
         inverse_norm_[i] = norm == 0 ? T(0) : static_cast<T>(1 / norm);
       }
     });
@@ -108,6 +108,18 @@ class Source {
   int64_t end(int64_t task) const { return std::fmin(rows_.n, (task + 1) * kRowsPerTask); }
 
   double squared_norm(const T* row) const { return dot(row, row, rows_.d); }
+
+  /// Squares leave the range of T long before norms do (1e-20 in float32): such rows are divided by their largest entry.
+  double norm_of(const T* row) const {
+    constexpr double kLeast = sizeof(T) == 8 ? 1e-250 : 1e-25, kMost = sizeof(T) == 8 ? 1e250 : 1e30;
+    const double square = squared_norm(row);
+    if (square > kLeast && square < kMost) return std::sqrt(square);
+    double largest = 0, sum = 0;
+    for (int64_t k = 0; k < rows_.d; ++k) largest = std::fmax(largest, std::fabs(static_cast<double>(row[k])));
+    if (largest == 0 || std::isinf(largest)) return std::sqrt(square);
+    for (int64_t k = 0; k < rows_.d; ++k) sum += (row[k] / largest) * (row[k] / largest);
+    return largest * std::sqrt(sum);
+  }
 
  private:
   template <class S>

@@ -31,7 +31,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 class Part:
     """An input of an operation: the named arguments one below the other, or a function of one scalar argument.
 
-    `slope` is d value / d argument for a scalar.
+    `slope` is d value / d argument for a scalar. Arrays without a name are constants.
     """
 
     names: tuple[str, ...]
@@ -173,7 +173,7 @@ def _plan_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: Any
         if gradient is None:
             continue
         begin = 0
-        for name, array in zip(part.names, part.arrays, strict=True):
+        for name, array in zip(part.names, part.arrays, strict=False):
             if np.ndim(array) == 0:
                 own: Any = gradient[()] * part.slope
             else:

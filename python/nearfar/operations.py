@@ -85,7 +85,7 @@ def softmax(
         shift,
         not own_positive,
         in_sum,
-        paired,
+        None if paired is None else paired.reshape(-1, d),
         ids_x,
         ids_y,
         scale,
@@ -96,7 +96,7 @@ def softmax(
         dx,
         dy,
         dpositive,
-        dpaired,
+        None if dpaired is None else dpaired.reshape(-1, d),
         STRIP_BUDGET,
         get_num_threads(),
     )

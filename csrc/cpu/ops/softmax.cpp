@@ -2,8 +2,9 @@
 //
 //   loss_i = log( e^{s_i+} + sum_{j in D(i)} e^{s_ij} ) - s_i+       s_ij = scale <x_i, y_j>
 //
-// The positive s_i+ is computed from its two rows and is the initial state of row i; D(i) are the columns that the mask
-// leaves. The gradient weights are dL/ds_ij = w_i e^{s_ij - lse_i} (and the same of columns), so both gradients are
+// D(i) are the columns that the mask leaves. The positive s_i+ is computed from its two rows and kept apart, so that
+// loss_i = softplus(z_i), z_i = log sum_{D(i)} e^{s_ij} - s_i+, and its slope -1 / (1 + e^{-z_i}) by the positive keep
+// their digits when they are small. The gradient weights are dL/ds_ij = w_i e^{s_ij - lse_i} (and the same of columns), so both gradients are
 // products with exp(s), which a strip keeps until its log-sum-exp is known: three matrix products in all. Where columns
 // have a normaliser too (CLIP, NT-Xent) it is known only after a whole pass, so scores are computed twice.
 #include "cpu/mask.hpp"
@@ -85,6 +86,7 @@ struct LseCell {
       }
       rows_state[row + i] = state;
       if (!keep) continue;
+      if (positive) state.add(positive[row + i], 1);
       const double lse = state.value(), w = weights ? static_cast<double>(weights[row + i]) : weight;
       for (int64_t c = 0; c < chunks; ++c) {
         const int64_t at = c * P::kStripRows + i;
@@ -110,6 +112,7 @@ struct LseCell {
   Buffer<T> max, sum, factor_;
   Buffer<T> column_max, column_sum;
   LogSumExp* rows_state = nullptr;
+  const double* positive = nullptr;  // scores that are in the denominator but not in rows_state
   const T* weights = nullptr;
   double weight = 0;
 };
@@ -168,7 +171,6 @@ class Softmax {
     if (columns) {
       column_states_ = Buffer<LogSumExp>(p.mode == SoftmaxMode::both ? n : 0);
       lse_pass<true>(false);
-      join_columns();
       if (gradient) weight_pass<true>();
     } else if (gradient && strip <= p.strip_budget) {
       lse_pass<false>(true);
@@ -186,7 +188,7 @@ class Softmax {
     return (p.weights ? static_cast<double>(p.weights[i]) : p.weight) * (p.mode == SoftmaxMode::both ? 0.5 : 1.0);
   }
 
-  /// What is in the denominator before any column: the positive and the query's own negatives.
+  /// Scores of the positives, which are kept apart; and what is in the denominator before any column: own negatives.
   void first_states() {
     if (paired.n() > 0) paired_score_ = Buffer<T>(paired.n());
     parallel_for(o.x.tasks(), p.threads, [&](int64_t task, int) {
@@ -199,7 +201,6 @@ class Softmax {
         if (positive.n() > 0) {
           positive.get(positive_row(i), other);
           positive_score_[i] = p.scale * Source<T>::dot(own, other, d);
-          if (p.positive_in_sum) state.add(positive_score_[i], 1);
         }
         for (int64_t k = 0; k < p.paired_per_row; ++k) {
           paired.get(i * p.paired_per_row + k, other);
@@ -226,6 +227,7 @@ class Softmax {
   void lse_pass(bool keep) {
     LseCell<T, COLUMNS> cell(o, mask, keep);
     cell.rows_state = states_.get();
+    cell.positive = p.positive_in_sum ? positive_score_.get() : nullptr;
     cell.weights = p.weights;
     cell.weight = p.weight;
     StripPass<T, LseCell<T, COLUMNS>>(o, cell, plan(keep, keep)).run();
@@ -239,15 +241,22 @@ class Softmax {
     }
   }
 
-  /// CLIP: the denominator of column i holds the positive too.
-  void join_columns() {
-    if (p.mode != SoftmaxMode::both) return;
-    for (int64_t i = 0; i < n; ++i)
-      if (p.positive_in_sum) column_states_[i].add(positive_score_[i], 1);
-  }
-
   const LogSumExp& column_state(int64_t i) const {
     return p.mode == SoftmaxMode::both ? column_states_[i] : states_[i];
+  }
+  /// Log of a whole denominator, the positive of row i included.
+  double denominator(LogSumExp state, int64_t i) const {
+    if (p.positive_in_sum) state.add(positive_score_[i], 1);
+    return state.value();
+  }
+  double loss_of(const LogSumExp& state, int64_t i) const {
+    const double z = state.value() - positive_score_[i];
+    if (!p.positive_in_sum) return z;
+    return z > 0 ? z + std::log1p(std::exp(-z)) : std::log1p(std::exp(z));
+  }
+  /// d loss_of / d positive_score_.
+  double slope_of(const LogSumExp& state, int64_t i) const {
+    return p.positive_in_sum ? -1 / (1 + std::exp(positive_score_[i] - state.value())) : -1;
   }
 
   template <bool COLUMNS>
@@ -255,12 +264,12 @@ class Softmax {
     const int64_t rows = ceil_div(n, P::kStripRows) * P::kStripRows, columns = o.chunks.tiles * P::MR;
     Buffer<T> row_lse(rows), row_weight(rows), column_lse(columns), column_weight(columns);
     for (int64_t i = 0; i < rows; ++i) {
-      const double lse = i < n ? states_[i].value() : 0;
+      const double lse = i < n ? denominator(states_[i], i) : 0;
       row_lse[i] = static_cast<T>(lse == -kInfinity ? 0 : lse);
       row_weight[i] = static_cast<T>(i < n ? weight_of(i) : 0);
     }
     for (int64_t j = 0; COLUMNS && j < columns; ++j) {
-      const double lse = j < m ? column_state(j).value() : 0;
+      const double lse = j < m ? denominator(column_state(j), j) : 0;
       column_lse[j] = static_cast<T>(lse == -kInfinity ? 0 : lse);
       column_weight[j] = static_cast<T>(j < m ? weight_of(j) : 0);
     }
@@ -272,8 +281,8 @@ class Softmax {
   void finish() {
     p.loss_sum = 0;
     for (int64_t i = 0; i < n; ++i) {
-      double loss = states_[i].value() - positive_score_[i];
-      if (p.mode == SoftmaxMode::both) loss = 0.5 * (loss + column_states_[i].value() - positive_score_[i]);
+      double loss = loss_of(states_[i], i);
+      if (p.mode == SoftmaxMode::both) loss = 0.5 * (loss + loss_of(column_states_[i], i));
       p.loss[i] = static_cast<T>(loss);
       p.loss_sum += loss;
     }
@@ -292,12 +301,8 @@ class Softmax {
 
   /// dL/ds of the positive of row i.
   double positive_weight(int64_t i) const {
-    const double s = positive_score_[i], w = weight_of(i);
-    double total = -w;
-    if (p.positive_in_sum) total += w * std::exp(s - states_[i].value());
-    if (p.mode == SoftmaxMode::both)
-      total += -w + (p.positive_in_sum ? w * std::exp(s - column_states_[i].value()) : 0);
-    return total;
+    const double slope = slope_of(states_[i], i);
+    return weight_of(i) * (p.mode == SoftmaxMode::both ? slope + slope_of(column_states_[i], i) : slope);
   }
 
   void add_positives() {
@@ -317,7 +322,7 @@ class Softmax {
           if (T* out = p.dpositive ? p.dpositive + row * d : nullptr)
             for (int64_t k = 0; k < d; ++k) out[k] += w * own[k];
         }
-        const double lse = states_[i].value(), w = weight_of(i);
+        const double lse = denominator(states_[i], i), w = weight_of(i);
         for (int64_t q = i * p.paired_per_row; q < (i + 1) * p.paired_per_row; ++q) {
           const T weight = static_cast<T>(w * std::exp(static_cast<double>(paired_score_[q]) - lse));
           paired.get(q, other);

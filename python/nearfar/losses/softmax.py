@@ -164,7 +164,7 @@ def info_nce_loss(
         positive = NOTHING
     else:
         # Own negatives only: no columns at all.
-        columns = Part(("query",), (query[:0],)) if own else shared
+        columns = Part((), (query[:0],)) if own else shared
         positive = keys
     paired = Part(("negative_keys",), (negative_keys,)) if own else NOTHING
     return Call(

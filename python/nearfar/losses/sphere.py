@@ -129,7 +129,7 @@ def uniformity_of_sphere(dim: int, t: float = 2) -> float:
     >>> round(nf.uniformity_of_sphere(2), 6), round(nf.uniformity_of_sphere(128), 6)
     (-1.575027, -3.93753)
     """
-    if isinstance(dim, bool) or int(dim) != dim or dim < 1:
+    if isinstance(dim, bool) or not 1 <= dim < math.inf or int(dim) != dim:
         raise ValueError(f"dim: expected a positive integer, got {dim!r}")
     t = number(t, "t")
     if not t > 0 or math.isinf(t):
