@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import mmap
+import os
 import platform
 import statistics
 import time
@@ -24,7 +25,7 @@ _WRITTEN = 64 << 20  # the result of a 4096 x 4096 float32 matrix
 
 def describe(threads: int) -> dict[str, Any]:
     """Processor, instruction set, threads, versions and date."""
-    versions = {"python": platform.python_version()}
+    versions: dict[str, str | None] = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
             versions[package] = importlib.metadata.version(package)
@@ -69,6 +70,35 @@ def write_rates(threads: int) -> dict[str, float]:
             "huge": _write_rate(pool, threads, lambda: np.empty(_WRITTEN // 4, np.float32)),
             "plain": _write_rate(pool, threads, _plain_pages),
         }
+
+
+class Others:
+    """How many processors other processes keep busy, since this object was made.
+
+    On a busy machine a library whose threads spin at barriers is slowed by far more than one whose threads sleep: ratios
+    taken there say nothing.
+    """
+
+    def __init__(self) -> None:
+        self._begin = self._read()
+
+    def processors(self) -> float | None:
+        """Their number, None where the system does not say."""
+        begin, end = self._begin, self._read()
+        if begin is None or end is None or end[0] <= begin[0]:
+            return None
+        return max(0.0, (end[1] - begin[1]) / (end[0] - begin[0]))
+
+    @staticmethod
+    def _read() -> tuple[float, float] | None:
+        """The time, and the processor time of everybody else (stolen by the host included)."""
+        try:
+            with open("/proc/stat", encoding="ascii") as lines:
+                ticks = [int(field) for field in lines.readline().split()[1:9]]
+        except OSError:
+            return None
+        busy = sum(ticks) - ticks[3] - ticks[4]  # neither idle nor waiting for a disk
+        return time.monotonic(), busy / os.sysconf("SC_CLK_TCK") - sum(os.times()[:4])
 
 
 def _plain_pages() -> Array:
