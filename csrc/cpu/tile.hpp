@@ -8,8 +8,8 @@
 //   dx       dX[k][i] += sum_j y[j][k] W[j][i]      broadcast y tiles  (strides swapped), vectors W [j][NR]
 //   dy       dY[j][k] += sum_i W[j][i] x[i][k]      broadcast W (strides swapped), vectors x rows [i][NR of k]
 //
-// Vocabulary of sizes: a panel is NR rows of x, a strip is kStripRows rows of x, a tile is MR rows of y, a chunk is a run
-// of tiles. All are functions of the shape alone, so results do not depend on the number of threads.
+// Vocabulary of sizes: a panel is NR rows of x, a strip is kStripRows rows of x, a tile is MR rows of y, a chunk is a
+// run of tiles. All are functions of the shape alone, so results do not depend on the number of threads.
 #pragma once
 
 #include "cpu/rows.hpp"
@@ -31,10 +31,11 @@ struct Policy {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// ---- micro-kernel ----------------------------------------------------------------------------------------------------
+// ---- micro-kernel
+// ----------------------------------------------------------------------------------------------------
 
-/// acc[r][v] (+)= sum_k a[r * AR + k * AK] b[k][v]; b has NR lanes a step. Arrays stay in registers only when every loop
-/// over them is unrolled by force.
+/// acc[r][v] (+)= sum_k a[r * AR + k * AK] b[k][v]; b has NR lanes a step. Arrays stay in registers only when every
+/// loop over them is unrolled by force.
 template <class Score, class T, int M, int V, int AR, int AK>
 NEARFAR_INLINE void multiply(int64_t steps, const T* a, const T* b, Vec<T> (&acc)[M][V]) {
   constexpr int NR = Policy<T>::NR;
@@ -138,7 +139,8 @@ void product_dy(int64_t panels, const T* weights, int64_t panel_stride, const T*
   }
 }
 
-// ---- packing ---------------------------------------------------------------------------------------------------------
+// ---- packing
+// ---------------------------------------------------------------------------------------------------------
 
 /// Rows are read into a buffer whose stride is a whole number of vectors.
 template <class T>
@@ -170,8 +172,7 @@ void pack(const T* rows, int64_t d, T scale, T* out) {
     for (int r = 0; r < W; r += L) {
       Vec<T> block[L];
 #pragma GCC unroll 16
-      for (int u = 0; u < L; ++u)
-        block[u] = r + u < W ? load(rows + (r + u) * stride + k) * splat<T>(scale) : Vec<T>{};
+      for (int u = 0; u < L; ++u) block[u] = r + u < W ? load(rows + (r + u) * stride + k) * splat<T>(scale) : Vec<T>{};
       transpose<T>(block);
       const int64_t steps = d - k < L ? d - k : L;
       alignas(64) T lanes[L][L];
@@ -210,7 +211,8 @@ struct Chunks {
   int64_t tile_end(int64_t chunk) const { return (chunk + 1) * tiles_each < tiles ? (chunk + 1) * tiles_each : tiles; }
 };
 
-// ---- operands --------------------------------------------------------------------------------------------------------
+// ---- operands
+// --------------------------------------------------------------------------------------------------------
 
 /// Both point sets, ready for the engine: y packed once, x packed a panel at a time.
 ///
@@ -227,7 +229,11 @@ class Operands {
 
   /// products: the packed points are also multiplied by weights (gradients), so they must be centred in any case.
   Operands(const Rows& x_rows, const Rows& y_rows, bool normalize, bool distance, bool products, int threads)
-      : x(x_rows), y(y_rows), d(x_rows.d), distance_(distance), direct_(distance && d <= kDirectDims),
+      : x(x_rows),
+        y(y_rows),
+        d(x_rows.d),
+        distance_(distance),
+        direct_(distance && d <= kDirectDims),
         chunks(Chunks::of<T>(y_rows.n)) {
     if (normalize) {
       x.normalize(threads);
@@ -343,8 +349,8 @@ class Operands {
       if (row[lane] <= (x_squares[lane] + squares_[j]) * kNear) row[lane] = direct_distance(i0 + lane, j, rows.get());
   }
 
-  /// The mean of (at most 1024, evenly spaced) rows of y, over finite entries, rounded to T. Any common point is a valid
-  /// centre; it need not be the exact mean.
+  /// The mean of (at most 1024, evenly spaced) rows of y, over finite entries, rounded to T. Any common point is a
+  /// valid centre; it need not be the exact mean.
   void find_center() {
     const int64_t step = y.n() > 1024 ? y.n() / 1024 : 1;
     center_ = Buffer<T>(d);

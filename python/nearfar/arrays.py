@@ -47,7 +47,7 @@ def compute_dtype(array: Array) -> str:
 
 
 def check_points(**arrays: Array) -> str:
-    """Check that all arrays (None is skipped) are floating, of one kind, device and dtype, on the CPU; return the kind."""
+    """The kind of all arrays (None is skipped), which are floating and of one kind, device and dtype, on the CPU."""
     (first_name, first), *_ = arrays.items()  # never optional
     given = {name: array for name, array in arrays.items() if array is not None or name == first_name}
     kind = kind_of(first, first_name)
@@ -62,7 +62,8 @@ def check_points(**arrays: Array) -> str:
         if dtype_name(array) not in FLOATS:
             raise TypeError(f"{name}: expected a floating dtype ({', '.join(FLOATS)}), got {dtype_name(array)}")
         if array.dtype != first.dtype:
-            raise TypeError(f"{name}: expected dtype {dtype_name(first)} to match {first_name}, got {dtype_name(array)}")
+            wanted, got = dtype_name(first), dtype_name(array)
+            raise TypeError(f"{name}: expected dtype {wanted} to match {first_name}, got {got}")
         if device_name(array) != device_name(first):
             raise ValueError(
                 f"{name}: expected device {device_name(first)} to match {first_name}, got {device_name(array)}"

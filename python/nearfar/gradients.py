@@ -21,10 +21,11 @@ from .arrays import Array, concatenate, is_torch
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_OPERATIONS: dict[str, Callable[..., Any]] = {
-    "softmax": lambda t, c, gradients: operations.softmax(None, *t, *c, gradients),
-    "potential": lambda t, c, gradients: operations.potential(*t, *c, gradients),
-    "alignment": lambda t, c, gradients: operations.alignment(None, *t, *c, gradients),
+# Each takes (weights of the rows: none here, inputs, config, whether gradients are wanted).
+_OPERATIONS: dict[str, tuple[Callable[..., Any], bool]] = {
+    "softmax": (operations.softmax, True),
+    "potential": (operations.potential, False),
+    "alignment": (operations.alignment, True),
 }
 
 
@@ -58,21 +59,27 @@ class Call:
     extra: tuple[Any, ...] = field(default=())  # inputs without gradients, after the parts
 
 
+def _launch(call: Call, gradients: bool) -> Any:
+    operation, weighted = _OPERATIONS[call.operation]
+    tensors = (*(part.value() for part in call.parts), *call.extra)
+    return operation(*((None,) if weighted else ()), *tensors, *call.config, gradients)
+
+
 def run(call: Call) -> Array:
     """The value; for torch connected to the graph."""
-    tensors = (*(part.value() for part in call.parts), *call.extra)
     if is_torch(call.parts[0].arrays[0]):
         from . import autograd
 
+        tensors = (*(part.value() for part in call.parts), *call.extra)
         value = autograd.apply(call.operation, tensors, call.config)
     else:
-        value = _OPERATIONS[call.operation](tensors, call.config, False)[0]
+        value = _launch(call, False)[0]
         value = value[()] if value.ndim == 0 else value
     return value + call.offset if call.offset else value
 
 
 def differentiable(plan: Callable[P, Call]) -> Callable[P, Any]:
-    """A public loss from its plan: the decorated function plans, the result launches; `value_and_grad` finds the plan."""
+    """A public loss from its plan: calling it plans and launches; `value_and_grad` finds the plan."""
 
     @functools.wraps(plan)
     def function(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -171,8 +178,7 @@ def _plan_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: Any
     call = plan(*args, **kwargs)
     if not call.scalar:
         raise ValueError("f: expected a scalar value (reduction 'mean' or 'sum')")
-    tensors = (*(part.value() for part in call.parts), *call.extra)
-    value, *gradients = _OPERATIONS[call.operation](tensors, call.config, True)
+    value, *gradients = _launch(call, True)
     found: dict[str, Any] = {}
     for part, gradient in zip(call.parts, gradients, strict=True):
         if gradient is None:

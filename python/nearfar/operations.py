@@ -196,9 +196,7 @@ def matmul_grad(grad: Array, x: Array, y: Array | None, v: Array, map: str) -> t
     return cast(dx, dtype), cast(dy, dtype), cast(dv, dtype)
 
 
-def select(
-    x: Array, y: Array | None, map: str, normalize: bool, exclude_self: bool, k: int
-) -> tuple[Array, Array]:
+def select(x: Array, y: Array | None, map: str, normalize: bool, exclude_self: bool, k: int) -> tuple[Array, Array]:
     """The k best columns of every row: values and int64 indices, (b, n, k)."""
     value = empty(x, (x.shape[0], x.shape[1], k))
     index = empty(x, (x.shape[0], x.shape[1], k), "int64")

@@ -1,7 +1,7 @@
 // Select: for every row the k best columns. k-means assignment (k = 1) and k nearest neighbours.
 //
-// Columns are scanned in ascending order and replace a kept one only when strictly better, so ties go to the lower index.
-// The kept candidates are then measured again from the original rows and sorted by (value, index).
+// Columns are scanned in ascending order and replace a kept one only when strictly better, so ties go to the lower
+// index. The kept candidates are then measured again from the original rows and sorted by (value, index).
 #include "cpu/mask.hpp"
 
 namespace nearfar {
@@ -39,8 +39,8 @@ class Select {
   struct Panel {
     int64_t row;
     const T* squares;
-    T* worst;        // per lane: what a candidate must beat
-    T* kept;         // [lane][k], sorted
+    T* worst;  // per lane: what a candidate must beat
+    T* kept;   // [lane][k], sorted
     int64_t* index;
   };
 

@@ -14,7 +14,7 @@ from .sphere import alignment, uniformity
 
 
 class _TemperatureLoss(nn.Module):
-    """A temperature that is fixed, or learned as `log_logit_scale` (init ln(1/temperature), at most ln 100 in forward)."""
+    """A temperature that is fixed, or learned as `log_logit_scale` (init ln(1/temperature); at most ln 100)."""
 
     log_logit_scale: nn.Parameter
 
@@ -50,7 +50,7 @@ class InfoNCELoss(_TemperatureLoss):
     temperature : float
         Default 0.07.
     learnable_temperature : bool
-        Hold ``log_logit_scale = ln(1 / temperature)`` as a parameter, clamped to at most ln 100 in forward as CLIP does.
+        Hold ``log_logit_scale = ln(1 / temperature)`` as a parameter, at most ln 100 in forward as in CLIP.
     symmetric, reduction, normalize
         As in the function.
 

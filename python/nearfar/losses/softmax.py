@@ -23,7 +23,7 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
 
 
-def scale_part(temperature: Any, logit_scale: Any, default: float, like: Array) -> Part:
+def scale_part(temperature: Any, logit_scale: Any, default: Any, like: Array) -> Part:
     """The multiplier of dot products as an operation's input, from whichever of the two was given."""
     if temperature is not None and logit_scale is not None:
         raise ValueError("temperature: give temperature or logit_scale, not both")
