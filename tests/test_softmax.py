@@ -72,13 +72,13 @@ def test_every_number_of_columns(f, dtype, d):
 
 
 @dtypes
-@pytest.mark.parametrize(("n", "m"), [(1, 0), (1, 1), (7, 241), (33, 12), (129, 253), (2, 1021), (300, 1), (0, 5), (5, 0)])
+@pytest.mark.parametrize(
+    ("n", "m"), [(1, 0), (1, 1), (7, 241), (33, 12), (129, 253), (2, 1021), (300, 1), (0, 5), (5, 0)]
+)
 @pytest.mark.parametrize("in_batch", [False, True])
 def test_shared_negatives(dtype, n, m, in_batch):
     x, y = pairs(n, 13, dtype)
-    arguments = dict(
-        query=x, positive_key=y, negative_keys=points(m, 13, dtype, 5), logit_scale=4.0, in_batch=in_batch
-    )
+    arguments = dict(query=x, positive_key=y, negative_keys=points(m, 13, dtype, 5), logit_scale=4.0, in_batch=in_batch)
     wanted = ["query", "positive_key", "negative_keys", "logit_scale"]
     compare(nf.info_nce_loss, wanted, dtype, **arguments, floor=4.0 if n * m == 0 or m == 1 else 0.0)
 
@@ -402,9 +402,7 @@ def test_gradient_is_softmax_less_identity():
     s = scale * x @ y.T
     p = np.exp(s - np.logaddexp.reduce(s, axis=1)[:, None])
     g = (p - np.eye(n)) / n
-    value, (dx, dy, dscale) = nf.value_and_grad(nf.info_nce_loss, (0, 1, 4))(
-        x, y, logit_scale=scale, normalize=False
-    )
+    value, (dx, dy, dscale) = nf.value_and_grad(nf.info_nce_loss, (0, 1, 4))(x, y, logit_scale=scale, normalize=False)
     assert_gradient(dx, scale * g @ y, 1e-12)
     assert_gradient(dy, scale * g.T @ x, 1e-12)
     assert dscale == pytest.approx((g * s).sum() / scale, rel=1e-12)

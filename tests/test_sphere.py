@@ -174,7 +174,9 @@ def test_closed_forms(dtype, t):
     assert nf.uniformity(collapsed, t=t) == pytest.approx(0, abs=tolerance)
     for n in (2, 5, 30):
         simplex = (np.eye(n) - 1 / n).astype(dtype)
-        assert nf.uniformity(simplex, t=t) == pytest.approx(-2 * t * n / (n - 1), rel=tolerance)  # E29: the least of n points
+        assert nf.uniformity(simplex, t=t) == pytest.approx(
+            -2 * t * n / (n - 1), rel=tolerance
+        )  # E29: the least of n points
     for d in (1, 3, 50):
         x = np.vstack([np.eye(d), -np.eye(d)]).astype(dtype)
         m = d * (2 * d - 1)

@@ -31,7 +31,8 @@ inline void require_shape(const Array& a, const char* name, std::initializer_lis
   bool same = a.ndim == static_cast<int>(shape.size());
   for (int64_t extent : shape) same = same && a.shape[k++] == extent;
   if (!same)
-    refuse_value(name, "expected shape " + text_of(shape.begin(), static_cast<int>(shape.size())) + ", got " + shape_of(a));
+    refuse_value(name,
+                 "expected shape " + text_of(shape.begin(), static_cast<int>(shape.size())) + ", got " + shape_of(a));
 }
 
 inline void require_dtype(const Array& a, const char* name, DType dtype) {

@@ -110,7 +110,8 @@ void select(py::handle x, py::handle y, const std::string& map, bool normalize, 
             py::handle value, py::handle index, int threads) {
   const PairInputs in(x, y);
   if (k < 1 || k > in.m() - (exclude_self ? 1 : 0))
-    refuse_value("k", "expected 1 to " + std::to_string(in.m() - (exclude_self ? 1 : 0)) + ", got " + std::to_string(k));
+    refuse_value("k",
+                 "expected 1 to " + std::to_string(in.m() - (exclude_self ? 1 : 0)) + ", got " + std::to_string(k));
   with_compute_type(in.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     T* values = output<T>(value, "value", {in.batches(), in.n(), k});
@@ -135,8 +136,8 @@ void register_pairs(py::module_& m) {
   m.def("matmul", matmul, arg("x"), arg("y"), arg("v"), arg("map"), arg("out"), arg("threads"), "out = K(x, y) v.");
   m.def("matmul_grad", matmul_grad, arg("x"), arg("y"), arg("v"), arg("grad"), arg("map"), arg("dx"), arg("dy"),
         arg("threads"), "Adds the gradient of <grad, K(x, y) v> to dx and dy.");
-  m.def("select", select, arg("x"), arg("y"), arg("map"), arg("normalize"), arg("exclude_self"), arg("k"),
-        arg("value"), arg("index"), arg("threads"), "The k best columns of every row, best first.");
+  m.def("select", select, arg("x"), arg("y"), arg("map"), arg("normalize"), arg("exclude_self"), arg("k"), arg("value"),
+        arg("index"), arg("threads"), "The k best columns of every row, best first.");
 }
 
 }  // namespace nearfar

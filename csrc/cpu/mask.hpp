@@ -15,9 +15,9 @@ template <class T>
 struct Mask {
   using P = Policy<T>;
   const Operands<T>& o;
-  double out;                   // the score of a pair that is left out: -inf, or +inf for distances
-  bool triangle;                // keep column < row only
-  int64_t skip_shift = -1;      // leave out column (row + shift) % n; -1: none
+  double out;               // the score of a pair that is left out: -inf, or +inf for distances
+  bool triangle;            // keep column < row only
+  int64_t skip_shift = -1;  // leave out column (row + shift) % n; -1: none
   const int32_t *ids_x = nullptr, *ids_y = nullptr;
 
   void apply(const Block<T>& b) const {

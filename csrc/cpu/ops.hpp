@@ -1,8 +1,8 @@
 // The plain-C++ interface of the CPU kernels: one params struct per reduction, one table of functions per instruction
 // set. Pointers and numbers only: nothing here knows Python, allocates outputs or owns memory.
 //
-// T is the compute type: float for float16, bfloat16 and float32 inputs, double for float64. Inputs may have any strides
-// and any floating dtype; outputs are C-contiguous arrays of T that the caller has allocated.
+// T is the compute type: float for float16, bfloat16 and float32 inputs, double for float64. Inputs may have any
+// strides and any floating dtype; outputs are C-contiguous arrays of T that the caller has allocated.
 #pragma once
 
 #include <cstdint>
@@ -25,9 +25,9 @@ template <class T>
 struct StoreParams {
   Rows x, y;
   PairMap map;
-  bool normalize;   // unit rows first
-  bool same;        // y is x: half the tiles, exact zero diagonal
-  bool condensed;   // only i < j, in the order of scipy's pdist (implies same)
+  bool normalize;  // unit rows first
+  bool same;       // y is x: half the tiles, exact zero diagonal
+  bool condensed;  // only i < j, in the order of scipy's pdist (implies same)
   T* out;
   int threads;
 };
@@ -54,23 +54,23 @@ enum class SoftmaxMode : int {
 template <class T>
 struct SoftmaxParams {
   SoftmaxMode mode;
-  Rows x, y;              // queries and columns of the denominator (y.n may be 0)
-  Rows positive;          // n rows; row (i + positive_shift) % n belongs to query i
+  Rows x, y;      // queries and columns of the denominator (y.n may be 0)
+  Rows positive;  // n rows; row (i + positive_shift) % n belongs to query i
   int64_t positive_shift;
   bool positive_is_column;  // that row is column i (rows, both) of y: it is masked there and enters by itself
   bool positive_in_sum;     // the denominator contains the positive
-  Rows paired;            // (n * per_row) own negatives of each query, or empty
+  Rows paired;              // (n * per_row) own negatives of each query, or empty
   int64_t paired_per_row;
   const int32_t *ids_x, *ids_y;  // null, or codes: equal codes are left out of the denominator
   double scale;
   bool normalize;
-  const T* weights;       // upstream gradient of each loss_i; null: `weight` for all
+  const T* weights;  // upstream gradient of each loss_i; null: `weight` for all
   double weight;
-  T* loss;                // (n)
-  double loss_sum;        // out: sum_i loss_i
+  T* loss;                           // (n)
+  double loss_sum;                   // out: sum_i loss_i
   T *dx, *dy, *dpositive, *dpaired;  // null dx: value only. May alias where the inputs are the same array
-  double dscale;          // out
-  int64_t strip_budget;   // bytes of workspace for exp(s), so that the gradient needs no second product
+  double dscale;                     // out
+  int64_t strip_budget;              // bytes of workspace for exp(s), so that the gradient needs no second product
   int threads;
 };
 
@@ -121,12 +121,12 @@ struct MatmulGradParams {
 template <class T>
 struct SelectParams {
   Rows x, y;
-  PairMap map;         // euclidean, sqeuclidean, one_minus_dot, dot
+  PairMap map;  // euclidean, sqeuclidean, one_minus_dot, dot
   bool normalize;
-  bool exclude_self;   // column i is not a neighbour of row i
+  bool exclude_self;  // column i is not a neighbour of row i
   int64_t k;
-  T* value;            // (n, k)
-  int64_t* index;      // (n, k)
+  T* value;        // (n, k)
+  int64_t* index;  // (n, k)
   int threads;
 };
 
@@ -154,9 +154,13 @@ struct Ops {
 template <class T>
 const OpsOf<T>& of(const Ops& ops);
 template <>
-inline const OpsOf<float>& of<float>(const Ops& ops) { return ops.f32; }
+inline const OpsOf<float>& of<float>(const Ops& ops) {
+  return ops.f32;
+}
 template <>
-inline const OpsOf<double>& of<double>(const Ops& ops) { return ops.f64; }
+inline const OpsOf<double>& of<double>(const Ops& ops) {
+  return ops.f64;
+}
 
 /// The table of the best level this CPU has, or of NEARFAR_ISA (an empty variable counts as unset).
 const Ops& ops();

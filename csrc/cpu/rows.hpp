@@ -58,10 +58,14 @@ class Source {
   /// Row i as given, converted to T.
   void read(int64_t i, T* out) const {
     switch (rows_.dtype) {
-      case DType::f16: return copy<_Float16>(i, out);
-      case DType::bf16: return copy<BFloat16>(i, out);
-      case DType::f64: return copy<double>(i, out);
-      default: return copy<float>(i, out);
+      case DType::f16:
+        return copy<_Float16>(i, out);
+      case DType::bf16:
+        return copy<BFloat16>(i, out);
+      case DType::f64:
+        return copy<double>(i, out);
+      default:
+        return copy<float>(i, out);
     }
   }
 
@@ -109,7 +113,8 @@ class Source {
 
   double squared_norm(const T* row) const { return dot(row, row, rows_.d); }
 
-  /// Squares leave the range of T long before norms do (1e-20 in float32): such rows are divided by their largest entry.
+  /// Squares leave the range of T long before norms do (1e-20 in float32): such rows are divided by their largest
+  /// entry.
   double norm_of(const T* row) const {
     constexpr double kLeast = sizeof(T) == 8 ? 1e-250 : 1e-25, kMost = sizeof(T) == 8 ? 1e250 : 1e30;
     const double square = squared_norm(row);

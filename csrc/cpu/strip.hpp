@@ -6,9 +6,10 @@
 //     for each chunk of columns (in parallel):      dY[chunk] += W^T X,   dX partial of the chunk's group += W Y
 //     dX of the strip = sum of the groups' partials, in order
 //
-// A chunk owns its rows of dY and its column states, a group of chunks owns its partial of dX: nothing is shared, nothing
-// is copied per thread, and every sum has an order that the shape alone decides. Where weights need nothing from the rest
-// of the strip (one phase), both products follow the scores of a chunk at once and no strip of weights is stored.
+// A chunk owns its rows of dY and its column states, a group of chunks owns its partial of dX: nothing is shared,
+// nothing is copied per thread, and every sum has an order that the shape alone decides. Where weights need nothing
+// from the rest of the strip (one phase), both products follow the scores of a chunk at once and no strip of weights is
+// stored.
 #pragma once
 
 #include "cpu/tile.hpp"
@@ -21,7 +22,7 @@ namespace {
 template <class T>
 struct Block {
   int64_t chunk, group;
-  int64_t row;     // first row of x
+  int64_t row;  // first row of x
   int64_t panels;
   int64_t column;  // first row of y
   int64_t columns;
@@ -162,7 +163,8 @@ class StripPass {
       T* out = partial_.get() + (w.group * P::kStripRows + p * NR) * depth_;
       const T* lanes = factor ? factor + p * NR : nullptr;
       int64_t k = 0;
-      for (; d_ - k > 2 * P::MR / 3; k += P::MR) product_dx<T, P::MR>(k, tiles, o_.tile(t0), o_.tile_stride, w.panel(p), lanes, out + k * NR);
+      for (; d_ - k > 2 * P::MR / 3; k += P::MR)
+        product_dx<T, P::MR>(k, tiles, o_.tile(t0), o_.tile_stride, w.panel(p), lanes, out + k * NR);
       if (d_ - k > P::MR / 3)
         product_dx<T, 2 * P::MR / 3>(k, tiles, o_.tile(t0), o_.tile_stride, w.panel(p), lanes, out + k * NR);
       else if (d_ > k)

@@ -271,7 +271,8 @@ int available_cpus() {
   // cgroup v2 "max 100000" or "200000 100000", then v1 in two files.
   double quota = 0, period = 0;
   std::string word;
-  if (std::ifstream file("/sys/fs/cgroup/cpu.max"); file >> word >> period && word != "max") quota = std::atof(word.c_str());
+  if (std::ifstream file("/sys/fs/cgroup/cpu.max"); file >> word >> period && word != "max")
+    quota = std::atof(word.c_str());
   if (quota <= 0) {
     std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_quota_us") >> quota;
     std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_period_us") >> period;

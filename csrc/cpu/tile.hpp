@@ -8,8 +8,8 @@
 //   dx       dX[k][i] += sum_j y[j][k] W[j][i]      broadcast y tiles  (strides swapped), vectors W [j][NR]
 //   dy       dY[j][k] += sum_i W[j][i] x[i][k]      broadcast W (strides swapped), vectors x rows [i][NR of k]
 //
-// Vocabulary of sizes: a panel is NR rows of x, a strip is kStripRows rows of x, a tile is MR rows of y, a chunk is a run
-// of tiles. All are functions of the shape alone, so results do not depend on the number of threads.
+// Vocabulary of sizes: a panel is NR rows of x, a strip is kStripRows rows of x, a tile is MR rows of y, a chunk is a
+// run of tiles. All are functions of the shape alone, so results do not depend on the number of threads.
 #pragma once
 
 #include "cpu/rows.hpp"
@@ -31,10 +31,11 @@ struct Policy {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// ---- micro-kernel ----------------------------------------------------------------------------------------------------
+// ---- micro-kernel
+// ----------------------------------------------------------------------------------------------------
 
-/// acc[r][v] (+)= sum_k a[r * AR + k * AK] b[k][v]; b has NR lanes a step. Arrays stay in registers only when every loop
-/// over them is unrolled by force.
+/// acc[r][v] (+)= sum_k a[r * AR + k * AK] b[k][v]; b has NR lanes a step. Arrays stay in registers only when every
+/// loop over them is unrolled by force.
 template <class Score, class T, int M, int V, int AR, int AK>
 NEARFAR_INLINE void multiply(int64_t steps, const T* a, const T* b, Vec<T> (&acc)[M][V]) {
   constexpr int NR = Policy<T>::NR;
@@ -138,7 +139,8 @@ void product_dy(int64_t panels, const T* weights, int64_t panel_stride, const T*
   }
 }
 
-// ---- packing ---------------------------------------------------------------------------------------------------------
+// ---- packing
+// ---------------------------------------------------------------------------------------------------------
 
 /// Rows are read into a buffer whose stride is a whole number of vectors.
 template <class T>
@@ -170,8 +172,7 @@ void pack(const T* rows, int64_t d, T scale, T* out) {
     for (int r = 0; r < W; r += L) {
       Vec<T> block[L];
 #pragma GCC unroll 16
-      for (int u = 0; u < L; ++u)
-        block[u] = r + u < W ? load(rows + (r + u) * stride + k) * splat<T>(scale) : Vec<T>{};
+      for (int u = 0; u < L; ++u) block[u] = r + u < W ? load(rows + (r + u) * stride + k) * splat<T>(scale) : Vec<T>{};
       transpose<T>(block);
       const int64_t steps = d - k < L ? d - k : L;
       alignas(64) T lanes[L][L];
@@ -210,7 +211,8 @@ struct Chunks {
   int64_t tile_end(int64_t chunk) const { return (chunk + 1) * tiles_each < tiles ? (chunk + 1) * tiles_each : tiles; }
 };
 
-// ---- operands --------------------------------------------------------------------------------------------------------
+// ---- operands
+// --------------------------------------------------------------------------------------------------------
 
 /// Both point sets, ready for the engine: y packed once, x packed a panel at a time.
 ///
@@ -227,7 +229,11 @@ class Operands {
 
   /// products: the packed points are also multiplied by weights (gradients), so they must be centred in any case.
   Operands(const Rows& x_rows, const Rows& y_rows, bool normalize, bool distance, bool products, int threads)
-      : x(x_rows), y(y_rows), d(x_rows.d), distance_(distance), direct_(distance && d <= kDirectDims),
+      : x(x_rows),
+        y(y_rows),
+        d(x_rows.d),
+        distance_(distance),
+        direct_(distance && d <= kDirectDims),
         chunks(Chunks::of<T>(y_rows.n)) {
     if (normalize) {
       x.normalize(threads);
@@ -343,21 +349,40 @@ class Operands {
       if (row[lane] <= (x_squares[lane] + squares_[j]) * kNear) row[lane] = direct_distance(i0 + lane, j, rows.get());
   }
 
-  /// The mean of (at most 1024, evenly spaced) rows of y, over finite entries, rounded to T. Any common point is a valid
-  /// centre; it need not be the exact mean.
+  /// About the mean of (at most 1024, evenly spaced) rows of y, over finite entries. Any common point is a valid
+  /// centre, so each coordinate is rounded to half the binary order of its spread: subtracting it is then exact for
+  /// most points, and points with integer coordinates keep integer ones, so ties stay ties.
   void find_center() {
     const int64_t step = y.n() > 1024 ? y.n() / 1024 : 1;
     center_ = Buffer<T>(d);
-    Buffer<double> sum(d);
+    Buffer<double> sum(d), square(d), count(d);
     Buffer<T> row(d);
-    for (int64_t k = 0; k < d; ++k) sum[k] = 0;
-    int64_t count = 0;
-    for (int64_t j = 0; j < y.n(); j += step, ++count) {
-      y.get(j, row.get());
-      for (int64_t k = 0; k < d; ++k)
-        if (std::isfinite(row[k])) sum[k] += static_cast<double>(row[k]);
+    for (int64_t k = 0; k < d; ++k) sum[k] = square[k] = count[k] = 0;
+    for (int pass = 0; pass < 2; ++pass) {  // the mean, then the spread about it
+      for (int64_t j = 0; j < y.n(); j += step) {
+        y.get(j, row.get());
+        for (int64_t k = 0; k < d; ++k) {
+          if (!std::isfinite(row[k])) continue;
+          const double value = static_cast<double>(row[k]);
+          if (pass == 0) {
+            sum[k] += value;
+            count[k] += 1;
+          } else {
+            square[k] += (value - sum[k]) * (value - sum[k]);
+          }
+        }
+      }
+      for (int64_t k = 0; k < d && pass == 0; ++k) sum[k] = count[k] > 0 ? sum[k] / count[k] : 0;
     }
-    for (int64_t k = 0; k < d; ++k) center_[k] = static_cast<T>(count ? sum[k] / static_cast<double>(count) : 0);
+    for (int64_t k = 0; k < d; ++k) {
+      const double spread = count[k] > 0 ? std::sqrt(square[k] / count[k]) : 0;
+      double center = sum[k];
+      if (spread > 0) {
+        const double grid = std::ldexp(1.0, std::ilogb(spread) - 1);
+        center = std::nearbyint(center / grid) * grid;
+      }
+      center_[k] = static_cast<T>(center);
+    }
     x.shift(center_.get());
     y.shift(center_.get());
   }

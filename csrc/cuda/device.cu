@@ -1,6 +1,6 @@
-#include "cuda/device.hpp"
-
 #include <cuda_runtime.h>
+
+#include "cuda/device.hpp"
 
 namespace nearfar::cuda {
 

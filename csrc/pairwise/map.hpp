@@ -18,54 +18,79 @@ namespace {
 struct DotMap {
   static constexpr bool kDistance = false;
   template <class V>
-  static NEARFAR_FN V value(V s) { return s; }
+  static NEARFAR_FN V value(V s) {
+    return s;
+  }
   template <class V>
-  static NEARFAR_FN V pull(V) { return V{} + 1.0f; }
+  static NEARFAR_FN V pull(V) {
+    return V{} + 1.0f;
+  }
 };
 
 struct OneMinusDotMap {
   static constexpr bool kDistance = false;
   template <class V>
-  static NEARFAR_FN V value(V s) { return 1.0f - s; }
+  static NEARFAR_FN V value(V s) {
+    return 1.0f - s;
+  }
   template <class V>
-  static NEARFAR_FN V pull(V) { return V{} - 1.0f; }
+  static NEARFAR_FN V pull(V) {
+    return V{} - 1.0f;
+  }
 };
 
 struct SquaredEuclideanMap {
   static constexpr bool kDistance = true;
   template <class V>
-  static NEARFAR_FN V value(V r) { return r; }
+  static NEARFAR_FN V value(V r) {
+    return r;
+  }
   template <class V>
-  static NEARFAR_FN V pull(V) { return V{} + 2.0f; }
+  static NEARFAR_FN V pull(V) {
+    return V{} + 2.0f;
+  }
 };
 
 /// The subgradient at distance 0 is 0.
 struct EuclideanMap {
   static constexpr bool kDistance = true;
   template <class V>
-  static NEARFAR_FN V value(V r) { return sqrt(r); }
+  static NEARFAR_FN V value(V r) {
+    return sqrt(r);
+  }
   template <class V>
-  static NEARFAR_FN V pull(V value) { return select(value > V{}, 1.0f / value, V{}); }
+  static NEARFAR_FN V pull(V value) {
+    return select(value > V{}, 1.0f / value, V{});
+  }
 };
 
 /// exp(-r / 2): the length scale is divided out of the points beforehand.
 struct GaussianMap {
   static constexpr bool kDistance = true;
   template <class V>
-  static NEARFAR_FN V value(V r) { return exp_flush(V(r * -0.5f)); }
+  static NEARFAR_FN V value(V r) {
+    return exp_flush(V(r * -0.5f));
+  }
   template <class V>
-  static NEARFAR_FN V pull(V value) { return -value; }
+  static NEARFAR_FN V pull(V value) {
+    return -value;
+  }
 };
 
 /// The one switch from the name of a map to its type.
 template <class F>
 inline void with_map(PairMap name, F f) {
   switch (name) {
-    case PairMap::dot: return f(DotMap{});
-    case PairMap::one_minus_dot: return f(OneMinusDotMap{});
-    case PairMap::sqeuclidean: return f(SquaredEuclideanMap{});
-    case PairMap::euclidean: return f(EuclideanMap{});
-    case PairMap::gaussian: return f(GaussianMap{});
+    case PairMap::dot:
+      return f(DotMap{});
+    case PairMap::one_minus_dot:
+      return f(OneMinusDotMap{});
+    case PairMap::sqeuclidean:
+      return f(SquaredEuclideanMap{});
+    case PairMap::euclidean:
+      return f(EuclideanMap{});
+    case PairMap::gaussian:
+      return f(GaussianMap{});
   }
 }
 

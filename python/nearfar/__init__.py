@@ -1,7 +1,7 @@
 """nearfar: reductions over all pairs of two point sets, fused, without the N x M matrix.
 
-Contrastive losses, alignment and uniformity, distances, nearest neighbours, k-means assignment, Gram matrices, for NumPy
-arrays and PyTorch tensors, with gradients.
+Contrastive losses, alignment and uniformity, distances, nearest neighbours, k-means assignment, Gram matrices, for
+NumPy arrays and PyTorch tensors, with gradients.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from . import kernels, losses
 from .clustering import kmeans_assign
 from .distances import cdist, pdist
 from .gradients import value_and_grad
-from .psd import PSDReport, is_psd, psd_report
 from .kernels import gram
 from .losses import (
     alignment,
@@ -24,11 +23,12 @@ from .losses import (
     uniformity_of_sphere,
 )
 from .neighbors import knn
+from .psd import PSDReport, is_psd, psd_report
 from .runtime import build_info, get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     *losses.MODULES,
     "PSDReport",
     "alignment",

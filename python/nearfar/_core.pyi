@@ -52,9 +52,7 @@ def store_grad(
 def matmul(x: object, y: object, v: object, map: str, out: object, threads: int) -> None:
     """out = K(x, y) v."""
 
-def matmul_grad(
-    x: object, y: object, v: object, grad: object, map: str, dx: object, dy: object, threads: int
-) -> None:
+def matmul_grad(x: object, y: object, v: object, grad: object, map: str, dx: object, dy: object, threads: int) -> None:
     """Adds the gradient of <grad, K(x, y) v> to dx and dy."""
 
 def select(

@@ -47,7 +47,7 @@ def compute_dtype(array: Array) -> str:
 
 
 def check_points(**arrays: Array) -> str:
-    """Check that all arrays (None is skipped) are floating, of one kind, device and dtype, on the CPU; return the kind."""
+    """The kind of all arrays (None is skipped), which are floating and of one kind, device and dtype, on the CPU."""
     (first_name, first), *_ = arrays.items()  # never optional
     given = {name: array for name, array in arrays.items() if array is not None or name == first_name}
     kind = kind_of(first, first_name)
@@ -57,10 +57,13 @@ def check_points(**arrays: Array) -> str:
             raise TypeError(f"{name}: expected a {kind} array to match {first_name}, got {own}")
         if own == "torch" and str(array.layout) != "torch.strided":
             raise TypeError(f"{name}: expected a dense tensor, got layout {array.layout}")
+        if own == "numpy":
+            check_memory(array, name)
         if dtype_name(array) not in FLOATS:
             raise TypeError(f"{name}: expected a floating dtype ({', '.join(FLOATS)}), got {dtype_name(array)}")
         if array.dtype != first.dtype:
-            raise TypeError(f"{name}: expected dtype {dtype_name(first)} to match {first_name}, got {dtype_name(array)}")
+            wanted, got = dtype_name(first), dtype_name(array)
+            raise TypeError(f"{name}: expected dtype {wanted} to match {first_name}, got {got}")
         if device_name(array) != device_name(first):
             raise ValueError(
                 f"{name}: expected device {device_name(first)} to match {first_name}, got {device_name(array)}"
@@ -68,6 +71,16 @@ def check_points(**arrays: Array) -> str:
     if device_name(first) != "cpu":
         raise NotImplementedError(f"{first_name}: on {device_name(first)}, but this version computes on the CPU only")
     return kind
+
+
+def check_memory(array: Any, name: str) -> None:
+    """What a NumPy array can be besides plain memory of the machine's own numbers."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected a plain array, got a masked one; pass .filled(value)")
+    if not array.dtype.isnative:
+        raise TypeError(f"{name}: expected native byte order, got dtype {array.dtype.str}; pass a copy")
+    if not array.flags.aligned:
+        raise ValueError(f"{name}: expected aligned {array.dtype}, got misaligned data; pass a copy")
 
 
 def check_matrix(array: Array, name: str) -> None:
@@ -79,14 +92,19 @@ def check_matrix(array: Array, name: str) -> None:
 
 
 def check_shape(array: Array, name: str, shape: Sequence[int], like: str) -> None:
-    """Exactly this shape, which comes from argument `like`."""
+    """Exactly this shape, which comes from argument `like`. Not None."""
+    kind_of(array, name)
     if tuple(array.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)} to match {like}, got {tuple(array.shape)}")
 
 
 def number(value: Any, name: str) -> float:
-    """A real number (or 0-d array) as a float."""
+    """A real number (or 0-d array) as a float, for parameters that have no gradient."""
+    if is_torch(value) and value.requires_grad:
+        raise TypeError(f"{name}: expected a number, got a tensor that requires a gradient, which it does not have")
     try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError("float() would read the text")
         return float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from error

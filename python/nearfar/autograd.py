@@ -134,7 +134,7 @@ _matmul_grad = _define(
 )
 
 
-# ---- plain formulas, a block of rows at a time: what second derivatives are taken of -----------------------------------
+# ---- plain formulas, a block of rows at a time: what second derivatives are taken of ------------------------------------
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def _softmax_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice
     index = torch.arange(n, device=x.device)[rows]
     positives = prepare(positive) if positive is not None else columns[:n]
     chosen = (index + shift) % n
-    s_positive = scale * (x[rows] * positives[chosen]).sum(-1)
+    s_positive: Tensor = scale * (x[rows] * positives[chosen]).sum(-1)
 
     def losses(own: Tensor, others: Tensor) -> Tensor:
         s = scale * own @ others.T
@@ -207,7 +207,8 @@ def _store_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) 
         return value
     n = x.shape[1]
     row, column = torch.arange(n)[rows, None], torch.arange(n)
-    return value[:, column > row]
+    upper: Tensor = value[:, column > row]
+    return upper
 
 
 def _matmul_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
@@ -244,8 +245,13 @@ class _Operation:
     loss: bool
 
 
+def _is_absent(grad: Tensor) -> bool:
+    """An operator's way to return no gradient: an empty vector. Real ones are matrices or numbers."""
+    return grad.dim() == 1 and grad.numel() == 0
+
+
 def _pad(grads: Any, count: int) -> tuple[Tensor | None, ...]:
-    return tuple(None if g.numel() == 0 and g.dim() == 1 else g for g in grads[:count])
+    return tuple(None if _is_absent(g) else g for g in grads[:count])
 
 
 def _softmax_grad(g: Tensor, value: Any, tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Any:
@@ -260,9 +266,7 @@ _OPERATIONS = {
     "softmax": _Operation(
         lambda t, c, gradients: _softmax(None, *t, *c, gradients), _softmax_grad, _softmax_rows, 5, True
     ),
-    "potential": _Operation(
-        lambda t, c, gradients: _potential(*t, *c, gradients), _no_rows, _potential_rows, 1, True
-    ),
+    "potential": _Operation(lambda t, c, gradients: _potential(*t, *c, gradients), _no_rows, _potential_rows, 1, True),
     "alignment": _Operation(
         lambda t, c, gradients: _alignment(None, *t, *c, gradients),
         lambda g, value, t, c: _alignment(g, *t, *c, True)[1:],
@@ -278,7 +282,11 @@ _OPERATIONS = {
         False,
     ),
     "matmul": _Operation(
-        lambda t, c, gradients: (_matmul(*t, *c),), lambda g, value, t, c: _matmul_grad(g, *t, *c), _matmul_rows, 3, False
+        lambda t, c, gradients: (_matmul(*t, *c),),
+        lambda g, value, t, c: _matmul_grad(g, *t, *c),
+        _matmul_rows,
+        3,
+        False,
     ),
 }
 
@@ -359,7 +367,7 @@ class _Backward(Function):
     def forward(name: str, count: int, g: Tensor, *args: Any) -> Any:
         operation, output, tensors, config = _Backward._parts(name, count, args)
         if _is_scalar_loss(name, config):
-            return tuple(grad if grad.numel() == 0 and grad.dim() == 1 else grad * g.to(grad.dtype) for grad in output[1:])
+            return tuple(grad if _is_absent(grad) else grad * g.to(grad.dtype) for grad in output[1:])
         return tuple(operation.grad(g, output[0], tensors, config))
 
     @staticmethod
@@ -390,10 +398,10 @@ class _Backward(Function):
 
 # Function.apply binds its arguments to this signature at every call; finding it anew costs more than a small loss.
 for _function in (_Forward, _Backward):
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
+    setattr(_function.forward, "__signature__", inspect.signature(_function.forward))  # noqa: B010
 
 
-# ---- second derivatives ------------------------------------------------------------------------------------------------
+# ---- second derivatives ----------------------------------------------------------------------------------------------
 
 
 def _blocks(n: int) -> Iterator[slice]:
@@ -476,7 +484,7 @@ def _potential_second(
     return along.to(g.dtype), [(g * (second - first * along)).to(tensors[0].dtype)]
 
 
-# ---- what the public functions call ------------------------------------------------------------------------------------
+# ---- what the public functions call ----------------------------------------------------------------------------------
 
 
 def apply(name: str, tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tensor:
@@ -486,6 +494,6 @@ def apply(name: str, tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tenso
     if not gradients:
         result: Tensor = operation.forward(tensors, config, False)[0]
         return result
-    value: Tensor = _Forward.apply(name, _is_scalar_loss(name, config), len(tensors), *tensors, *config)[0]
+    made = _is_scalar_loss(name, config)
+    value: Tensor = _Forward.apply(name, made, len(tensors), *tensors, *config)[0]  # type: ignore[no-untyped-call]
     return value
-

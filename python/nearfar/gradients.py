@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
@@ -20,10 +21,11 @@ from .arrays import Array, concatenate, is_torch
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_OPERATIONS: dict[str, Callable[..., Any]] = {
-    "softmax": lambda t, c, gradients: operations.softmax(None, *t, *c, gradients),
-    "potential": lambda t, c, gradients: operations.potential(*t, *c, gradients),
-    "alignment": lambda t, c, gradients: operations.alignment(None, *t, *c, gradients),
+# Each takes (weights of the rows: none here, inputs, config, whether gradients are wanted).
+_OPERATIONS: dict[str, tuple[Callable[..., Any], bool]] = {
+    "softmax": (operations.softmax, True),
+    "potential": (operations.potential, False),
+    "alignment": (operations.alignment, True),
 }
 
 
@@ -57,21 +59,27 @@ class Call:
     extra: tuple[Any, ...] = field(default=())  # inputs without gradients, after the parts
 
 
+def _launch(call: Call, gradients: bool) -> Any:
+    operation, weighted = _OPERATIONS[call.operation]
+    tensors = (*(part.value() for part in call.parts), *call.extra)
+    return operation(*((None,) if weighted else ()), *tensors, *call.config, gradients)
+
+
 def run(call: Call) -> Array:
     """The value; for torch connected to the graph."""
-    tensors = (*(part.value() for part in call.parts), *call.extra)
     if is_torch(call.parts[0].arrays[0]):
         from . import autograd
 
+        tensors = (*(part.value() for part in call.parts), *call.extra)
         value = autograd.apply(call.operation, tensors, call.config)
     else:
-        value = _OPERATIONS[call.operation](tensors, call.config, False)[0]
+        value = _launch(call, False)[0]
         value = value[()] if value.ndim == 0 else value
     return value + call.offset if call.offset else value
 
 
 def differentiable(plan: Callable[P, Call]) -> Callable[P, Any]:
-    """A public loss from its plan: the decorated function plans, the result launches; `value_and_grad` finds the plan."""
+    """A public loss from its plan: calling it plans and launches; `value_and_grad` finds the plan."""
 
     @functools.wraps(plan)
     def function(*args: P.args, **kwargs: P.kwargs) -> Any:
@@ -117,7 +125,11 @@ def value_and_grad(f: Callable[..., Any], argnums: int | Sequence[int] = 0) -> C
     >>> float(round(value, 6)), dq.shape, dk.shape
     (0.743668, (4, 4), (4, 4))
     """
-    wanted = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    single = hasattr(argnums, "__index__")
+    try:
+        wanted = tuple(map(operator.index, (argnums,) if single else argnums))  # type: ignore[arg-type]
+    except TypeError as error:
+        raise TypeError(f"argnums: expected an int or a sequence of ints, got {argnums!r}") from error
 
     @functools.wraps(f)
     def function(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -125,7 +137,7 @@ def value_and_grad(f: Callable[..., Any], argnums: int | Sequence[int] = 0) -> C
             value, grads = _torch_value_and_grad(f, wanted, args, kwargs)
         else:
             value, grads = _plan_value_and_grad(f, wanted, args, kwargs)
-        return value, grads[0] if isinstance(argnums, int) else tuple(grads)
+        return value, grads[0] if single else tuple(grads)
 
     return function
 
@@ -147,8 +159,8 @@ def _torch_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: An
     leaves = []
     for name in names:
         value = bound.arguments.get(name)
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f"argnums: {name} is not a tensor, so it has no gradient")
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            raise ValueError(f"argnums: {name} is not a floating tensor, so it has no gradient")
         bound.arguments[name] = value.detach().requires_grad_()
         leaves.append(bound.arguments[name])
     with torch.enable_grad():
@@ -166,8 +178,7 @@ def _plan_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: Any
     call = plan(*args, **kwargs)
     if not call.scalar:
         raise ValueError("f: expected a scalar value (reduction 'mean' or 'sum')")
-    tensors = (*(part.value() for part in call.parts), *call.extra)
-    value, *gradients = _OPERATIONS[call.operation](tensors, call.config, True)
+    value, *gradients = _launch(call, True)
     found: dict[str, Any] = {}
     for part, gradient in zip(call.parts, gradients, strict=True):
         if gradient is None:

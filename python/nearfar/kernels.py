@@ -48,7 +48,7 @@ class Gaussian:
         if not is_torch(lengthscale):
             values = np.asarray(lengthscale, np.float64)
             if values.ndim > 1 or not np.all((values > 0) & np.isfinite(values)):
-                raise ValueError(f"lengthscale: expected a positive number or an array (d,) of them, got {lengthscale!r}")
+                raise ValueError(f"lengthscale: expected a positive number or (d,) of them, got {lengthscale!r}")
 
     def __repr__(self) -> str:
         return f"Gaussian(lengthscale={self.lengthscale!r})"

@@ -21,6 +21,9 @@ from .runtime import get_num_threads
 # twice: four matrix products instead of three.
 STRIP_BUDGET = 32 << 20
 
+# The largest multiplier of dot products.
+LARGEST = {name: float(np.finfo(name).max) for name in ("float32", "float64")}
+
 
 def _reduced(like: Array, rows: Array, total: float, reduction: str) -> Array:
     if reduction == "none":
@@ -58,8 +61,8 @@ def softmax(
     ``y=None``: the columns are x itself. ``positive=None``: the positives are the first n columns, row ``i + shift``.
     """
     scale = float(scale)
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"temperature: expected a positive number, got {1 / scale if scale else math.inf}")
+    if not 0 < scale <= LARGEST[compute_dtype(x)]:
+        raise ValueError(f"temperature, logit_scale: expected a positive number, got logit_scale = {scale}")
     n, d = x.shape
     columns = x if y is None else y
     own_positive = positive is not None
@@ -193,9 +196,7 @@ def matmul_grad(grad: Array, x: Array, y: Array | None, v: Array, map: str) -> t
     return cast(dx, dtype), cast(dy, dtype), cast(dv, dtype)
 
 
-def select(
-    x: Array, y: Array | None, map: str, normalize: bool, exclude_self: bool, k: int
-) -> tuple[Array, Array]:
+def select(x: Array, y: Array | None, map: str, normalize: bool, exclude_self: bool, k: int) -> tuple[Array, Array]:
     """The k best columns of every row: values and int64 indices, (b, n, k)."""
     value = empty(x, (x.shape[0], x.shape[1], k))
     index = empty(x, (x.shape[0], x.shape[1], k), "int64")

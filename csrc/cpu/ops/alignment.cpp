@@ -1,7 +1,7 @@
-// Alignment: |u_i - v_i|^alpha of paired rows, from the differences (2 - 2 <u, v> loses a quarter of it at distance 1e-3
-// in float32). O(N D), no pairs; here because it reads rows as the other losses do and shares their gradients' last step.
-// In double throughout: unit rows rounded to float32 are 6e-8 off, which at distance 1e-3 is 3e-6 of the value and 2.5e-5
-// of the gradient.
+// Alignment: |u_i - v_i|^alpha of paired rows, from the differences (2 - 2 <u, v> loses a quarter of it at distance
+// 1e-3 in float32). O(N D), no pairs; here because it reads rows as the other losses do and shares their gradients'
+// last step. In double throughout: unit rows rounded to float32 are 6e-8 off, which at distance 1e-3 is 3e-6 of the
+// value and 2.5e-5 of the gradient.
 #include "cpu/rows.hpp"
 
 namespace nearfar {

@@ -1,5 +1,5 @@
-// The rate of float32 multiply-adds that this instruction set reaches from registers: what every fraction in the benchmarks
-// is a fraction of.
+// The rate of float32 multiply-adds that this instruction set reaches from registers: what every fraction in the
+// benchmarks is a fraction of.
 #include <chrono>
 
 #include "cpu/threads.hpp"

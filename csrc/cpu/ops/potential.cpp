@@ -1,8 +1,8 @@
 // Gaussian potential: log sum_{i<j} exp(-t |x_i - x_j|^2) and its gradient (Wang & Isola 2020).
 //
-// The normaliser is one number, so the gradient needs no second look at the scores: weights are exp(-t r + t r_0) with a
-// reference r_0, summed while they are used, and divided by their sum at the end. On the sphere r <= 4, so r_0 = 0 will
-// do unless t is large; else r_0 is the least distance, found by a pass of its own.
+// The normaliser is one number, so the gradient needs no second look at the scores: weights are exp(-t r + t r_0) with
+// a reference r_0, summed while they are used, and divided by their sum at the end. On the sphere r <= 4, so r_0 = 0
+// will do unless t is large; else r_0 is the least distance, found by a pass of its own.
 #include "cpu/mask.hpp"
 
 namespace nearfar {

@@ -1,13 +1,13 @@
 // Select: for every row the k best columns. k-means assignment (k = 1) and k nearest neighbours.
 //
-// Columns are scanned in ascending order and replace a kept one only when strictly better, so ties go to the lower index.
-// The kept candidates are then measured again from the original rows and sorted by (value, index).
+// Columns are scanned in ascending order and replace a kept one only when strictly better, so ties go to the lower
+// index. The kept candidates are then measured again from the original rows and sorted by (value, index).
 #include "cpu/mask.hpp"
 
 namespace nearfar {
 namespace {
 
-/// What is minimised: the squared distance as it is, its expansion without |x|^2, or the negative dot product.
+/// What is minimised: the squared distance, direct or expanded here in the scan, or the negative dot product.
 enum class Key { direct, expanded, negative_dot };
 
 template <class T, Key KEY>
@@ -39,8 +39,8 @@ class Select {
   struct Panel {
     int64_t row;
     const T* squares;
-    T* worst;        // per lane: what a candidate must beat
-    T* kept;         // [lane][k], sorted
+    T* worst;  // per lane: what a candidate must beat
+    T* kept;   // [lane][k], sorted
     int64_t* index;
   };
 
@@ -74,8 +74,8 @@ class Select {
     if (KEY == Key::direct) return s;
     if (KEY == Key::negative_dot) return -s;
     const T square = *o.squares(j);
-    const Vec<T> value = splat<T>(square) - T(2) * s;
-    near |= value <= splat<T>(square * Operands<T>::kNear) - own * (1 - Operands<T>::kNear);
+    const Vec<T> value = own + (splat<T>(square) - T(2) * s);
+    near |= value <= (own + splat<T>(square)) * Operands<T>::kNear;
     return value;
   }
 
@@ -89,8 +89,7 @@ class Select {
       if (!any(near)) continue;
       for (int u = 0; u < kLanes<T>; ++u) {
         const int64_t lane = v * kLanes<T> + u;
-        if (near[u] && panel.row + lane < n)
-          out[lane] = o.direct_distance(panel.row + lane, j, rows.get()) - panel.squares[lane];
+        if (near[u] && panel.row + lane < n) out[lane] = o.direct_distance(panel.row + lane, j, rows.get());
       }
     }
   }

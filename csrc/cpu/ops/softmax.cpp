@@ -4,9 +4,10 @@
 //
 // D(i) are the columns that the mask leaves. The positive s_i+ is computed from its two rows and kept apart, so that
 // loss_i = softplus(z_i), z_i = log sum_{D(i)} e^{s_ij} - s_i+, and its slope -1 / (1 + e^{-z_i}) by the positive keep
-// their digits when they are small. The gradient weights are dL/ds_ij = w_i e^{s_ij - lse_i} (and the same of columns), so both gradients are
-// products with exp(s), which a strip keeps until its log-sum-exp is known: three matrix products in all. Where columns
-// have a normaliser too (CLIP, NT-Xent) it is known only after a whole pass, so scores are computed twice.
+// their digits when they are small. The gradient weights are dL/ds_ij = w_i e^{s_ij - lse_i} (and the same of columns),
+// so both gradients are products with exp(s), which a strip keeps until its log-sum-exp is known: three matrix products
+// in all. Where columns have a normaliser too (CLIP, NT-Xent) it is known only after a whole pass, so scores are
+// computed twice.
 #include "cpu/mask.hpp"
 #include "cpu/strip.hpp"
 #include "pairwise/reduce.hpp"
@@ -27,8 +28,12 @@ struct LseCell {
   static constexpr bool kScores = true;
 
   LseCell(const Operands<T>& operands, const Mask<T>& mask, bool keep_weights)
-      : o(operands), mask_(mask), keep(keep_weights), max(o.chunks.count * P::kStripRows),
-        sum(o.chunks.count * P::kStripRows), factor_(keep ? o.chunks.count * P::kStripRows : 0) {
+      : o(operands),
+        mask_(mask),
+        keep(keep_weights),
+        max(o.chunks.count * P::kStripRows),
+        sum(o.chunks.count * P::kStripRows),
+        factor_(keep ? o.chunks.count * P::kStripRows : 0) {
     if (!COLUMNS) return;
     const int64_t size = o.chunks.tiles * P::MR * P::NR;
     column_max = Buffer<T>(size);
@@ -154,8 +159,12 @@ class Softmax {
 
  public:
   explicit Softmax(SoftmaxParams<T>& params)
-      : p(params), n(params.x.n), m(params.y.n), d(params.x.d),
-        o(params.x, params.y, params.normalize, false, false, params.threads), positive(params.positive),
+      : p(params),
+        n(params.x.n),
+        m(params.y.n),
+        d(params.x.d),
+        o(params.x, params.y, params.normalize, false, false, params.threads),
+        positive(params.positive),
         paired(params.paired),
         mask{o, -kInfinity, params.mode == SoftmaxMode::pairs, skip_shift(params), params.ids_x, params.ids_y} {
     if (p.normalize && positive.n() > 0) positive.normalize(p.threads);
@@ -291,7 +300,8 @@ class Softmax {
     add_positives();
     Buffer<double> along(n);
     finish_rows(o.x, p.dx, along.get());
-    // sum_ij (dL/ds_ij) s_ij = sum_i <x_i, dx_i> for unit rows before the projection; with pairs every score counts twice.
+    // sum_ij (dL/ds_ij) s_ij = sum_i <x_i, dx_i> for unit rows before the projection; with pairs every score counts
+    // twice.
     for (int64_t i = 0; i < n; ++i) p.dscale += along[i];
     p.dscale /= p.mode == SoftmaxMode::pairs ? 2 * p.scale : p.scale;
     if (p.dy != p.dx) finish_rows(o.y, p.dy, nullptr);
@@ -306,7 +316,8 @@ class Softmax {
   }
 
   void add_positives() {
-    // dx and dpositive may be one array (NT-Xent), where row i is written for two anchors: serial there, by task elsewhere.
+    // dx and dpositive may be one array (NT-Xent), where row i is written for two anchors: serial there, by task
+    // elsewhere.
     const bool alias = p.dpositive == p.dx;
     parallel_for(o.x.tasks(), alias ? 1 : p.threads, [&](int64_t task, int) {
       Buffer<T> rows(2 * d);

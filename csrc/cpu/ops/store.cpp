@@ -1,7 +1,8 @@
-// Store: the whole matrix of a map, and the gradient through it. Here, and only here, the matrix exists: it is the result.
+// Store: the whole matrix of a map, and the gradient through it. Here, and only here, the matrix exists: it is the
+// result.
 //
-// The second index runs along the lanes, so that rows of the result are written in order. Where y is x, tiles on and above
-// the diagonal are computed and mirrored.
+// The second index runs along the lanes, so that rows of the result are written in order. Where y is x, tiles on and
+// above the diagonal are computed and mirrored.
 #include <type_traits>
 
 #include "cpu/mask.hpp"

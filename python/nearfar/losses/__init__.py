@@ -10,7 +10,7 @@ from .sphere import alignment, uniformity, uniformity_of_sphere
 
 MODULES = ("AlignmentLoss", "ClipLoss", "InfoNCELoss", "NTXentLoss", "UniformityLoss")
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     *MODULES,
     "alignment",
     "clip_loss",

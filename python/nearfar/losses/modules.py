@@ -8,17 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arrays import number
 from .softmax import check_reduction, clip_loss, info_nce_loss, nt_xent_loss
 from .sphere import alignment, uniformity
 
 
 class _TemperatureLoss(nn.Module):
-    """A temperature that is fixed, or learned as `log_logit_scale` (init ln(1/temperature), at most ln 100 in forward)."""
+    """A temperature that is fixed, or learned as `log_logit_scale` (init ln(1/temperature); at most ln 100)."""
 
     log_logit_scale: nn.Parameter
 
     def __init__(self, temperature: float, learnable_temperature: bool, reduction: str, normalize: bool) -> None:
         super().__init__()
+        temperature = number(temperature, "temperature")
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
         check_reduction(reduction)
@@ -48,7 +50,7 @@ class InfoNCELoss(_TemperatureLoss):
     temperature : float
         Default 0.07.
     learnable_temperature : bool
-        Hold ``log_logit_scale = ln(1 / temperature)`` as a parameter, clamped to at most ln 100 in forward as CLIP does.
+        Hold ``log_logit_scale = ln(1 / temperature)`` as a parameter, at most ln 100 in forward as in CLIP.
     symmetric, reduction, normalize
         As in the function.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, check_matrix, check_points, check_shape, is_torch, kind_of, number
+from ..arrays import Array, check_matrix, check_points, check_shape, dtype_name, is_torch, kind_of, number
 from ..gradients import NOTHING, Call, Part, differentiable
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -23,7 +23,7 @@ def check_reduction(reduction: str) -> None:
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
 
 
-def scale_part(temperature: Any, logit_scale: Any, default: float, like: Array) -> Part:
+def scale_part(temperature: Any, logit_scale: Any, default: Any, like: Array) -> Part:
     """The multiplier of dot products as an operation's input, from whichever of the two was given."""
     if temperature is not None and logit_scale is not None:
         raise ValueError("temperature: give temperature or logit_scale, not both")
@@ -34,8 +34,11 @@ def scale_part(temperature: Any, logit_scale: Any, default: float, like: Array) 
             raise TypeError(f"{name}: expected a number or a NumPy 0-d array to match the points, got a torch.Tensor")
         if given.ndim != 0:
             raise ValueError(f"{name}: expected a number or a 0-d array, got shape {tuple(given.shape)}")
-        # The value is checked where it is known without stopping a compiled graph: in the operation.
-        return Part((name,), (1 / given if name == "temperature" else given,))
+        if given.is_complex():
+            raise TypeError(f"{name}: expected a real number, got {dtype_name(given)}")
+        # The value is checked where it is known without stopping a compiled graph: in the operation. In double, so that
+        # a temperature in a low precision is not rounded once more.
+        return Part((name,), (1 / given.double() if name == "temperature" else given,))
     if np.ndim(given) != 0:
         raise ValueError(f"{name}: expected a number or a 0-d array, got shape {np.shape(given)}")
     value = number(given, name)
@@ -143,8 +146,9 @@ def info_nce_loss(
     check_shape(positive_key, "positive_key", (n, d), "query")
     own = negative_keys is not None and negative_keys.ndim == 3
     if negative_keys is not None:
-        expected = (n, negative_keys.shape[1], d) if own else (negative_keys.shape[0], d)
-        check_shape(negative_keys, "negative_keys", expected, "query")
+        if negative_keys.ndim not in (2, 3):
+            raise ValueError(f"negative_keys: expected shape (m, {d}) or ({n}, m, {d}), got {tuple(negative_keys.shape)}")
+        check_shape(negative_keys, "negative_keys", (*((n,) if own else ()), negative_keys.shape[-2], d), "query")
         if symmetric:
             raise ValueError("negative_keys: not with symmetric=True, which has no query for them")
     in_batch = negative_keys is None if in_batch is None else bool(in_batch)

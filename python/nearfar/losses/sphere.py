@@ -144,5 +144,3 @@ def uniformity_of_sphere(dim: int, t: float = 2) -> float:
         log_sum = high + math.log1p(math.exp(-abs(log_term - log_sum)))
         if log_term < log_sum - 40 and k > t:
             return -2 * t + log_sum
-
-
