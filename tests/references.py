@@ -68,9 +68,12 @@ def allowed(x, y, metric, expected):
     d = x.shape[-1]
     grow = 4 + np.sqrt(d) / 2
     if metric == "dot":
-        return grow * eps * np.linalg.norm(x.astype(float), axis=-1)[..., :, None] * np.linalg.norm(
-            y.astype(float), axis=-1
-        )[..., None, :]
+        return (
+            grow
+            * eps
+            * np.linalg.norm(x.astype(float), axis=-1)[..., :, None]
+            * np.linalg.norm(y.astype(float), axis=-1)[..., None, :]
+        )
     if metric == "cosine":
         near = 8 * eps * np.sqrt(2 * expected) + 8 * eps**2
         return np.where(expected < NEAR / 1.2, near, grow * eps)
