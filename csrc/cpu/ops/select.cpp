@@ -23,7 +23,7 @@ class Select {
   void run() {
     // Few rows: cut the columns too, by the shape alone; parts are merged in order.
     const int64_t strips = ceil_div(n, P::kStripRows), chunks = o.chunks.count;
-    splits_ = strips >= 16 || chunks == 0 ? 1 : (16 / strips < chunks ? 16 / strips : chunks);
+    splits_ = o.chunks.parts(strips);
     kept_ = Buffer<T>(strips * splits_ * P::kStripRows * k);
     index_ = Buffer<int64_t>(strips * splits_ * P::kStripRows * k);
     parallel_for(strips * splits_, p.threads, [&](int64_t task, int) {
