@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from generators import layouts, numpy_of, of_kind, points
+from generators import layouts, numpy_of, of_kind, points, rng
 from references import KINDS, METRICS, allowed, distances, nearest, same_bits
 
 import nearfar as nf
@@ -124,6 +124,24 @@ def test_every_metric_every_dtype(metric, d):
             assert np.allclose(own.astype(float), best.astype(float), rtol=scale, atol=scale)
             error = np.abs(values - sign * own)
             assert np.all(error <= np.take_along_axis(allowed(x, y, metric, expected), indices, 1))
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("d", [3, 17, 128])
+def test_cosine_of_nearly_parallel_rows(d):
+    """Angles down to 1e-3 are told apart: 1 - cos is there a few times the rounding of 1."""
+    x = points(30, d, "float32")
+    angles = 1e-3 * (1 + np.arange(12))
+    across = points(30, d, seed=1)
+    across -= x * (across * x).sum(1, keepdims=True) / (x.astype(float) ** 2).sum(1, keepdims=True)
+    across *= np.linalg.norm(x, axis=1, keepdims=True) / np.linalg.norm(across, axis=1, keepdims=True)
+    for i in range(30):
+        y = (x[i] + np.tan(angles)[:, None] * across[i]) * rng(i).uniform(0.1, 10, (12, 1))
+        y = np.concatenate([y, -y, across[i : i + 1]])[::-1].astype("float32")
+        values, indices = nf.knn(x[i : i + 1], y, 12, metric="cosine")
+        assert np.array_equal(indices[0], 24 - np.arange(12))
+        assert np.allclose(values[0], distances(x[i : i + 1], y, "cosine")[0, indices[0]], rtol=2e-3, atol=0)
+    assert np.all(nf.knn(x, 3 * x, 1, metric="cosine")[0] >= 0)
 
 
 @pytest.mark.isa
