@@ -216,8 +216,10 @@ def test_second_derivative_in_blocks(monkeypatch):
 def test_hessian_of_uniformity():
     q = leaf(6, 3)
     ours = torch.autograd.functional.hessian(lambda x: nf.uniformity(x), q)
+
     def dense(x):
         return torch.logsumexp(-2 * torch.pdist(torch.nn.functional.normalize(x)) ** 2, 0)
+
     assert_gradient(ours, torch.autograd.functional.hessian(dense, q).numpy(), 1e-10)
 
 
@@ -283,7 +285,10 @@ def test_weights_of_rows(dtype):
     x, y = (torch.from_numpy(a) for a in pairs(150, 5, dtype))
     weights = torch.from_numpy(points(150, 1, dtype)[:, 0])
     weights[::3] = 0
-    for f, names in ((nf.info_nce_loss, ("query", "positive_key")), (nf.clip_loss, ("image_features", "text_features"))):
+    for f, names in (
+        (nf.info_nce_loss, ("query", "positive_key")),
+        (nf.clip_loss, ("image_features", "text_features")),
+    ):
         arguments = dict(zip(names, (x, y), strict=True)) | {"logit_scale": torch.tensor(3.0, dtype=torch.float64)}
         compare(f, list(arguments), dtype, weights=weights, reduction="none", **arguments, value_floor=1.0)
     # As an expanded scalar: zero strides.
@@ -531,7 +536,9 @@ def test_modules_are_the_functions():
         x, y, negatives, temperature=0.2, reduction="sum", normalize=False, in_batch=True
     )
     assert nf.NTXentLoss()(x, y) == nf.nt_xent_loss(x, y)
-    assert torch.equal(nf.NTXentLoss(0.1, reduction="none")(x, y), nf.nt_xent_loss(x, y, logit_scale=10, reduction="none"))
+    assert torch.equal(
+        nf.NTXentLoss(0.1, reduction="none")(x, y), nf.nt_xent_loss(x, y, logit_scale=10, reduction="none")
+    )
     assert nf.ClipLoss()(x, y) == nf.clip_loss(x, y)
     assert nf.ClipLoss()(x, y, 20.0) == nf.clip_loss(x, y, 20.0)
     assert nf.ClipLoss(0.2, normalize=False)(x, y) == nf.clip_loss(x, y, 5.0, normalize=False)

@@ -136,7 +136,7 @@ def test_uniformity_columns(dtype, d):
 @pytest.mark.parametrize("t", [0.01, 0.5, 2, 10, 15.1, 100])
 @pytest.mark.parametrize("d", [3, 40])
 def test_uniformity_options(dtype, t, d):
-    x = points(90, d, dtype) / (1 if dtype == "float64" else 1)
+    x = points(90, d, dtype)
     compare(nf.uniformity, ["x"], dtype, x=x, t=t, value_floor=1.0)
     # Weights of far points are exponentials of large numbers: they carry those numbers' rounding.
     x = x / np.sqrt(np.asarray(t * d, dtype))

@@ -207,13 +207,13 @@ def _store_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) 
         return value
     n = x.shape[1]
     row, column = torch.arange(n)[rows, None], torch.arange(n)
-    upper: Tensor = value[:, column > row]
-    return upper
+    return value[:, column > row]
 
 
 def _matmul_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
     x, y, v = tensors
-    return _apply_map(config[0], x[:, rows], x if y is None else y) @ v
+    product: Tensor = _apply_map(config[0], x[:, rows], x if y is None else y) @ v
+    return product
 
 
 def _potential_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:

@@ -147,7 +147,9 @@ def info_nce_loss(
     own = negative_keys is not None and negative_keys.ndim == 3
     if negative_keys is not None:
         if negative_keys.ndim not in (2, 3):
-            raise ValueError(f"negative_keys: expected shape (m, {d}) or ({n}, m, {d}), got {tuple(negative_keys.shape)}")
+            raise ValueError(
+                f"negative_keys: expected shape (m, {d}) or ({n}, m, {d}), got {tuple(negative_keys.shape)}"
+            )
         check_shape(negative_keys, "negative_keys", (*((n,) if own else ()), negative_keys.shape[-2], d), "query")
         if symmetric:
             raise ValueError("negative_keys: not with symmetric=True, which has no query for them")
