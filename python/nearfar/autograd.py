@@ -134,7 +134,7 @@ _matmul_grad = _define(
 )
 
 
-# ---- plain formulas, a block of rows at a time: what second derivatives are taken of ------------------------------------
+# ---- plain formulas, a block of rows at a time: what second derivatives are taken of ---------------------------------
 
 
 def _unit(x: Tensor) -> Tensor:
