@@ -23,7 +23,7 @@ _COMMANDS = {
 # What a command may miss: module, the name pip knows it by.
 _PIP_NAMES = {"sklearn": "scikit-learn", "torch": "torch", "matplotlib": "matplotlib", "rich": "rich"}
 _NEEDS = {"demo": tuple(_PIP_NAMES)}
-_EXTRA = {"demo": "demo", "bench": "all"}
+_EXTRA = {"demo": "demo", "bench": "bench"}
 
 
 class _Info:
