@@ -248,7 +248,11 @@ def picture(path: str, history: History, encoder: nn.Module, digits: Digits, res
     table.axis("off")
     columns = ["probe\nall labels", f"probe\n{FEW} a class", "5-NN", "alignment", "uniformity"]
     cells = [
-        [*(f"{100 * r[key]:.1f} %" for key in ("probe", "few", "knn")), f"{r['alignment']:.3f}", f"{r['uniformity']:.2f}"]
+        [
+            *(f"{100 * r[key]:.1f} %" for key in ("probe", "few", "knn")),
+            f"{r['alignment']:.3f}",
+            f"{r['uniformity']:.2f}",
+        ]
         for r in results.values()
     ]
     rows = [name.replace(" ", "\n") for name in results]
