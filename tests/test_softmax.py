@@ -664,7 +664,7 @@ def test_value_does_not_depend_on_gradients():
 
 
 def test_memory_is_linear():
-    """N = 16384, D = 128, value and gradients: under 64 MiB beyond the inputs and the gradients' own 16 MiB... in all."""
+    """N = 16384, D = 128, value and both gradients, 16 MiB themselves: under 64 MiB beyond the inputs."""
     code = """
         import resource
         import numpy as np

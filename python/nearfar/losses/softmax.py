@@ -39,8 +39,8 @@ def scale_part(temperature: Any, logit_scale: Any, default: Any, like: Array) ->
         # The value is checked where it is known without stopping a compiled graph: in the operation. In double, so that
         # a temperature in a low precision is not rounded once more.
         return Part((name,), (1 / given.double() if name == "temperature" else given,))
-    if np.ndim(given) != 0:
-        raise ValueError(f"{name}: expected a number or a 0-d array, got shape {np.shape(given)}")
+    if getattr(given, "ndim", 0) != 0:
+        raise ValueError(f"{name}: expected a number or a 0-d array, got shape {given.shape}")
     value = number(given, name)
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name}: expected a positive number, got {value}")
