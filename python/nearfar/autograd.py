@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import operations
+from . import formulas, operations
 
 _BLOCK = 512  # rows of a second derivative at a time
 
@@ -133,100 +133,6 @@ _matmul_grad = _define(
 )
 
 
-# ---- plain formulas, a block of rows at a time: what second derivatives are taken of ---------------------------------
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Rows of unit norm; a zero row stays zero, with zero derivatives."""
-    square = (x * x).sum(-1, keepdim=True)
-    return x * torch.where(square > 0, square, 1.0).rsqrt() * (square > 0)
-
-
-def _apply_map(map: str, x: Tensor, y: Tensor) -> Tensor:
-    if map in ("dot", "one_minus_dot"):
-        s = x @ y.mT
-        return s if map == "dot" else 1 - s
-    square = (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1)
-    if map == "sqeuclidean":
-        return square
-    if map == "gaussian":
-        return torch.exp(-square / 2)
-    return torch.where(square > 0, torch.where(square > 0, square, 1.0).sqrt(), 0.0)
-
-
-def _softmax_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
-    x, y, positive, paired, scale, ids = tensors
-    mode, _, normalize, in_sum, shift = config
-    prepare = _unit if normalize else (lambda z: z)
-    scale = scale.to(x.dtype)
-    x = prepare(x)
-    columns = x if y is None else prepare(y)
-    n = x.shape[0]
-    index = torch.arange(n, device=x.device)[rows]
-    positives = prepare(positive) if positive is not None else columns[:n]
-    chosen = (index + shift) % n
-    s_positive: Tensor = scale * (x[rows] * positives[chosen]).sum(-1)
-
-    def losses(own: Tensor, others: Tensor) -> Tensor:
-        s = scale * own @ others.T
-        out = torch.zeros_like(s, dtype=torch.bool)
-        column = torch.arange(others.shape[0], device=x.device)
-        if positive is None:
-            out = out | (column == chosen[:, None])
-        if mode == "pairs":
-            out = out | (column == index[:, None])
-        if ids is not None:
-            out[:, :n] |= ids[rows, None] == ids
-        parts = [s.masked_fill(out, -torch.inf)]
-        if in_sum:
-            parts.append(s_positive[:, None])
-        if paired is not None:
-            parts.append(scale * (prepare(paired[rows]) * own[:, None]).sum(-1))
-        return torch.logsumexp(torch.cat(parts, 1), 1) - s_positive
-
-    if mode == "both":
-        return (losses(x[rows], columns) + losses(columns[rows], x)) / 2
-    return losses(x[rows], columns)
-
-
-def _alignment_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
-    alpha, _, normalize = config
-    x, y = (_unit(z[rows]) if normalize else z[rows] for z in tensors)
-    square = (x - y).square().sum(-1)
-    return torch.where(square > 0, torch.where(square > 0, square, 1.0) ** (alpha / 2), 0.0)
-
-
-def _store_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
-    x, y = tensors
-    map, normalize, condensed = config
-    prepare = _unit if normalize else (lambda z: z)
-    columns = prepare(x if y is None else y)
-    value = _apply_map(map, prepare(x)[:, rows], columns)
-    if not condensed:
-        return value
-    n = x.shape[1]
-    row, column = torch.arange(n)[rows, None], torch.arange(n)
-    return value[:, column > row]
-
-
-def _matmul_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
-    x, y, v = tensors
-    product: Tensor = _apply_map(config[0], x[:, rows], x if y is None else y) @ v
-    return product
-
-
-def _potential_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
-    (x,) = tensors
-    t, normalize = config
-    x = _unit(x) if normalize else x
-    n = x.shape[0]
-    with torch.no_grad():
-        center = x.mean(0)
-    square = _apply_map("sqeuclidean", (x - center)[rows], x - center)
-    later = torch.arange(n, device=x.device) > torch.arange(n, device=x.device)[rows, None]
-    return torch.where(later, -t * square, -torch.inf)
-
-
 # ---- operations ------------------------------------------------------------------------------------------------------
 
 
@@ -263,27 +169,29 @@ def _no_rows(*_: Any) -> Tensor:
 
 _OPERATIONS = {
     "softmax": _Operation(
-        lambda t, c, gradients: _softmax(None, *t, *c, gradients), _softmax_grad, _softmax_rows, 5, True
+        lambda t, c, gradients: _softmax(None, *t, *c, gradients), _softmax_grad, formulas.softmax_rows, 5, True
     ),
-    "potential": _Operation(lambda t, c, gradients: _potential(*t, *c, gradients), _no_rows, _potential_rows, 1, True),
+    "potential": _Operation(
+        lambda t, c, gradients: _potential(*t, *c, gradients), _no_rows, formulas.potential_rows, 1, True
+    ),
     "alignment": _Operation(
         lambda t, c, gradients: _alignment(None, *t, *c, gradients),
         lambda g, value, t, c: _alignment(g, *t, *c, True)[1:],
-        _alignment_rows,
+        formulas.alignment_rows,
         2,
         True,
     ),
     "store": _Operation(
         lambda t, c, gradients: (_store(*t, *c),),
         lambda g, value, t, c: _store_grad(g, value, *t, *c),
-        _store_rows,
+        formulas.store_rows,
         2,
         False,
     ),
     "matmul": _Operation(
         lambda t, c, gradients: (_matmul(*t, *c),),
         lambda g, value, t, c: _matmul_grad(g, *t, *c),
-        _matmul_rows,
+        formulas.matmul_rows,
         3,
         False,
     ),
@@ -387,7 +295,7 @@ class _Backward(Function):
         vectors = tuple(None if v is None or t is None else v for v, t in zip(vectors, tensors, strict=False))
         if all(v is None for v in vectors):
             return (None,) * (3 + ctx.skip + ctx.count + len(ctx.config))
-        g_grad, *grads = _Second.apply(ctx.name, ctx.count, g, value, *tensors, *vectors, *ctx.config)
+        g_grad, *grads = _Second.apply(ctx.name, ctx.count, g, value, *tensors, *vectors, *ctx.config)  # type: ignore[no-untyped-call]
         rest = (None,) * (ctx.count - count + len(ctx.config))
         return (None, None, g_grad, *(None,) * ctx.skip, *_pad(tuple(grads), count), *rest)
 
@@ -397,7 +305,7 @@ class _Backward(Function):
 
 
 class _Second(Function):
-    """apply(name, number of tensors, upstream, value, *tensors, *vectors, *config) -> gradients of upstream and tensors.
+    """apply(name, number of tensors, upstream, value, *tensors, *vectors, *config) -> gradients of upstream, tensors.
 
     A Function of its own so that a third derivative meets a refusal, not a tensor without a graph.
     """
@@ -503,7 +411,7 @@ def _potential_second(
     first, second = torch.zeros_like(x), torch.zeros_like(x)
     for rows in _blocks(n):
         with torch.enable_grad():
-            z = torch.exp(_potential_rows((x,), config, rows) - log_z).sum()
+            z = torch.exp(formulas.potential_rows((x,), config, rows) - log_z).sum()
             (slope,) = torch.autograd.grad(z, x, create_graph=True)
             (bend,) = torch.autograd.grad((slope * v).sum(), x)
         first += slope.detach()
@@ -538,5 +446,5 @@ def apply(name: str, tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tenso
     if torch.compiler.is_compiling():  # which refuses one tensor in two places
         tensors = tuple(None if t is None else t.view_as(t) for t in tensors)
     early = gradients and _is_scalar_loss(name, config)
-    value: Tensor = _Forward.apply(name, early, len(tensors), *tensors, *config)[0]
+    value: Tensor = _Forward.apply(name, early, len(tensors), *tensors, *config)[0]  # type: ignore[no-untyped-call]
     return value

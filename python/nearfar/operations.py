@@ -2,8 +2,8 @@
 
 Each function takes NumPy arrays or (detached) torch tensors and returns arrays of the same kind. Loss operations return
 ``(value, *gradients)``; gradients are those of the value for reduction 'mean' or 'sum', of ``<weights, value>`` for
-'none', and None where they were not asked for. Values and gradients have the compute dtype (float32 for half precisions);
-who hands gradients out rounds them to the dtype of what they belong to.
+'none', and None where they were not asked for. Values and gradients have the compute dtype (float32 for half
+precisions); who hands gradients out rounds them to the dtype of what they belong to.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def matmul(x: Array, y: Array | None, v: Array, map: str) -> Array:
 
 def matmul_grad(grad: Array, x: Array, y: Array | None, v: Array, map: str) -> tuple[Any, ...]:
     """Gradients of ``<grad, K(x, y) v>`` with respect to x, y, v."""
-    # The upstream gradient has the compute dtype and must not be rounded to a half precision, so the others are widened.
+    # The upstream gradient has the compute dtype and must not be rounded to a half, so the others are widened.
     dtype = compute_dtype(x)
     x, y, v, grad = (None if a is None else cast(a, dtype) for a in (x, y, v, grad))
     columns = x if y is None else y
