@@ -70,7 +70,7 @@ class Select {
     }
   }
 
-  static NEARFAR_INLINE Vec<T> squares(const Panel& panel, int v) {
+  NEARFAR_INLINE static Vec<T> squares(const Panel& panel, int v) {
     return KEY == Key::expanded ? load(panel.squares + v * kLanes<T>) : Vec<T>{};
   }
 

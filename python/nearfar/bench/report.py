@@ -113,6 +113,12 @@ def _error(value: float | None) -> str:
     return "" if value is None else f"{value:.0e}"
 
 
+def _library(peer: Result) -> str:
+    """'torch' of 'torch.cdist' and 'torch dense': bars of one library share a colour."""
+    name: str = peer["name"]
+    return name.replace(".", " ").split()[0]
+
+
 def plot(report: dict[str, Any], path: str | Path) -> None:
     """Save one picture: how many times faster than each peer, with the fraction of the floor beside it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -127,11 +133,11 @@ def plot(report: dict[str, Any], path: str | Path) -> None:
     figure = Figure(figsize=(9, 1.4 + 0.34 * max(len(bars), 1)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    names = sorted({peer["name"] for _, _, peer in bars})
+    libraries = sorted({_library(peer) for _, _, peer in bars})
     for row, (_, ours, peer) in enumerate(bars):
         ratio = peer["ratio"]
-        axes.barh(row, ratio - 1, left=1, height=0.7, color=f"C{names.index(peer['name']) % 10}")
-        note = f" {ratio:.2g}x"
+        axes.barh(row, ratio - 1, left=1, height=0.7, color=f"C{libraries.index(_library(peer)) % 10}")
+        note = f" {_digits(ratio)}x"
         if ours["of_write"] is not None:
             note += f", {_percent(ours['of_write'])} of write rate"
         elif ours["of_peak"] is not None:
@@ -141,8 +147,10 @@ def plot(report: dict[str, Any], path: str | Path) -> None:
     axes.set_yticks(range(len(bars)), [f"{title}  vs {peer['name']}" for title, _, peer in bars], fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    ratios = [peer["ratio"] for _, _, peer in bars] or [1.0]
-    axes.set_xlim(min(0.8, *(0.8 * r for r in ratios)), 4 * max(1.0, *ratios))
+    least, most = (pick([1.0, *(peer["ratio"] for _, _, peer in bars)]) for pick in (min, max))
+    # Room for the notes at the right: half of what the bars take of the logarithmic axis.
+    axes.set_xlim(0.8 * least, 2 * most * (most / least) ** 0.5)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axes.set_xlabel("times faster than the peer (median of paired calls); 1 is equal")
     axes.set_title(_title(report), fontsize=9)
     figure.savefig(path, dpi=150)
