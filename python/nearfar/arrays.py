@@ -163,3 +163,14 @@ def batched(array: Array, batch: tuple[int, ...]) -> Array:
     else:
         expanded = np.broadcast_to(array, (*batch, n, d))
     return expanded.reshape(math.prod(batch), n, d)
+
+
+def common_center(x: Array) -> Array:
+    """A point (d,) amid (..., n, d): the mean of the finite entries, the others counted as 0; no gradient."""
+    dtype = compute_dtype(x)
+    if is_torch(x):
+        torch = sys.modules["torch"]
+        flat = torch.nan_to_num(x.detach().reshape(-1, x.shape[-1]), nan=0.0, posinf=0.0, neginf=0.0)
+        return cast(flat.sum(0, dtype=torch.float64) / max(flat.shape[0], 1), dtype)
+    flat = np.where(np.isfinite(x), x, 0).reshape(-1, x.shape[-1])
+    return cast(flat.sum(0, dtype=np.float64) / max(flat.shape[0], 1), dtype)

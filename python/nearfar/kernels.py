@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import operations
-from .arrays import Array, batched, cast, check_points, dtype_name, is_torch, number
+from .arrays import Array, batched, cast, check_points, common_center, compute_dtype, dtype_name, is_torch, number
 from .distances import matrix, pair_shapes
 
 
@@ -58,33 +58,35 @@ class Gaussian:
     def __repr__(self) -> str:
         return f"Gaussian(lengthscale={self.lengthscale!r})"
 
-    def _scaled(self, x: Array, name: str) -> Array:
-        """x / lengthscale, so that the engine knows the unit kernel only and gradients of the length scale are free."""
-        check_points(**{name: x})
+    def _scale(self, x: Array, name: str) -> Any:
+        """The length scale as an array of x's kind, in the dtype that computes; None where it is the number 1."""
         scale = self.lengthscale
         shape = () if isinstance(scale, (int, float)) else tuple(scale.shape if is_torch(scale) else np.shape(scale))
         if shape not in ((), (1,)) and shape != (x.shape[-1],):
             raise ValueError(f"lengthscale: expected a number or shape ({x.shape[-1]},) to match {name}, got {shape}")
+        if is_torch(scale):
+            if not is_torch(x):
+                raise TypeError("lengthscale: a torch.Tensor, but the points are a NumPy array")
+        elif not shape and scale == 1:
+            return None
+        dtype = compute_dtype(x)
         if is_torch(x):
             import torch
 
-            if not is_torch(scale):
-                if not shape and scale == 1:
-                    return x
-                scale = torch.as_tensor(scale, dtype=torch.float64, device=x.device)
-            wide = torch.promote_types(x.dtype, torch.float32)
-            return x.to(wide) / scale.to(wide)
-        if is_torch(scale):
-            raise TypeError("lengthscale: a torch.Tensor, but the points are a NumPy array")
-        if not shape and float(scale) == 1:
-            return x
-        wide_name = "float64" if x.dtype == np.float64 else "float32"
-        return np.divide(x, np.asarray(scale, wide_name), dtype=wide_name)
+            return torch.as_tensor(scale, dtype=getattr(torch, dtype), device=x.device)
+        return np.asarray(scale, dtype)
 
-    def _pair(self, x: Array, y: Array | None) -> tuple[Array, Array | None]:
-        check_points(x=x, y=y)
-        own = self._scaled(x, "x")
-        return own, None if y is None or y is x else self._scaled(y, "y")
+    def _points(self, x: Array, y: Array | None) -> tuple[tuple[int, ...], Array, Array | None]:
+        """The batch and both sets over the length scale: the engine knows the unit kernel only, and gradients of the
+        length scale are free. A common centre goes first, or division would round its digits into the differences.
+        """
+        batch, x, y = pair_shapes(x, y)
+        scale = self._scale(x, "x")
+        if scale is None:
+            return batch, x, y
+        center = common_center(x)
+        dtype = compute_dtype(x)
+        return batch, (cast(x, dtype) - center) / scale, None if y is None else (cast(y, dtype) - center) / scale
 
     def __call__(self, x: Array, y: Array | None = None) -> Array:
         """The Gram matrix.
@@ -100,15 +102,14 @@ class Gaussian:
         array (..., N, M)
             float32 for half precisions, else the inputs' dtype. Differentiable, first and second order.
         """
-        batch, x3, y3 = pair_shapes(*self._pair(x, y))
+        batch, x3, y3 = self._points(x, y)
         shape = (*batch, x3.shape[1], x3.shape[1] if y3 is None else y3.shape[1])
         return matrix(x3, y3, "gaussian", False, False).reshape(shape)
 
     def diag(self, x: Array) -> Array:
         """``k(x_i, x_i)``: ones, of shape (..., N)."""
-        check_points(x=x)
-        own = self._scaled(x, "x")[..., 0]
-        return own * 0 + 1
+        batch, x3, _ = self._points(x, None)
+        return (x3[..., 0] * 0 + 1).reshape(*batch, x3.shape[1])
 
     def matmul(self, x: Array, y: Array | None, v: Array) -> Array:
         """``k(x, y) @ v`` without the Gram matrix; memory O((N + M)(D + R)).
@@ -129,7 +130,7 @@ class Gaussian:
         vector = v.ndim == 1
         if vector:
             v = v[:, None]
-        batch, x3, y3 = pair_shapes(*self._pair(x, y))
+        batch, x3, y3 = self._points(x, y)
         m = x3.shape[1] if y3 is None else y3.shape[1]
         if v.shape[-2] != m:
             raise ValueError(f"v: expected {m} rows to match y, got shape {tuple(v.shape)}")
