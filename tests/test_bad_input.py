@@ -83,7 +83,7 @@ WRONG_TENSORS = {
 @pytest.mark.parametrize("what", WRONG_TENSORS)
 def test_wrong_tensors(f, names, what):
     bad, error, message = WRONG_TENSORS[what]
-    good = {name: TENSOR for name in names}
+    good = dict.fromkeys(names, TENSOR)
     for name in names:
         with refuses(error, name, message):
             call(f, names, **(good | {name: bad}))
@@ -92,7 +92,7 @@ def test_wrong_tensors(f, names, what):
 @losses
 def test_no_columns(f, names):
     with refuses(ValueError, names[0], "expected at least one column"):
-        call(f, names, **{name: X[:, :0] for name in names})
+        call(f, names, **dict.fromkeys(names, X[:, :0]))
 
 
 @losses
@@ -209,7 +209,7 @@ def test_parameters_without_a_gradient(f, name):
         f(*arguments, **{name: "two"})
 
 
-# ---- what info_nce_loss alone has --------------------------------------------------------------------------------------
+# ---- what info_nce_loss alone has ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (1, 1, 6, 4)])

@@ -5,6 +5,7 @@ Everything above this module is written once for all kinds; everything below it 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -149,5 +150,4 @@ def batched(array: Array, batch: tuple[int, ...]) -> Array:
         expanded = array.expand(*batch, n, d)
     else:
         expanded = np.broadcast_to(array, (*batch, n, d))
-    size = int(np.prod(batch, dtype=np.int64))
-    return expanded.reshape(size, n, d)
+    return expanded.reshape(math.prod(batch), n, d)

@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 
 from . import operations
-from .arrays import Array, concatenate, is_torch
+from .arrays import Array, cast, concatenate, dtype_name, is_torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -188,7 +188,7 @@ def _plan_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: Any
             if np.ndim(array) == 0:
                 own: Any = gradient[()] * part.slope
             else:
-                own = gradient[begin : begin + len(array)]
+                own = cast(gradient[begin : begin + len(array)], dtype_name(array))
                 begin += len(array)
             found[name] = found[name] + own if name in found else own
     for name in names:

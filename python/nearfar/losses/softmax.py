@@ -39,8 +39,8 @@ def scale_part(temperature: Any, logit_scale: Any, default: Any, like: Array) ->
         # The value is checked where it is known without stopping a compiled graph: in the operation. In double, so that
         # a temperature in a low precision is not rounded once more.
         return Part((name,), (1 / given.double() if name == "temperature" else given,))
-    if np.ndim(given) != 0:
-        raise ValueError(f"{name}: expected a number or a 0-d array, got shape {np.shape(given)}")
+    if getattr(given, "ndim", 0) != 0:
+        raise ValueError(f"{name}: expected a number or a 0-d array, got shape {given.shape}")
     value = number(given, name)
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name}: expected a positive number, got {value}")
@@ -147,7 +147,9 @@ def info_nce_loss(
     own = negative_keys is not None and negative_keys.ndim == 3
     if negative_keys is not None:
         if negative_keys.ndim not in (2, 3):
-            raise ValueError(f"negative_keys: expected shape (m, {d}) or ({n}, m, {d}), got {tuple(negative_keys.shape)}")
+            raise ValueError(
+                f"negative_keys: expected shape (m, {d}) or ({n}, m, {d}), got {tuple(negative_keys.shape)}"
+            )
         check_shape(negative_keys, "negative_keys", (*((n,) if own else ()), negative_keys.shape[-2], d), "query")
         if symmetric:
             raise ValueError("negative_keys: not with symmetric=True, which has no query for them")
