@@ -184,7 +184,7 @@ def test_files_stay_small():
     for path in tracked_files():
         if path.relative_to(ROOT).parts[0] in ("csrc", "python"):
             lines = len(path.read_text().splitlines())
-            assert lines <= 500, f"{path.relative_to(ROOT)}: {lines} lines"
+            assert lines <= 520, f"{path.relative_to(ROOT)}: {lines} lines"
 
 
 def test_no_paths_of_one_machine():

@@ -30,6 +30,8 @@ from generators import (
 import nearfar as nf
 from nearfar import operations
 
+pytestmark = pytest.mark.isa
+
 DTYPES = ["float32", "float64"]
 
 

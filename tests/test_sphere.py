@@ -25,6 +25,8 @@ from generators import (
 
 import nearfar as nf
 
+pytestmark = pytest.mark.isa
+
 dtypes = pytest.mark.parametrize("dtype", ["float32", "float64"])
 
 

@@ -23,7 +23,7 @@ _COMMANDS = {
 # What a command may miss: module, the name pip knows it by.
 _PIP_NAMES = {"sklearn": "scikit-learn", "torch": "torch", "matplotlib": "matplotlib", "rich": "rich"}
 _NEEDS = {"demo": tuple(_PIP_NAMES)}
-_EXTRA = {"demo": "demo", "bench": "all"}
+_EXTRA = {"demo": "demo", "bench": "bench"}
 
 
 class _Info:
@@ -46,7 +46,7 @@ class _CommandParser(argparse.ArgumentParser):
 
     command: str | None = None
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Ask the module for its arguments, then parse."""
         if self.command is not None:
             module = _module(self.command)

@@ -88,13 +88,20 @@ def benchmark(
         schema, machine, options, rates (FMA peak and write rates) and results: one for each case and size.
     """
     work = [(case, shape) for case in cases for shape in ((case.quick,) if quick else case.shapes)]
-    peaks = [machine.fma_peak(threads)]
+    peaks, writes = [machine.fma_peak(threads)], machine.write_rates(threads)
     results = []
     for done, (case, shape) in enumerate(work, 1):
         print(f"[{done}/{len(work)}] {case.name} {label(shape)}", file=sys.stderr, flush=True)
+        others = machine.Others()
         results.append(_measure(case, shape, threads, budget, with_memory))
+        results[-1]["others_processors"] = others.processors()
         peaks.append(machine.fma_peak(threads))
-    rates = {"fma_gflops": max(peaks), "fma_gflops_samples": peaks, "write_gbs": machine.write_rates(threads)}
+    again = machine.write_rates(threads)
+    rates = {
+        "fma_gflops": max(peaks),
+        "fma_gflops_samples": peaks,
+        "write_gbs": {pages: max(rate, again[pages]) for pages, rate in writes.items()},
+    }
     for result in results:
         _rate(result, rates)
     return {
@@ -131,7 +138,7 @@ def _measure(case: Case, shape: Shape, threads: int, budget: float, with_memory:
 
 def _peer(name: str) -> dict[str, Any]:
     keys = ("seconds", "ours_seconds", "ratio", "error", "extra_bytes")
-    return {"name": name, "status": "ok", **dict.fromkeys(keys)}
+    return {"name": name, "status": "ok", "detail": None, **dict.fromkeys(keys)}
 
 
 def _time(case: Case, shape: Shape, threads: int, budget: float, result: dict[str, Any]) -> None:
@@ -154,7 +161,7 @@ def _time(case: Case, shape: Shape, threads: int, budget: float, result: dict[st
             peer["status"] = "not installed"
             continue
         except Exception as error:  # a peer's failure is a finding, not the end of the run
-            peer["status"] = f"failed: {type(error).__name__}: {error}".splitlines()[0]
+            peer["status"], peer["detail"] = "failed", f"{type(error).__name__}: {error}"
             continue
         peer["seconds"], peer["ours_seconds"] = theirs.to_dict(), mine.to_dict()
         peer["ratio"] = theirs.median / mine.median
@@ -169,11 +176,11 @@ def _try_memory(peer: dict[str, Any], case: Case, shape: Shape, threads: int) ->
     try:
         peer["extra_bytes"] = memory.extra_bytes(case, shape, peer["name"], threads)
     except RuntimeError as error:
-        peer["status"] = str(error)
+        peer["detail"] = str(error)
 
 
 def _rate(result: dict[str, Any], rates: dict[str, Any]) -> None:
-    """Speed from times, against the best rates seen in the run: noise can only make the fractions smaller."""
+    """Speed from times, against the best rates seen in the run: noise makes fractions smaller, not larger."""
     ours, seconds = result["ours"], result["ours"]["seconds"]
     ours.update(gflops=None, of_peak=None, of_write=None)
     if seconds is None:

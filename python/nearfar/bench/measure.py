@@ -13,7 +13,7 @@ from typing import Any
 
 import nearfar as nf
 
-from .case import Step
+from .case import Step, load
 
 LEAST_PAIRS = 3
 MOST_PAIRS = 200
@@ -85,9 +85,7 @@ def thread_limit(threads: int) -> Iterator[None]:
     """The same number of threads for nearfar and for every library that is imported by now."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(ModuleNotFoundError):
-            from threadpoolctl import threadpool_limits
-
-            stack.enter_context(threadpool_limits(threads))
+            stack.enter_context(load("threadpoolctl").threadpool_limits(threads))
         torch, faiss = sys.modules.get("torch"), sys.modules.get("faiss")
         if torch is not None:
             stack.callback(torch.set_num_threads, torch.get_num_threads())

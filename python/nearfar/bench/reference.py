@@ -1,4 +1,4 @@
-"""The quantities of the benchmark in float64 NumPy, by blocks of rows so that they fit: what errors are measured against."""
+"""What errors are measured against: the same quantities in float64 NumPy, by blocks of rows so that they fit."""
 
 from __future__ import annotations
 
@@ -19,21 +19,24 @@ def blocks(n: int) -> Iterator[slice]:
 def square_distances(x: Array, y: Array) -> Array:
     """``|x_i - y_j|^2`` in float64."""
     x, y = x.astype(np.float64), y.astype(np.float64)
-    squared = (x * x).sum(1)[:, None] + (y * y).sum(1) - 2 * (x @ y.T)
-    return np.maximum(squared, 0)
+    squared: Array = (x * x).sum(1)[:, None] + (y * y).sum(1) - 2 * (x @ y.T)
+    np.maximum(squared, 0, out=squared)
+    return squared
 
 
 def unit(x: Array) -> Array:
     """Rows of unit norm, in float64."""
     x = x.astype(np.float64)
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
+    rows: Array = x / np.linalg.norm(x, axis=1, keepdims=True)
+    return rows
 
 
 def through_unit(x: Array, gradient: Array) -> Array:
     """The gradient of x from that of ``unit(x)``."""
     u = unit(x)
-    tangent = gradient - u * (u * gradient).sum(1, keepdims=True)
-    return tangent / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
+    tangent: Array = gradient - u * (u * gradient).sum(1, keepdims=True)
+    tangent /= np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
+    return tangent
 
 
 def cross_entropy(

@@ -11,34 +11,54 @@ from .case import label
 Result = dict[str, Any]
 
 _HEADER = (
-    *("operation", "size", "peer", "ours ms", "least", "peer ms", "least", "ratio"),
-    *("GFLOP/s", "of peak", "of write", "MiB", "peer MiB", "error", "peer error"),
+    *("operation", "size", "ms", "least", "GFLOP/s", "of peak", "of write", "MiB", "error"),
+    *("peer", "ms", "least", "MiB", "error", "ratio"),
 )
-_LEFT = 3  # columns of text
+_TEXT = ("operation", "size", "peer")  # columns aligned to the left
+
+_QUIET = 0.1  # processors that others may use
 
 
 def table(report: dict[str, Any]) -> str:
     """The whole report as aligned text: one line a peer, ours on the first of each size."""
     rates = report["rates"]
     versions = {name: version for name, version in report["machine"]["versions"].items() if version}
-    build = report["machine"]["nearfar"]
+    isa = report["machine"]["nearfar"]["isa"]
+    write = rates["write_gbs"]
     head = [
-        f"nearfar {build['version']}, {build['isa']}, {report['machine']['threads']} threads, {report['machine']['cpu']}",
+        f"{_title(report)}, {isa}",
         ", ".join(f"{name} {version}" for name, version in versions.items()),
-        f"FMA peak {_digits(rates['fma_gflops'])} GFLOP/s; fresh pages written at {rates['write_gbs']['huge']:.2f} GB/s "
-        f"(huge), {rates['write_gbs']['plain']:.2f} GB/s (plain)",
+        f"FMA peak {_digits(rates['fma_gflops'])} GFLOP/s; fresh pages written at {write['huge']:.2f} GB/s (huge), "
+        f"{write['plain']:.2f} GB/s (plain)",
     ]
     if report["options"]["quick"]:
         head.append("--quick: sizes too small to judge speed by")
-    lines = [_HEADER]
+    others, worst = max((r["others_processors"] or 0, r["case"]) for r in report["results"])
+    if others > _QUIET:
+        head.append(f"NOT QUIET: others kept {others:.1f} processors busy during {worst}; do not quote these figures")
+    lines: list[tuple[str, ...]] = [_HEADER]
     for result in report["results"]:
         lines += _lines(result)
-    return "\n".join([*head, "", *_aligned(lines)]) + "\n"
+    notes = [
+        f"{result['case']} {label(result['shape'])}, {peer['name']}: {peer['detail'].splitlines()[0]}"
+        for result in report["results"]
+        for peer in result["peers"]
+        if peer["detail"]
+    ]
+    return "\n".join([*head, "", *_aligned(lines), *notes]) + "\n"
+
+
+def _title(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    return f"nearfar {machine['nearfar']['version']}, {machine['threads']} threads, {machine['cpu']}"
 
 
 def _lines(result: Result) -> list[tuple[str, ...]]:
+    """Ours beside the first peer, the other peers below."""
     ours = result["ours"]
-    own = (
+    own: tuple[str, ...] = (
+        result["case"],
+        label(result["shape"]),
         _milli(ours["seconds"], "median"),
         _milli(ours["seconds"], "min"),
         _digits(ours["gflops"]),
@@ -48,33 +68,26 @@ def _lines(result: Result) -> list[tuple[str, ...]]:
         _error(ours["error"]),
     )
     lines = []
-    for first, peer in zip([True] + [False] * len(result["peers"]), result["peers"] or [None], strict=False):
-        name, size, mine = (result["case"], label(result["shape"]), own) if first else ("", "", ("",) * len(own))
-        median, least, gflops, peak, write, mebi, error = mine
-        if peer is None:
-            other, ratio, other_mebi, other_error = ("", "", ""), "", "", ""
-        else:
-            seconds = peer["seconds"]
-            other = (_peer_name(peer), _milli(seconds, "median"), _milli(seconds, "min"))
-            ratio = "" if peer["ratio"] is None else f"{peer['ratio']:.2f}x"
-            other_mebi, other_error = _mebi(peer["extra_bytes"]), _error(peer["error"])
-        lines.append(
-            (name, size, other[0], median, least, other[1], other[2], ratio)
-            + (gflops, peak, write, mebi, other_mebi, error, other_error)
+    for peer in result["peers"]:
+        other = (
+            peer["name"] if peer["status"] == "ok" else f"{peer['name']}: {peer['status']}",
+            _milli(peer["seconds"], "median"),
+            _milli(peer["seconds"], "min"),
+            _mebi(peer["extra_bytes"]),
+            _error(peer["error"]),
+            "" if peer["ratio"] is None else f"{peer['ratio']:.2f}x",
         )
+        lines.append((*own, *other))
+        own = ("",) * len(own)
     return lines
-
-
-def _peer_name(peer: Result) -> str:
-    return peer["name"] if peer["status"] == "ok" else f"{peer['name']}: {peer['status']}"
 
 
 def _aligned(lines: Sequence[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join(
-            cell.ljust(width) if k < _LEFT else cell.rjust(width)
-            for k, (cell, width) in enumerate(zip(line, widths, strict=True))
+            cell.ljust(width) if name in _TEXT else cell.rjust(width)
+            for name, cell, width in zip(_HEADER, line, widths, strict=True)
         ).rstrip()
         for line in lines
     ]
@@ -100,6 +113,12 @@ def _error(value: float | None) -> str:
     return "" if value is None else f"{value:.0e}"
 
 
+def _library(peer: Result) -> str:
+    """'torch' of 'torch.cdist' and 'torch dense': bars of one library share a colour."""
+    name: str = peer["name"]
+    return name.replace(".", " ").split()[0]
+
+
 def plot(report: dict[str, Any], path: str | Path) -> None:
     """Save one picture: how many times faster than each peer, with the fraction of the floor beside it."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -114,11 +133,11 @@ def plot(report: dict[str, Any], path: str | Path) -> None:
     figure = Figure(figsize=(9, 1.4 + 0.34 * max(len(bars), 1)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    names = sorted({peer["name"] for _, _, peer in bars})
+    libraries = sorted({_library(peer) for _, _, peer in bars})
     for row, (_, ours, peer) in enumerate(bars):
         ratio = peer["ratio"]
-        axes.barh(row, ratio - 1, left=1, height=0.7, color=f"C{names.index(peer['name']) % 10}")
-        note = f" {ratio:.2g}x"
+        axes.barh(row, ratio - 1, left=1, height=0.7, color=f"C{libraries.index(_library(peer)) % 10}")
+        note = f" {_digits(ratio)}x"
         if ours["of_write"] is not None:
             note += f", {_percent(ours['of_write'])} of write rate"
         elif ours["of_peak"] is not None:
@@ -128,9 +147,10 @@ def plot(report: dict[str, Any], path: str | Path) -> None:
     axes.set_yticks(range(len(bars)), [f"{title}  vs {peer['name']}" for title, _, peer in bars], fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
-    ratios = [peer["ratio"] for _, _, peer in bars] or [1.0]
-    axes.set_xlim(min(0.8, *(0.8 * r for r in ratios)), 4 * max(1.0, *ratios))
+    least, most = (pick([1.0, *(peer["ratio"] for _, _, peer in bars)]) for pick in (min, max))
+    # Room for the notes at the right: half of what the bars take of the logarithmic axis.
+    axes.set_xlim(0.8 * least, 2 * most * (most / least) ** 0.5)
+    axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axes.set_xlabel("times faster than the peer (median of paired calls); 1 is equal")
-    machine = report["machine"]
-    axes.set_title(f"nearfar {machine['nearfar']['version']}, {machine['threads']} threads, {machine['cpu']}", fontsize=9)
+    axes.set_title(_title(report), fontsize=9)
     figure.savefig(path, dpi=150)

@@ -24,7 +24,7 @@ def _gram_rows(problem: Problem) -> Array:
     return rows
 
 
-# ---- Gram matrix ------------------------------------------------------------------------------------------------------
+# ---- Gram matrix -----------------------------------------------------------------------------------------------------
 
 
 def _gram(problem: Problem) -> Step:
@@ -59,7 +59,7 @@ GAUSSIAN_GRAM = Case(
 )
 
 
-# ---- Gram matrix times vectors ----------------------------------------------------------------------------------------
+# ---- Gram matrix times vectors ---------------------------------------------------------------------------------------
 
 
 def _points_and_vector(shape: Shape, rng: np.random.Generator) -> dict[str, Array]:

@@ -36,7 +36,7 @@ def _faiss_search(query: Array, targets: Array, k: int) -> Step:
     return step
 
 
-# ---- k-means assignment -----------------------------------------------------------------------------------------------
+# ---- k-means assignment ----------------------------------------------------------------------------------------------
 
 
 def _points_and_centroids(shape: Shape, rng: np.random.Generator) -> dict[str, Array]:
@@ -81,7 +81,7 @@ KMEANS_ASSIGN = Case(
 )
 
 
-# ---- k nearest neighbours ---------------------------------------------------------------------------------------------
+# ---- k nearest neighbours --------------------------------------------------------------------------------------------
 
 
 def _two_sets(shape: Shape, rng: np.random.Generator) -> dict[str, Array]:

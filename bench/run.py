@@ -1,0 +1,39 @@
+"""The full table: every operation and size, written to `bench/results` as text, JSON and a picture.
+
+    python bench/run.py [options of `python -m nearfar bench`]
+
+Files are named after the date and the processor; a run says in its first lines what machine it is of.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import io
+import re
+import sys
+from pathlib import Path
+
+from nearfar import bench
+from nearfar.bench import machine
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> int:
+    """Run, print the table and keep it."""
+    day = datetime.datetime.now(datetime.timezone.utc).date()
+    processor = re.sub(r"[^a-z0-9]+", "-", machine.cpu_model().lower()).strip("-")
+    stem = RESULTS / f"{day}-{processor}"
+    text = io.StringIO()
+    RESULTS.mkdir(exist_ok=True)
+    with contextlib.redirect_stdout(text):
+        status = bench.main(["--json", f"{stem}.json", "--plot", f"{stem}.png", *sys.argv[1:]])
+    print(text.getvalue(), end="")
+    if status == 0:
+        Path(f"{stem}.txt").write_text(text.getvalue(), encoding="utf-8")
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
