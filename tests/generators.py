@@ -15,38 +15,10 @@ VALUE = {"float16": 1e-6, "bfloat16": 1e-6, "float32": 1e-6, "float64": 1e-12}
 GRADIENT = {"float16": 1e-5, "bfloat16": 1e-5, "float32": 1e-5, "float64": 1e-12}
 STEP = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 0.0, "float64": 0.0}  # rounding of a stored gradient
 
-# Around the sizes of the engine: tiles of 6 and 12, panels of 16 and 32, strips of 128, chunks of 240, depth cut at 256.
+# Around the engine's sizes: tiles of 6 and 12, panels of 16 and 32, strips of 128, chunks of 240, depth cut at 256.
 SIZES = (0, 1, 2, 3, 7, 11, 12, 13, 31, 32, 33, 47, 48, 49, 61, 127, 128, 129, 239, 240, 241, 251, 252, 253)
-DEPTHS = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    7,
-    8,
-    9,
-    11,
-    12,
-    13,
-    15,
-    16,
-    17,
-    31,
-    32,
-    33,
-    63,
-    64,
-    65,
-    127,
-    128,
-    255,
-    256,
-    257,
-    384,
-    385,
-    641,
-)
+DEPTHS = (1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128)
+DEPTHS += (255, 256, 257, 384, 385, 641)
 
 
 def rng(*seed):

@@ -549,7 +549,7 @@ def test_torch_input(dtype):
     assert not is_psd(K)
 
 
-def test_any_strides_and_byte_order():
+def test_any_strides():
     base = normal(12, 12)
     K = base @ base.T
     K = (K + K.T) / 2 - 2 * np.eye(12)
@@ -563,7 +563,6 @@ def test_any_strides_and_byte_order():
         wide[::2, ::3],
         K[::-1, ::-1][::-1, ::-1],
         read_only,
-        K.astype(K.dtype.newbyteorder()),
     ):
         report = psd_report(same)
         assert report.min_eigenvalue == pytest.approx(expected.min_eigenvalue)

@@ -349,21 +349,40 @@ class Operands {
       if (row[lane] <= (x_squares[lane] + squares_[j]) * kNear) row[lane] = direct_distance(i0 + lane, j, rows.get());
   }
 
-  /// The mean of (at most 1024, evenly spaced) rows of y, over finite entries, rounded to T. Any common point is a
-  /// valid centre; it need not be the exact mean.
+  /// About the mean of (at most 1024, evenly spaced) rows of y, over finite entries. Any common point is a valid
+  /// centre, so each coordinate is rounded to half the binary order of its spread: subtracting it is then exact for
+  /// most points, and points with integer coordinates keep integer ones, so ties stay ties.
   void find_center() {
     const int64_t step = y.n() > 1024 ? y.n() / 1024 : 1;
     center_ = Buffer<T>(d);
-    Buffer<double> sum(d);
+    Buffer<double> sum(d), square(d), count(d);
     Buffer<T> row(d);
-    for (int64_t k = 0; k < d; ++k) sum[k] = 0;
-    int64_t count = 0;
-    for (int64_t j = 0; j < y.n(); j += step, ++count) {
-      y.get(j, row.get());
-      for (int64_t k = 0; k < d; ++k)
-        if (std::isfinite(row[k])) sum[k] += static_cast<double>(row[k]);
+    for (int64_t k = 0; k < d; ++k) sum[k] = square[k] = count[k] = 0;
+    for (int pass = 0; pass < 2; ++pass) {  // the mean, then the spread about it
+      for (int64_t j = 0; j < y.n(); j += step) {
+        y.get(j, row.get());
+        for (int64_t k = 0; k < d; ++k) {
+          if (!std::isfinite(row[k])) continue;
+          const double value = static_cast<double>(row[k]);
+          if (pass == 0) {
+            sum[k] += value;
+            count[k] += 1;
+          } else {
+            square[k] += (value - sum[k]) * (value - sum[k]);
+          }
+        }
+      }
+      for (int64_t k = 0; k < d && pass == 0; ++k) sum[k] = count[k] > 0 ? sum[k] / count[k] : 0;
     }
-    for (int64_t k = 0; k < d; ++k) center_[k] = static_cast<T>(count ? sum[k] / static_cast<double>(count) : 0);
+    for (int64_t k = 0; k < d; ++k) {
+      const double spread = count[k] > 0 ? std::sqrt(square[k] / count[k]) : 0;
+      double center = sum[k];
+      if (spread > 0) {
+        const double grid = std::ldexp(1.0, std::ilogb(spread) - 1);
+        center = std::nearbyint(center / grid) * grid;
+      }
+      center_[k] = static_cast<T>(center);
+    }
     x.shift(center_.get());
     y.shift(center_.get());
   }

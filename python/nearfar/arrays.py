@@ -5,6 +5,7 @@ Everything above this module is written once for all kinds; everything below it 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -57,6 +58,8 @@ def check_points(**arrays: Array) -> str:
             raise TypeError(f"{name}: expected a {kind} array to match {first_name}, got {own}")
         if own == "torch" and str(array.layout) != "torch.strided":
             raise TypeError(f"{name}: expected a dense tensor, got layout {array.layout}")
+        if own == "numpy":
+            check_memory(array, name)
         if dtype_name(array) not in FLOATS:
             raise TypeError(f"{name}: expected a floating dtype ({', '.join(FLOATS)}), got {dtype_name(array)}")
         if array.dtype != first.dtype:
@@ -71,6 +74,16 @@ def check_points(**arrays: Array) -> str:
     return kind
 
 
+def check_memory(array: Any, name: str) -> None:
+    """What a NumPy array can be besides plain memory of the machine's own numbers."""
+    if isinstance(array, np.ma.MaskedArray):
+        raise TypeError(f"{name}: expected a plain array, got a masked one; pass .filled(value)")
+    if not array.dtype.isnative:
+        raise TypeError(f"{name}: expected native byte order, got dtype {array.dtype.str}; pass a copy")
+    if not array.flags.aligned:
+        raise ValueError(f"{name}: expected aligned {array.dtype}, got misaligned data; pass a copy")
+
+
 def check_matrix(array: Array, name: str) -> None:
     """Two dimensions and at least one column."""
     if array.ndim != 2:
@@ -80,14 +93,19 @@ def check_matrix(array: Array, name: str) -> None:
 
 
 def check_shape(array: Array, name: str, shape: Sequence[int], like: str) -> None:
-    """Exactly this shape, which comes from argument `like`."""
+    """Exactly this shape, which comes from argument `like`. Not None."""
+    kind_of(array, name)
     if tuple(array.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)} to match {like}, got {tuple(array.shape)}")
 
 
 def number(value: Any, name: str) -> float:
-    """A real number (or 0-d array) as a float."""
+    """A real number (or 0-d array) as a float, for parameters that have no gradient."""
+    if is_torch(value) and value.requires_grad:
+        raise TypeError(f"{name}: expected a number, got a tensor that requires a gradient, which it does not have")
     try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError("float() would read the text")
         return float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from error
@@ -132,5 +150,4 @@ def batched(array: Array, batch: tuple[int, ...]) -> Array:
         expanded = array.expand(*batch, n, d)
     else:
         expanded = np.broadcast_to(array, (*batch, n, d))
-    size = int(np.prod(batch, dtype=np.int64))
-    return expanded.reshape(size, n, d)
+    return expanded.reshape(math.prod(batch), n, d)

@@ -20,9 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from . import operations
+from . import formulas, operations
 
 _BLOCK = 512  # rows of a second derivative at a time
 
@@ -58,7 +57,7 @@ def _value_like(x: Tensor, reduction: str) -> Tensor:
 
 
 def _grad_like(x: Tensor | None, wanted: bool) -> Tensor:
-    return torch.empty(0) if x is None or not wanted else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    return torch.empty(0) if x is None or not wanted else torch.empty(x.shape, dtype=_compute(x), device=x.device)
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
@@ -134,100 +133,6 @@ _matmul_grad = _define(
 )
 
 
-# ---- plain formulas, a block of rows at a time: what second derivatives are taken of ------------------------------------
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Rows of unit norm; a zero row stays zero, with zero derivatives."""
-    square = (x * x).sum(-1, keepdim=True)
-    return x * torch.where(square > 0, square, 1.0).rsqrt() * (square > 0)
-
-
-def _apply_map(map: str, x: Tensor, y: Tensor) -> Tensor:
-    if map in ("dot", "one_minus_dot"):
-        s = x @ y.mT
-        return s if map == "dot" else 1 - s
-    square = (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1)
-    if map == "sqeuclidean":
-        return square
-    if map == "gaussian":
-        return torch.exp(-square / 2)
-    return torch.where(square > 0, torch.where(square > 0, square, 1.0).sqrt(), 0.0)
-
-
-def _softmax_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
-    x, y, positive, paired, scale, ids = tensors
-    mode, _, normalize, in_sum, shift = config
-    prepare = _unit if normalize else (lambda z: z)
-    scale = scale.to(x.dtype)
-    x = prepare(x)
-    columns = x if y is None else prepare(y)
-    n = x.shape[0]
-    index = torch.arange(n, device=x.device)[rows]
-    positives = prepare(positive) if positive is not None else columns[:n]
-    chosen = (index + shift) % n
-    s_positive: Tensor = scale * (x[rows] * positives[chosen]).sum(-1)
-
-    def losses(own: Tensor, others: Tensor) -> Tensor:
-        s = scale * own @ others.T
-        out = torch.zeros_like(s, dtype=torch.bool)
-        column = torch.arange(others.shape[0], device=x.device)
-        if positive is None:
-            out = out | (column == chosen[:, None])
-        if mode == "pairs":
-            out = out | (column == index[:, None])
-        if ids is not None:
-            out[:, :n] |= ids[rows, None] == ids
-        parts = [s.masked_fill(out, -torch.inf)]
-        if in_sum:
-            parts.append(s_positive[:, None])
-        if paired is not None:
-            parts.append(scale * (prepare(paired[rows]) * own[:, None]).sum(-1))
-        return torch.logsumexp(torch.cat(parts, 1), 1) - s_positive
-
-    if mode == "both":
-        return (losses(x[rows], columns) + losses(columns[rows], x)) / 2
-    return losses(x[rows], columns)
-
-
-def _alignment_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
-    alpha, _, normalize = config
-    x, y = (_unit(z[rows]) if normalize else z[rows] for z in tensors)
-    square = (x - y).square().sum(-1)
-    return torch.where(square > 0, torch.where(square > 0, square, 1.0) ** (alpha / 2), 0.0)
-
-
-def _store_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
-    x, y = tensors
-    map, normalize, condensed = config
-    prepare = _unit if normalize else (lambda z: z)
-    columns = prepare(x if y is None else y)
-    value = _apply_map(map, prepare(x)[:, rows], columns)
-    if not condensed:
-        return value
-    n = x.shape[1]
-    row, column = torch.arange(n)[rows, None], torch.arange(n)
-    upper: Tensor = value[:, column > row]
-    return upper
-
-
-def _matmul_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
-    x, y, v = tensors
-    return _apply_map(config[0], x[:, rows], x if y is None else y) @ v
-
-
-def _potential_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
-    (x,) = tensors
-    t, normalize = config
-    x = _unit(x) if normalize else x
-    n = x.shape[0]
-    with torch.no_grad():
-        center = x.mean(0)
-    square = _apply_map("sqeuclidean", (x - center)[rows], x - center)
-    later = torch.arange(n, device=x.device) > torch.arange(n, device=x.device)[rows, None]
-    return torch.where(later, -t * square, -torch.inf)
-
-
 # ---- operations ------------------------------------------------------------------------------------------------------
 
 
@@ -251,7 +156,7 @@ def _is_absent(grad: Tensor) -> bool:
 
 
 def _pad(grads: Any, count: int) -> tuple[Tensor | None, ...]:
-    return tuple(None if _is_absent(g) else g for g in grads[:count])
+    return tuple(None if _is_absent(grad) else grad for grad in grads[:count])
 
 
 def _softmax_grad(g: Tensor, value: Any, tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Any:
@@ -264,27 +169,29 @@ def _no_rows(*_: Any) -> Tensor:
 
 _OPERATIONS = {
     "softmax": _Operation(
-        lambda t, c, gradients: _softmax(None, *t, *c, gradients), _softmax_grad, _softmax_rows, 5, True
+        lambda t, c, gradients: _softmax(None, *t, *c, gradients), _softmax_grad, formulas.softmax_rows, 5, True
     ),
-    "potential": _Operation(lambda t, c, gradients: _potential(*t, *c, gradients), _no_rows, _potential_rows, 1, True),
+    "potential": _Operation(
+        lambda t, c, gradients: _potential(*t, *c, gradients), _no_rows, formulas.potential_rows, 1, True
+    ),
     "alignment": _Operation(
         lambda t, c, gradients: _alignment(None, *t, *c, gradients),
         lambda g, value, t, c: _alignment(g, *t, *c, True)[1:],
-        _alignment_rows,
+        formulas.alignment_rows,
         2,
         True,
     ),
     "store": _Operation(
         lambda t, c, gradients: (_store(*t, *c),),
         lambda g, value, t, c: _store_grad(g, value, *t, *c),
-        _store_rows,
+        formulas.store_rows,
         2,
         False,
     ),
     "matmul": _Operation(
         lambda t, c, gradients: (_matmul(*t, *c),),
         lambda g, value, t, c: _matmul_grad(g, *t, *c),
-        _matmul_rows,
+        formulas.matmul_rows,
         3,
         False,
     ),
@@ -337,7 +244,7 @@ class _Forward(Function):
         operation = _OPERATIONS[ctx.name]
         tensors, output = _split(ctx.saved_tensors, ctx.count)
         # The graph of the gradient is built only for whoever differentiates it.
-        backward = _Backward.apply if torch.is_grad_enabled() else _Backward.forward
+        backward = _Backward.apply if torch.is_grad_enabled() or _transformed() else _Backward.forward
         grads = backward(ctx.name, ctx.count, g, *output, *tensors, *ctx.config)
         needed = ctx.needs_input_grad[3 : 3 + operation.count]
         own = [grad if need else None for grad, need in zip(_pad(grads, operation.count), needed, strict=True)]
@@ -367,8 +274,11 @@ class _Backward(Function):
     def forward(name: str, count: int, g: Tensor, *args: Any) -> Any:
         operation, output, tensors, config = _Backward._parts(name, count, args)
         if _is_scalar_loss(name, config):
-            return tuple(grad if _is_absent(grad) else grad * g.to(grad.dtype) for grad in output[1:])
-        return tuple(operation.grad(g, output[0], tensors, config))
+            grads = tuple(grad if _is_absent(grad) else grad * g for grad in output[1:])
+        else:
+            grads = operation.grad(g, output[0], tensors, config)
+        # Rounded to the inputs' dtype only now: a loss scaler's factor in g keeps float16 gradients from vanishing.
+        return tuple(v if _is_absent(v) else v.to(t.dtype) for v, t in zip(grads, tensors, strict=False))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -379,25 +289,51 @@ class _Backward(Function):
         ctx.save_for_backward(g, forward_output[0], *tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *vectors: Any) -> Any:
         g, value, *tensors = ctx.saved_tensors
         count = _OPERATIONS[ctx.name].count
         vectors = tuple(None if v is None or t is None else v for v, t in zip(vectors, tensors, strict=False))
         if all(v is None for v in vectors):
             return (None,) * (3 + ctx.skip + ctx.count + len(ctx.config))
-        second = _potential_second if ctx.name == "potential" else _second
-        g_grad, grads = second(ctx.name, g, value, tuple(tensors), ctx.config, vectors)
+        g_grad, *grads = _Second.apply(ctx.name, ctx.count, g, value, *tensors, *vectors, *ctx.config)  # type: ignore[no-untyped-call]
         rest = (None,) * (ctx.count - count + len(ctx.config))
-        return (None, None, g_grad, *(None,) * ctx.skip, *grads, *rest)
+        return (None, None, g_grad, *(None,) * ctx.skip, *_pad(tuple(grads), count), *rest)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         return _loop_vmap(_Backward)(info, in_dims, *args)
 
 
+class _Second(Function):
+    """apply(name, number of tensors, upstream, value, *tensors, *vectors, *config) -> gradients of upstream, tensors.
+
+    A Function of its own so that a third derivative meets a refusal, not a tensor without a graph.
+    """
+
+    @staticmethod
+    def forward(name: str, count: int, g: Tensor, value: Tensor, *args: Any) -> Any:
+        tensors, rest = _split(args, count)
+        vectors, config = _split(rest, _OPERATIONS[name].count)
+        second = _potential_second if name == "potential" else _second
+        with torch.autocast(g.device.type, enabled=False):
+            g_grad, grads = second(name, g, value, tensors, config, vectors)
+        return (g_grad, *(torch.empty(0) if grad is None else grad for grad in grads))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.name = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        raise NotImplementedError(f"nearfar: {ctx.name} has no third derivative")
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _loop_vmap(_Second)(info, in_dims, *args)
+
+
 # Function.apply binds its arguments to this signature at every call; finding it anew costs more than a small loss.
-for _function in (_Forward, _Backward):
+for _function in (_Forward, _Backward, _Second):
     setattr(_function.forward, "__signature__", inspect.signature(_function.forward))  # noqa: B010
 
 
@@ -475,7 +411,7 @@ def _potential_second(
     first, second = torch.zeros_like(x), torch.zeros_like(x)
     for rows in _blocks(n):
         with torch.enable_grad():
-            z = torch.exp(_potential_rows((x,), config, rows) - log_z).sum()
+            z = torch.exp(formulas.potential_rows((x,), config, rows) - log_z).sum()
             (slope,) = torch.autograd.grad(z, x, create_graph=True)
             (bend,) = torch.autograd.grad((slope * v).sum(), x)
         first += slope.detach()
@@ -487,13 +423,28 @@ def _potential_second(
 # ---- what the public functions call ----------------------------------------------------------------------------------
 
 
+def _transformed() -> bool:
+    """Whether a torch.func transform is at work. The compiler traces those itself."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _requires_grad(tensor: Tensor | None, transformed: bool) -> bool:
+    """Also of a tensor that vmap maps over, which hides it."""
+    while transformed and tensor is not None and torch._C._functorch.is_batchedtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor is not None and tensor.requires_grad
+
+
 def apply(name: str, tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tensor:
     """The value of an operation, connected to the graph if any input requires a gradient."""
     operation = _OPERATIONS[name]
-    gradients = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors[: operation.count])
-    if not gradients:
+    transformed = _transformed()
+    gradients = torch.is_grad_enabled() and any(_requires_grad(t, transformed) for t in tensors[: operation.count])
+    if not gradients and not transformed:
         result: Tensor = operation.forward(tensors, config, False)[0]
         return result
-    made = _is_scalar_loss(name, config)
-    value: Tensor = _Forward.apply(name, made, len(tensors), *tensors, *config)[0]  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling():  # which refuses one tensor in two places
+        tensors = tuple(None if t is None else t.view_as(t) for t in tensors)
+    early = gradients and _is_scalar_loss(name, config)
+    value: Tensor = _Forward.apply(name, early, len(tensors), *tensors, *config)[0]  # type: ignore[no-untyped-call]
     return value

@@ -46,7 +46,7 @@ class _CommandParser(argparse.ArgumentParser):
 
     command: str | None = None
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Ask the module for its arguments, then parse."""
         if self.command is not None:
             module = _module(self.command)

@@ -133,7 +133,7 @@ def pretrain(encoder: nn.Module, head: nn.Module, images: Tensor, epochs: int, p
         if step % (len(images) // BATCH) == 0:
             order = torch.randperm(len(images))
         begin = time.perf_counter()
-        batch = images[order[: BATCH]]
+        batch = images[order[:BATCH]]
         order = order[BATCH:]
         z1, z2 = head(encoder(torch.cat([augment(batch), augment(batch)]))).chunk(2)
         loss = nf.nt_xent_loss(z1, z2, temperature=TEMPERATURE)
@@ -207,12 +207,15 @@ def picture(path: str, history: History, encoder: nn.Module, digits: Digits, res
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.patches import Circle
 
     figure = plt.figure(figsize=(13, 4.4), layout="constrained")
     curve, sphere, table = figure.subplots(1, 3, width_ratios=(1, 1, 1.25))
     curve.plot(history.losses, lw=1, color="0.25")
     curve.axhline(math.log(2 * BATCH - 1), lw=0.8, ls="--", color="tab:red")
-    curve.text(len(history.losses), math.log(2 * BATCH - 1) - 0.03, "all points alike ", va="top", ha="right", color="tab:red")
+    curve.text(
+        len(history.losses), math.log(2 * BATCH - 1) - 0.03, "all points alike ", va="top", ha="right", color="tab:red"
+    )
     curve.set(title="NT-Xent while pre-training", xlabel="step", ylabel="loss")
 
     # Three principal directions, brought to the sphere; the hemisphere in front is solid.
@@ -220,24 +223,36 @@ def picture(path: str, history: History, encoder: nn.Module, digits: Digits, res
     _, _, axes = torch.linalg.svd(features - features.mean(0), full_matrices=False)
     points = F.normalize((features - features.mean(0)) @ axes[:3].T).numpy()
     front = points[:, 2] >= 0
-    sphere.add_patch(plt.Circle((0, 0), 1, fill=False, color="0.8"))
+    sphere.add_patch(Circle((0, 0), 1, fill=False, color="0.8"))
     for side, alpha in ((~front, 0.25), (front, 0.9)):
         drawn = sphere.scatter(
-            points[side, 0], points[side, 1], c=digits.test_labels[side], cmap="tab10", vmin=-0.5, vmax=9.5, s=9, alpha=alpha
+            points[side, 0],
+            points[side, 1],
+            c=digits.test_labels[side],
+            cmap="tab10",
+            vmin=-0.5,
+            vmax=9.5,
+            s=9,
+            alpha=alpha,
         )
     drawn.set_alpha(1)
     figure.colorbar(drawn, ax=sphere, ticks=range(10), shrink=0.8, label="digit")
     own = results["trained encoder"]
     sphere.set(aspect="equal", xticks=[], yticks=[], xlim=(-1.05, 1.05), ylim=(-1.05, 1.05))
-    sphere.set_title(f"held-out features, uniformity {own['uniformity']:.2f}\n(the sphere's optimum {own['optimum']:.2f})")
+    sphere.set_title(
+        f"held-out features, uniformity {own['uniformity']:.2f}\n(the sphere's optimum {own['optimum']:.2f})"
+    )
     for spine in sphere.spines.values():
         spine.set_visible(False)
 
     table.axis("off")
     columns = ["probe\nall labels", f"probe\n{FEW} a class", "5-NN", "alignment", "uniformity"]
     cells = [
-        [f"{100 * r['probe']:.1f} %", f"{100 * r['few']:.1f} %", f"{100 * r['knn']:.1f} %"]
-        + [f"{r['alignment']:.3f}", f"{r['uniformity']:.2f}"]
+        [
+            *(f"{100 * r[key]:.1f} %" for key in ("probe", "few", "knn")),
+            f"{r['alignment']:.3f}",
+            f"{r['uniformity']:.2f}",
+        ]
         for r in results.values()
     ]
     rows = [name.replace(" ", "\n") for name in results]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
@@ -15,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 
 from . import operations
-from .arrays import Array, concatenate, is_torch
+from .arrays import Array, cast, concatenate, dtype_name, is_torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -124,7 +125,11 @@ def value_and_grad(f: Callable[..., Any], argnums: int | Sequence[int] = 0) -> C
     >>> float(round(value, 6)), dq.shape, dk.shape
     (0.743668, (4, 4), (4, 4))
     """
-    wanted = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    single = hasattr(argnums, "__index__")
+    try:
+        wanted = tuple(map(operator.index, (argnums,) if single else argnums))  # type: ignore[arg-type]
+    except TypeError as error:
+        raise TypeError(f"argnums: expected an int or a sequence of ints, got {argnums!r}") from error
 
     @functools.wraps(f)
     def function(*args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -132,7 +137,7 @@ def value_and_grad(f: Callable[..., Any], argnums: int | Sequence[int] = 0) -> C
             value, grads = _torch_value_and_grad(f, wanted, args, kwargs)
         else:
             value, grads = _plan_value_and_grad(f, wanted, args, kwargs)
-        return value, grads[0] if isinstance(argnums, int) else tuple(grads)
+        return value, grads[0] if single else tuple(grads)
 
     return function
 
@@ -154,8 +159,8 @@ def _torch_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: An
     leaves = []
     for name in names:
         value = bound.arguments.get(name)
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(f"argnums: {name} is not a tensor, so it has no gradient")
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+            raise ValueError(f"argnums: {name} is not a floating tensor, so it has no gradient")
         bound.arguments[name] = value.detach().requires_grad_()
         leaves.append(bound.arguments[name])
     with torch.enable_grad():
@@ -183,7 +188,7 @@ def _plan_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: Any
             if np.ndim(array) == 0:
                 own: Any = gradient[()] * part.slope
             else:
-                own = gradient[begin : begin + len(array)]
+                own = cast(gradient[begin : begin + len(array)], dtype_name(array))
                 begin += len(array)
             found[name] = found[name] + own if name in found else own
     for name in names:

@@ -45,10 +45,15 @@ class Gaussian:
 
     def __init__(self, lengthscale: Any = 1.0) -> None:
         self.lengthscale = lengthscale
-        if not is_torch(lengthscale):
+        if isinstance(lengthscale, (int, float)):  # apart, because the compiler does not trace the NumPy form
+            good = 0 < lengthscale < math.inf
+        elif is_torch(lengthscale):
+            good = True
+        else:
             values = np.asarray(lengthscale, np.float64)
-            if values.ndim > 1 or not np.all((values > 0) & np.isfinite(values)):
-                raise ValueError(f"lengthscale: expected a positive number or (d,) of them, got {lengthscale!r}")
+            good = values.ndim <= 1 and bool(np.all((values > 0) & np.isfinite(values)))
+        if not good:
+            raise ValueError(f"lengthscale: expected a positive number or (d,) of them, got {lengthscale!r}")
 
     def __repr__(self) -> str:
         return f"Gaussian(lengthscale={self.lengthscale!r})"
@@ -57,7 +62,7 @@ class Gaussian:
         """x / lengthscale, so that the engine knows the unit kernel only and gradients of the length scale are free."""
         check_points(**{name: x})
         scale = self.lengthscale
-        shape = tuple(np.shape(scale))
+        shape = () if isinstance(scale, (int, float)) else tuple(scale.shape if is_torch(scale) else np.shape(scale))
         if shape not in ((), (1,)) and shape != (x.shape[-1],):
             raise ValueError(f"lengthscale: expected a number or shape ({x.shape[-1]},) to match {name}, got {shape}")
         if is_torch(x):
@@ -66,7 +71,7 @@ class Gaussian:
             if not is_torch(scale):
                 if not shape and scale == 1:
                     return x
-                scale = torch.as_tensor(np.asarray(scale, np.float64), device=x.device)
+                scale = torch.as_tensor(scale, dtype=torch.float64, device=x.device)
             wide = torch.promote_types(x.dtype, torch.float32)
             return x.to(wide) / scale.to(wide)
         if is_torch(scale):

@@ -2,8 +2,8 @@
 
 Each function takes NumPy arrays or (detached) torch tensors and returns arrays of the same kind. Loss operations return
 ``(value, *gradients)``; gradients are those of the value for reduction 'mean' or 'sum', of ``<weights, value>`` for
-'none', and None where they were not asked for. Gradients have the dtype of what they belong to; values have the compute
-dtype (float32 for half precisions).
+'none', and None where they were not asked for. Values and gradients have the compute dtype (float32 for half
+precisions); who hands gradients out rounds them to the dtype of what they belong to.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .arrays import Array, cast, compute_dtype, dtype_name, empty
+from .arrays import Array, cast, compute_dtype, empty
 from .runtime import get_num_threads
 
 # Workspace for exp(scores) of a strip of 128 rows. Beyond it (more than 64 Ki columns in float32) scores are computed
 # twice: four matrix products instead of three.
 STRIP_BUDGET = 32 << 20
+
+# The largest multiplier of dot products.
+LARGEST = {name: float(np.finfo(name).max) for name in ("float32", "float64")}
 
 
 def _reduced(like: Array, rows: Array, total: float, reduction: str) -> Array:
@@ -58,8 +61,8 @@ def softmax(
     ``y=None``: the columns are x itself. ``positive=None``: the positives are the first n columns, row ``i + shift``.
     """
     scale = float(scale)
-    if not (scale > 0 and math.isfinite(scale)):
-        raise ValueError(f"temperature: expected a positive number, got {1 / scale if scale else math.inf}")
+    if not 0 < scale <= LARGEST[compute_dtype(x)]:
+        raise ValueError(f"temperature, logit_scale: expected a positive number, got logit_scale = {scale}")
     n, d = x.shape
     columns = x if y is None else y
     own_positive = positive is not None
@@ -105,15 +108,8 @@ def softmax(
         return value, None, None, None, None, None
     gscale = empty(x, (), "float64")
     gscale[...] = dscale
-    dtype = dtype_name(x)
-    return (
-        value,
-        cast(dx, dtype),
-        None if y is None or mode == "pairs" else cast(dy, dtype),
-        cast(dpositive, dtype) if own_positive else None,
-        None if paired is None else cast(dpaired, dtype),
-        gscale,
-    )
+    dy = None if y is None or mode == "pairs" else dy
+    return value, dx, dy, dpositive if own_positive else None, dpaired, gscale
 
 
 def potential(x: Array, t: float, normalize: bool, gradients: bool) -> tuple[Any, ...]:
@@ -123,7 +119,7 @@ def potential(x: Array, t: float, normalize: bool, gradients: bool) -> tuple[Any
     log_sum = _core.potential(x, t, normalize, dx, get_num_threads())
     value = empty(x, ())
     value[...] = log_sum - math.log(n * (n - 1) / 2)
-    return value, None if dx is None else cast(dx, dtype_name(x))
+    return value, dx
 
 
 def alignment(
@@ -140,9 +136,7 @@ def alignment(
         weights = weights.contiguous() if hasattr(weights, "contiguous") else np.ascontiguousarray(weights)
     total = _core.alignment(x, y, alpha, normalize, weights, weight, rows, dx, dy, get_num_threads())
     value = _reduced(x, rows, total, reduction)
-    if not gradients:
-        return value, None, None
-    return value, cast(dx, dtype_name(x)), cast(dy, dtype_name(x))
+    return value, dx, dy
 
 
 def store(x: Array, y: Array | None, map: str, normalize: bool, condensed: bool, out: Array | None = None) -> Array:
@@ -168,8 +162,8 @@ def store_grad(
     _core.store_grad(x, columns, map, normalize, condensed, value, grad, dx, dy, get_num_threads())
     if y is None:
         dx += dy
-        return cast(dx, dtype_name(x)), None
-    return cast(dx, dtype_name(x)), cast(dy, dtype_name(x))
+        return dx, None
+    return dx, dy
 
 
 def matmul(x: Array, y: Array | None, v: Array, map: str) -> Array:
@@ -181,16 +175,17 @@ def matmul(x: Array, y: Array | None, v: Array, map: str) -> Array:
 
 def matmul_grad(grad: Array, x: Array, y: Array | None, v: Array, map: str) -> tuple[Any, ...]:
     """Gradients of ``<grad, K(x, y) v>`` with respect to x, y, v."""
+    # The upstream gradient has the compute dtype and must not be rounded to a half, so the others are widened.
+    dtype = compute_dtype(x)
+    x, y, v, grad = (None if a is None else cast(a, dtype) for a in (x, y, v, grad))
     columns = x if y is None else y
     dx, dy = empty(x, tuple(x.shape), zero=True), empty(x, tuple(columns.shape), zero=True)
-    grad = cast(grad, dtype_name(x))
     _core.matmul_grad(x, columns, v, grad, map, dx, dy, get_num_threads())
     dv = matmul(columns, x, grad, map)  # radial and dot kernels are symmetric: K(x, y)^T = K(y, x)
-    dtype = dtype_name(x)
     if y is None:
         dx += dy
-        return cast(dx, dtype), None, cast(dv, dtype)
-    return cast(dx, dtype), cast(dy, dtype), cast(dv, dtype)
+        return dx, None, dv
+    return dx, dy, dv
 
 
 def select(x: Array, y: Array | None, map: str, normalize: bool, exclude_self: bool, k: int) -> tuple[Array, Array]:

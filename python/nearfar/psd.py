@@ -80,10 +80,14 @@ class PSDReport:
         ``max |K - K^T|``.
     method : str
         ``"eigh"`` or ``"subsample"``.
-    matvecs : int
-        Products of K with a vector that a matrix-free method used; 0 for a dense one.
-    miss_probability : float
-        Probability that a randomised method missed a violation; 0 for a dense one.
+    matvecs, miss_probability : int, float
+        Products of K with a vector that a matrix-free method used, and its probability to miss; 0 for a dense one.
+
+    Examples
+    --------
+    >>> import numpy as np, nearfar as nf
+    >>> nf.psd_report(np.eye(3)).verdict
+    'psd'
     """
 
     verdict: str
@@ -135,7 +139,7 @@ def psd_report(
     K : array (n, n) or callable
         A matrix, or a kernel: then ``kernel(x)`` is evaluated and judged.
     x : array (n, d), optional
-        The points, for a kernel. At most ``nearfar.gram.DENSE_LIMIT`` (4096) of them, since the matrix is stored.
+        The points, for a kernel. At most ``nearfar.psd.DENSE_LIMIT`` (4096) of them, since the matrix is stored.
     tol : float, optional
         The noise floor, in units of K. Default: what round-off in the dtype of K can produce,
         ``10 eps max|eigenvalue|`` (32 eps in float64, where the eigen-solver's own round-off counts). Give it when K
@@ -293,7 +297,7 @@ def _evaluate(K: Array | Callable[[Array], Array], x: Array | None) -> Array:
     n = x.shape[0]
     if n > DENSE_LIMIT:
         raise NotImplementedError(
-            f"x: {n} points, but a kernel is evaluated densely, up to nearfar.gram.DENSE_LIMIT = {DENSE_LIMIT} points; "
+            f"x: {n} points, but a kernel is evaluated densely, up to nearfar.psd.DENSE_LIMIT = {DENSE_LIMIT} points; "
             "pass fewer points, or the matrix kernel(x) itself"
         )
     matrix = K(x)

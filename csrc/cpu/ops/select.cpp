@@ -7,7 +7,7 @@
 namespace nearfar {
 namespace {
 
-/// What is minimised: the squared distance as it is, its expansion without |x|^2, or the negative dot product.
+/// What is minimised: the squared distance, direct or expanded here in the scan, or the negative dot product.
 enum class Key { direct, expanded, negative_dot };
 
 template <class T, Key KEY>
@@ -74,8 +74,8 @@ class Select {
     if (KEY == Key::direct) return s;
     if (KEY == Key::negative_dot) return -s;
     const T square = *o.squares(j);
-    const Vec<T> value = splat<T>(square) - T(2) * s;
-    near |= value <= splat<T>(square * Operands<T>::kNear) - own * (1 - Operands<T>::kNear);
+    const Vec<T> value = own + (splat<T>(square) - T(2) * s);
+    near |= value <= (own + splat<T>(square)) * Operands<T>::kNear;
     return value;
   }
 
@@ -89,8 +89,7 @@ class Select {
       if (!any(near)) continue;
       for (int u = 0; u < kLanes<T>; ++u) {
         const int64_t lane = v * kLanes<T> + u;
-        if (near[u] && panel.row + lane < n)
-          out[lane] = o.direct_distance(panel.row + lane, j, rows.get()) - panel.squares[lane];
+        if (near[u] && panel.row + lane < n) out[lane] = o.direct_distance(panel.row + lane, j, rows.get());
       }
     }
   }

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arrays import number
 from .softmax import check_reduction, clip_loss, info_nce_loss, nt_xent_loss
 from .sphere import alignment, uniformity
 
@@ -19,6 +20,7 @@ class _TemperatureLoss(nn.Module):
 
     def __init__(self, temperature: float, learnable_temperature: bool, reduction: str, normalize: bool) -> None:
         super().__init__()
+        temperature = number(temperature, "temperature")
         if not (temperature > 0 and math.isfinite(temperature)):
             raise ValueError(f"temperature: expected a positive number, got {temperature}")
         check_reduction(reduction)

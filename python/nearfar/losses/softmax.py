@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, check_matrix, check_points, check_shape, is_torch, kind_of, number
+from ..arrays import Array, check_matrix, check_points, check_shape, dtype_name, is_torch, kind_of, number
 from ..gradients import NOTHING, Call, Part, differentiable
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -34,10 +34,13 @@ def scale_part(temperature: Any, logit_scale: Any, default: Any, like: Array) ->
             raise TypeError(f"{name}: expected a number or a NumPy 0-d array to match the points, got a torch.Tensor")
         if given.ndim != 0:
             raise ValueError(f"{name}: expected a number or a 0-d array, got shape {tuple(given.shape)}")
-        # The value is checked where it is known without stopping a compiled graph: in the operation.
-        return Part((name,), (1 / given if name == "temperature" else given,))
-    if np.ndim(given) != 0:
-        raise ValueError(f"{name}: expected a number or a 0-d array, got shape {np.shape(given)}")
+        if given.is_complex():
+            raise TypeError(f"{name}: expected a real number, got {dtype_name(given)}")
+        # The value is checked where it is known without stopping a compiled graph: in the operation. In double, so that
+        # a temperature in a low precision is not rounded once more.
+        return Part((name,), (1 / given.double() if name == "temperature" else given,))
+    if getattr(given, "ndim", 0) != 0:
+        raise ValueError(f"{name}: expected a number or a 0-d array, got shape {given.shape}")
     value = number(given, name)
     if not (value > 0 and math.isfinite(value)):
         raise ValueError(f"{name}: expected a positive number, got {value}")
@@ -143,8 +146,11 @@ def info_nce_loss(
     check_shape(positive_key, "positive_key", (n, d), "query")
     own = negative_keys is not None and negative_keys.ndim == 3
     if negative_keys is not None:
-        expected = (n, negative_keys.shape[1], d) if own else (negative_keys.shape[0], d)
-        check_shape(negative_keys, "negative_keys", expected, "query")
+        if negative_keys.ndim not in (2, 3):
+            raise ValueError(
+                f"negative_keys: expected shape (m, {d}) or ({n}, m, {d}), got {tuple(negative_keys.shape)}"
+            )
+        check_shape(negative_keys, "negative_keys", (*((n,) if own else ()), negative_keys.shape[-2], d), "query")
         if symmetric:
             raise ValueError("negative_keys: not with symmetric=True, which has no query for them")
     in_batch = negative_keys is None if in_batch is None else bool(in_batch)
