@@ -1,9 +1,11 @@
-"""knn and kmeans_assign against a sort of exact distances."""
+"""`knn` against a sort of exact distances."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from generators import layouts, numpy_of, of_kind, points, rng
+from references import KINDS, METRICS, allowed, distances, nearest, same_bits
 
 import nearfar as nf
 
@@ -86,23 +88,6 @@ def test_nan():
     others = np.delete(indices, 3, 0)
     assert (others[:, -1] == -1).all()
     assert not (others == 5).any()
-    labels, away = nf.kmeans_assign(x, y)
-    assert labels[3] == -1
-    assert np.isnan(away[3])
-    assert (np.delete(labels, 3) >= 0).all()
-
-
-@pytest.mark.parametrize("threads", [2, 7])
-def test_threads_change_nothing(threads):
-    x = np.random.default_rng(0).standard_normal((900, 40)).astype(np.float32)
-    try:
-        nf.set_num_threads(1)
-        one = nf.knn(x, k=6)
-        nf.set_num_threads(threads)
-        many = nf.knn(x, k=6)
-    finally:
-        nf.set_num_threads(None)
-    assert all(np.array_equal(a, b) for a, b in zip(one, many, strict=True))
 
 
 def test_torch():
@@ -115,31 +100,206 @@ def test_torch():
     assert torch.equal(nf.knn(half, k=2)[1], nf.knn(half.float(), k=2)[1])
 
 
-@pytest.mark.parametrize("d", [2, 33])
-def test_assign(d):
-    x, centroids = integers(500, d), integers(37, d, seed=1)
-    centroids[20] = centroids[3]
-    labels, distances = nf.kmeans_assign(x, centroids)
-    square = exact(x, centroids)
-    assert labels.dtype == np.int64
-    assert np.array_equal(labels, square.argmin(1))
-    assert np.array_equal(distances, square.min(1))
-    assert not nf.kmeans_assign(x, x[:1])[0].any()
-    cosine, away = nf.kmeans_assign(x + 5, centroids + 5.5, metric="cosine")
-    unit = [z / np.linalg.norm(z, axis=1, keepdims=True) for z in (x + 5.0, centroids + 5.5)]
-    assert np.allclose(away, (1 - unit[0] @ unit[1].T).min(1), atol=1e-6)
-    assert cosine.shape == (500,)
+@pytest.mark.isa
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("d", [3, 40])
+def test_every_metric_every_dtype(metric, d):
+    """The chosen columns have the least distances, and those are given exactly."""
+    for kind, dtype in KINDS:
+        x, y = (of_kind(kind, points(n, d, seed=seed), dtype) for seed, n in enumerate((70, 300)))
+        expected = distances(x, y, metric)
+        order = -expected if metric == "dot" else expected
+        for k in (1, 2, 10, 300):
+            values, indices = nf.knn(x, y, k, metric=metric)
+            assert type(values) is type(indices) is type(x)
+            assert str(indices.dtype).endswith("int64")
+            assert str(values.dtype).removeprefix("torch.") == ("float64" if dtype == "float64" else "float32")
+            values, indices = numpy_of(values), np.asarray(indices)
+            assert all(len(set(row)) == k for row in indices)
+            sign = -1 if metric == "dot" else 1
+            assert np.all(np.diff(sign * values, axis=1) >= 0)
+            scale = 1e-5 if dtype != "float64" else 1e-13
+            best = np.sort(order, 1)[:, :k]
+            own = np.take_along_axis(order, indices, 1)
+            assert np.allclose(own.astype(float), best.astype(float), rtol=scale, atol=scale)
+            error = np.abs(values - sign * own)
+            assert np.all(error <= np.take_along_axis(allowed(x, y, metric, expected), indices, 1))
 
 
-def test_agrees_with_sklearn_far_from_the_origin():
-    metrics = pytest.importorskip("sklearn.metrics")
-    rng = np.random.default_rng(0)
-    x, centroids = (1000 + rng.standard_normal((n, 24)) for n in (400, 30))
-    labels, _ = nf.kmeans_assign(x.astype(np.float32), centroids.astype(np.float32))
-    wanted = metrics.pairwise_distances_argmin(
-        x.astype(np.float32).astype(np.float64), centroids.astype(np.float32).astype(np.float64)
-    )
-    assert np.array_equal(labels, wanted)
+@pytest.mark.isa
+@pytest.mark.parametrize("d", [3, 17, 128])
+def test_cosine_of_nearly_parallel_rows(d):
+    """Angles down to 1e-3 are told apart: 1 - cos is there a few times the rounding of 1."""
+    x = points(30, d, "float32")
+    angles = 1e-3 * (1 + np.arange(12))
+    across = points(30, d, seed=1)
+    across -= x * (across * x).sum(1, keepdims=True) / (x.astype(float) ** 2).sum(1, keepdims=True)
+    across *= np.linalg.norm(x, axis=1, keepdims=True) / np.linalg.norm(across, axis=1, keepdims=True)
+    for i in range(30):
+        y = (x[i] + np.tan(angles)[:, None] * across[i]) * rng(i).uniform(0.1, 10, (12, 1))
+        y = np.concatenate([y, -y, across[i : i + 1]])[::-1].astype("float32")
+        values, indices = nf.knn(x[i : i + 1], y, 12, metric="cosine")
+        assert np.array_equal(indices[0], 24 - np.arange(12))
+        assert np.allclose(values[0], distances(x[i : i + 1], y, "cosine")[0, indices[0]], rtol=2e-3, atol=0)
+    assert np.all(nf.knn(x, 3 * x, 1, metric="cosine")[0] >= 0)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("d", [2, 20])
+@pytest.mark.parametrize("n", [1, 5, 200, 2100])
+def test_all_columns_alike(d, n):
+    """Ties across tiles, chunks and the parts that few queries are cut into: always the first k."""
+    y = np.repeat(integers(1, d), 1500, 0)
+    for k in (1, 2, 10):
+        values, indices = nf.knn(integers(n, d, seed=2), y, k)
+        assert np.array_equal(indices, np.broadcast_to(np.arange(k), (n, k)))
+        assert np.array_equal(values[:, 0], values[:, -1])
+    blocks = np.tile(integers(30, d, seed=1), (50, 1))  # every row fifty times, thirty apart
+    _, indices = nf.knn(blocks[:30], blocks, 50)
+    if d == 20:  # in two dimensions some of the thirty rows are equal too
+        assert np.array_equal(indices, np.arange(30)[:, None] + 30 * np.arange(50))
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("d", [5, 24])
+def test_few_queries_many_columns(d):
+    """Columns are cut among tasks: the same answer as for each query in a long list of them."""
+    y = points(5000, d, "float32")
+    many = nf.knn(points(2500, d, "float32", seed=1), y, 7)
+    for n in (1, 3, 129):
+        few = nf.knn(points(2500, d, "float32", seed=1)[:n], y, 7)
+        assert all(same_bits(a, b[:n].copy()) for a, b in zip(few, many, strict=True))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_self_exclusion_is_by_position(metric):
+    x = points(60, 6)
+    y = points(60, 6, seed=1)
+    full = distances(x, y, metric) * (-1 if metric == "dot" else 1)
+    np.fill_diagonal(full, np.inf)
+    assert np.array_equal(nf.knn(x, y, 5, metric=metric, exclude_self=True)[1], nearest(full, 5)[1])
+    own = distances(x, None, metric) * (-1 if metric == "dot" else 1)
+    assert np.array_equal(nf.knn(x, None, 5, metric=metric, exclude_self=False)[1], nearest(own, 5)[1])
+    assert np.array_equal(nf.knn(x, x, 5, metric=metric)[1], nearest(own, 5)[1])
+    np.fill_diagonal(own, np.inf)
+    assert np.array_equal(nf.knn(x, k=59, metric=metric)[1], nearest(own, 59)[1])
+    # Fewer references than queries: later queries have nobody to leave out.
+    some = nf.knn(x, y[:7], 6, metric=metric, exclude_self=True)[1]
+    assert np.array_equal(some, nearest(full[:, :7], 6)[1])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("d", [3, 40])
+def test_bad_rows(bad, metric, d):
+    x, y = points(150, d, "float32"), points(400, d, "float32", seed=1)
+    keep = np.setdiff1d(np.arange(400), [0, 17, 399])
+    clean = nf.knn(np.delete(x, 3, 0), y[keep], 9, metric=metric)
+    x[3, d - 1] = bad
+    y[[0, 17, 399], 1] = bad
+    for k in (1, 9):
+        values, indices = nf.knn(x, y, k, metric=metric)
+        assert indices.min() >= -1
+        assert indices.max() < 400
+        if np.isnan(bad):
+            assert (indices[3] == -1).all()
+            assert np.isnan(values[3]).all()
+        # The dot product with an infinite row can be the largest of all; a distance to it is never the least.
+        if np.isnan(bad) or metric in ("euclidean", "sqeuclidean"):
+            assert np.array_equal(np.delete(indices, 3, 0), keep[clean[1][:, :k]])
+            assert np.allclose(np.delete(values, 3, 0), clean[0][:, :k], rtol=1e-6)
+    nobody = nf.knn(x, np.full_like(y, np.nan), 2, metric=metric)
+    assert (nobody[1] == -1).all()
+    assert np.isnan(nobody[0]).all()
+
+
+def test_empty_queries():
+    values, indices = nf.knn(np.empty((0, 4), np.float32), points(5, 4, "float32"), 3)
+    assert values.shape == indices.shape == (0, 3)
+
+
+def test_layouts():
+    x, y = points(40, 20, "float32"), points(70, 20, "float32", seed=1)
+    expected = nf.knn(x, y, 4)
+    for name, left in layouts(x).items():
+        for right in layouts(y).values():
+            assert all(same_bits(a, b) for a, b in zip(nf.knn(left, right, 4), expected, strict=True)), name
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_threads_change_no_bit(metric, threads):
+    for n, m, d in ((5, 3000, 20), (900, 300, 3), (300, 700, 40)):
+        x, y = points(n, d, "float32"), points(m, d, "float32", seed=1)
+        results = []
+        for count in (1, 2, 3, 7):
+            threads(count)
+            results.append([*nf.knn(x, y, 5, metric=metric), *nf.knn(x, k=4, metric=metric)])
+        for other in results[1:]:
+            assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_faiss():
+    faiss = pytest.importorskip("faiss")
+    x, y = points(300, 32, "float32"), points(4000, 32, "float32", seed=1)
+    for metric, index in (("sqeuclidean", faiss.IndexFlatL2(32)), ("dot", faiss.IndexFlatIP(32))):
+        index.add(y)
+        expected, order = index.search(x, 10)
+        values, indices = nf.knn(x, y, 10, metric=metric)
+        assert np.allclose(values, expected, rtol=1e-4, atol=1e-4)
+        assert np.mean(indices == order) > 0.999  # FAISS expands the square: it may order near ties otherwise
+
+
+def test_sklearn():
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    x, y = points(100, 10), points(500, 10, seed=1)
+    expected, order = neighbors.NearestNeighbors(n_neighbors=6, algorithm="brute").fit(y).kneighbors(x)
+    values, indices = nf.knn(x, y, 6)
+    assert np.array_equal(indices, order)
+    assert np.allclose(values, expected, rtol=1e-9)
+
+
+def test_kinds_of_k():
+    x = points(9, 3)
+    expected = nf.knn(x, k=2)[1]
+    for k in (np.int64(2), np.uint8(2), np.array(2)):
+        assert np.array_equal(nf.knn(x, k=k)[1], expected)
+    for k in (True, np.True_, 2.0, 2.5, "2", None, [2], np.array([1, 2]), float("nan"), float("inf")):
+        with pytest.raises(TypeError, match=r"^k: expected an integer, got"):
+            nf.knn(x, k=k)
+    for k in (0, -1, 9, 10**30):
+        with pytest.raises(ValueError, match=r"^k: expected 1 to 8 \(rows to choose from\), got"):
+            nf.knn(x, k=k)
+    for n in (0, 1):
+        with pytest.raises(ValueError, match=r"^(k|query): expected"):
+            nf.knn(x[:n])
+    with pytest.raises(ValueError, match=r"^(k|reference): expected"):
+        nf.knn(x, x[:0])
+
+
+@pytest.mark.parametrize("place", ["query", "reference"])
+def test_not_points(place):
+    x = points(4, 3, "float32")
+    for bad, error, message in (
+        (x.tolist(), TypeError, "expected a NumPy, PyTorch or CuPy array, got list"),
+        (x.astype(int), TypeError, "expected a floating dtype"),
+        (x + 1j, TypeError, "expected a floating dtype"),
+        (x > 0, TypeError, "expected a floating dtype"),
+        (x.astype(">f4"), TypeError, "expected native byte order"),
+        (x[0], ValueError, r"expected shape \(n, d\)"),
+        (x[None], ValueError, r"expected shape \(n, d\)"),
+        (x[:, :0], ValueError, "expected (at least one column|3 columns)"),
+    ):
+        with pytest.raises(error, match=f"^{place}: .*{message}"):
+            nf.knn(**({"query": x, "reference": x} | {place: bad}))
+    for bad, message in (
+        (of_kind("torch", x), "expected a numpy array to match query, got torch"),
+        (x.astype(np.float64), "expected dtype float32 to match query, got float64"),
+    ):
+        with pytest.raises(TypeError, match=f"^reference: {message}"):
+            nf.knn(x, bad)
+    for metric in ("l1", "", None, 3, ["dot"]):
+        with pytest.raises(ValueError, match=r"^metric: expected one of euclidean, sqeuclidean, cosine, dot, got"):
+            nf.knn(x, metric=metric)
 
 
 def test_bad_input():
@@ -153,10 +313,6 @@ def test_bad_input():
         (lambda: nf.knn(x, x[:, :2], 1), ValueError, "^reference: expected 3 columns"),
         (lambda: nf.knn(x, x, 1, metric="l1"), ValueError, "^metric: "),
         (lambda: nf.knn(x[0], x, 1), ValueError, "^query: expected shape"),
-        (lambda: nf.kmeans_assign(x, x[:0]), ValueError, "^centroids: expected at least one"),
-        (lambda: nf.kmeans_assign(x, x[:, :2]), ValueError, "^centroids: expected 3 columns"),
-        (lambda: nf.kmeans_assign(x, x, metric="dot"), ValueError, "^metric: "),
-        (lambda: nf.kmeans_assign(x, x.astype(int)), TypeError, "^centroids: "),
     ):
         with pytest.raises(error, match=message):
             call()

@@ -207,6 +207,11 @@ struct Chunks {
     c.count = ceil_div(c.tiles, c.tiles_each);
     return c;
   }
+  /// Few strips of rows leave threads idle: into how many parts the columns are cut then, by the shape alone.
+  int64_t parts(int64_t strips) const {
+    if (strips == 0 || strips >= 16 || count == 0) return 1;
+    return 16 / strips < count ? 16 / strips : count;
+  }
   int64_t tile_begin(int64_t chunk) const { return chunk * tiles_each; }
   int64_t tile_end(int64_t chunk) const { return (chunk + 1) * tiles_each < tiles ? (chunk + 1) * tiles_each : tiles; }
 };

@@ -6,6 +6,7 @@ Everything above this module is written once for all kinds; everything below it 
 from __future__ import annotations
 
 import math
+import operator
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -85,7 +86,8 @@ def check_memory(array: Any, name: str) -> None:
 
 
 def check_matrix(array: Array, name: str) -> None:
-    """Two dimensions and at least one column."""
+    """Two dimensions and at least one column. Not None."""
+    kind_of(array, name)
     if array.ndim != 2:
         raise ValueError(f"{name}: expected shape (n, d), got {tuple(array.shape)}")
     if array.shape[1] == 0:
@@ -97,6 +99,16 @@ def check_shape(array: Array, name: str, shape: Sequence[int], like: str) -> Non
     kind_of(array, name)
     if tuple(array.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)} to match {like}, got {tuple(array.shape)}")
+
+
+def integer(value: Any, name: str) -> int:
+    """An integer, of Python's or NumPy's types; not a boolean."""
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
 
 
 def number(value: Any, name: str) -> float:

@@ -38,7 +38,7 @@ def kmeans_assign(x: Array, centroids: Array, *, metric: str = "sqeuclidean") ->
     >>> nf.kmeans_assign(np.array([[0.0], [4.0]]), np.array([[1.0], [3.0]]))
     (array([0, 1]), array([1., 1.]))
     """
-    if metric not in _METRICS:
+    if not isinstance(metric, str) or metric not in _METRICS:
         raise ValueError(f"metric: expected one of {', '.join(_METRICS)}, got {metric!r}")
     map, normalize = _METRICS[metric]
     check_points(x=x, centroids=centroids)

@@ -20,7 +20,7 @@ METRICS = {
 
 def metric_of(metric: str) -> tuple[str, bool]:
     """The engine's name of a metric, and whether it is of unit rows."""
-    if metric not in METRICS:
+    if not isinstance(metric, str) or metric not in METRICS:
         raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
     return METRICS[metric]
 
@@ -100,7 +100,7 @@ def cdist(
     |x|^2 + |y|^2 - 2<x, y> on points shifted to a common centre, where pairs closer than about 1/22 of their norms are
     computed again from their differences: nearby points far from the origin keep their relative accuracy. NaN in a row
     touches that row and column only. Differentiable (first and second order); the gradient at distance 0 is 0. A zero
-    row has cosine distance 1 to every other row.
+    row has cosine distance 1 to every other row, and 0 to itself.
 
     Examples
     --------

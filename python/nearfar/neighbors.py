@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from . import operations
-from .arrays import Array, check_matrix, check_points, is_torch
+from .arrays import Array, check_matrix, check_points, integer, is_torch
 from .distances import metric_of
 
 
@@ -65,12 +65,11 @@ def knn(
         reference = None
     rows = query.shape[0] if reference is None else reference.shape[0]
     most = rows - (1 if exclude_self else 0)
-    if isinstance(k, bool) or int(k) != k:
-        raise TypeError(f"k: expected an integer, got {type(k).__name__}")
+    k = integer(k, "k")
     if not 1 <= k <= most:
         raise ValueError(f"k: expected 1 to {most} (rows to choose from), got {k}")
     if is_torch(query):
         query, reference = query.detach(), None if reference is None else reference.detach()
     y = None if reference is None else reference[None]
-    distances, indices = operations.select(query[None], y, map, normalize, exclude_self, int(k))
+    distances, indices = operations.select(query[None], y, map, normalize, exclude_self, k)
     return distances[0], indices[0]

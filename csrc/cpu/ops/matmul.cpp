@@ -21,7 +21,7 @@ class Matmul {
     pack_v();
     const int64_t strips = ceil_div(n, P::kStripRows), chunks = o.chunks.count;
     // Few rows: cut the columns too, by the shape alone, and add the parts in order.
-    splits_ = strips >= 16 || chunks == 0 ? 1 : (16 / strips < chunks ? 16 / strips : chunks);
+    splits_ = o.chunks.parts(strips);
     const int64_t part = strips * P::kStripRows * r;
     parts_ = Buffer<T>(splits_ * part);
     parallel_for(strips * splits_, p.threads, [&](int64_t task, int) {

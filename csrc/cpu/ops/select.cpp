@@ -7,14 +7,16 @@
 namespace nearfar {
 namespace {
 
-/// What is minimised: the squared distance, direct or expanded here in the scan, or the negative dot product.
-enum class Key { direct, expanded, negative_dot };
+/// What is minimised: the squared distance, direct or expanded here in the scan, 1 - <u, v> of unit rows, or the
+/// negative dot product.
+enum class Key { direct, expanded, cosine, negative_dot };
 
 template <class T, Key KEY>
 class Select {
   using P = Policy<T>;
   static constexpr int NR = P::NR;
-  static constexpr bool kDistance = KEY != Key::negative_dot;
+  static constexpr bool kDistance = KEY == Key::direct || KEY == Key::expanded;
+  static constexpr bool kMends = KEY == Key::expanded || KEY == Key::cosine;  // small keys are computed again
 
  public:
   Select(const SelectParams<T>& params, const Operands<T>& operands)
@@ -23,7 +25,7 @@ class Select {
   void run() {
     // Few rows: cut the columns too, by the shape alone; parts are merged in order.
     const int64_t strips = ceil_div(n, P::kStripRows), chunks = o.chunks.count;
-    splits_ = strips >= 16 || chunks == 0 ? 1 : (16 / strips < chunks ? 16 / strips : chunks);
+    splits_ = o.chunks.parts(strips);
     kept_ = Buffer<T>(strips * splits_ * P::kStripRows * k);
     index_ = Buffer<int64_t>(strips * splits_ * P::kStripRows * k);
     parallel_for(strips * splits_, p.threads, [&](int64_t task, int) {
@@ -68,11 +70,20 @@ class Select {
     }
   }
 
+  NEARFAR_INLINE static Vec<T> squares(const Panel& panel, int v) {
+    return KEY == Key::expanded ? load(panel.squares + v * kLanes<T>) : Vec<T>{};
+  }
+
   /// Keys of column j for one vector of lanes; marks pairs so close that the expansion is not to be trusted.
   NEARFAR_INLINE Vec<T> key(const T* scores, int64_t j, Vec<T> own, IVec<T>& near) const {
     const Vec<T> s = load(scores);
     if (KEY == Key::direct) return s;
     if (KEY == Key::negative_dot) return -s;
+    if (KEY == Key::cosine) {
+      const Vec<T> value = T(1) - s;
+      near |= value <= splat<T>(Operands<T>::kNear);
+      return value;
+    }
     const T square = *o.squares(j);
     const Vec<T> value = own + (splat<T>(square) - T(2) * s);
     near |= value <= (own + splat<T>(square)) * Operands<T>::kNear;
@@ -84,12 +95,12 @@ class Select {
     Buffer<T> rows(2 * o.d);
     for (int v = 0; v < P::kVectors; ++v) {
       IVec<T> near = IVec<T>{};
-      const Vec<T> value = key(scores + v * kLanes<T>, j, load(panel.squares + v * kLanes<T>), near);
+      const Vec<T> value = key(scores + v * kLanes<T>, j, squares(panel, v), near);
       store(out + v * kLanes<T>, value);
       if (!any(near)) continue;
       for (int u = 0; u < kLanes<T>; ++u) {
         const int64_t lane = v * kLanes<T> + u;
-        if (near[u] && panel.row + lane < n) out[lane] = o.direct_distance(panel.row + lane, j, rows.get());
+        if (near[u] && panel.row + lane < n) out[lane] = near_key(panel.row + lane, j, rows.get());
       }
     }
   }
@@ -101,7 +112,7 @@ class Select {
 #pragma GCC unroll 2
     for (int v = 0; v < P::kVectors; ++v) {
       best[v] = load(panel.worst + v * kLanes<T>);
-      own[v] = KEY == Key::expanded ? load(panel.squares + v * kLanes<T>) : Vec<T>{};
+      own[v] = squares(panel, v);
       where[v] = isplat<T>(-1);
     }
     for (int64_t j = column; j < end; ++j) {
@@ -110,7 +121,7 @@ class Select {
       IVec<T> near = IVec<T>{};
 #pragma GCC unroll 2
       for (int v = 0; v < P::kVectors; ++v) value[v] = key(s + v * kLanes<T>, j, own[v], near);
-      if (KEY == Key::expanded && any(near)) {
+      if (kMends && any(near)) {
         alignas(64) T exact[NR];
         exact_keys(s, j, panel, exact);
 #pragma GCC unroll 2
@@ -139,7 +150,7 @@ class Select {
       const int64_t j1 = j0 + kAtOnce < end ? j0 + kAtOnce : end;
       IVec<T> look = IVec<T>{};
       for (int v = 0; v < P::kVectors; ++v) {
-        const Vec<T> own = KEY == Key::expanded ? load(panel.squares + v * kLanes<T>) : Vec<T>{};
+        const Vec<T> own = squares(panel, v);
         Vec<T> least = splat<T>(static_cast<T>(kInfinity));
         for (int64_t j = j0; j < j1; ++j)
           least = vmin(key(scores + (j - column) * NR + v * kLanes<T>, j, own, look), least);
@@ -154,10 +165,10 @@ class Select {
     alignas(64) T keys[NR];
     IVec<T> near = IVec<T>{};
     for (int v = 0; v < P::kVectors; ++v) {
-      const Vec<T> own = KEY == Key::expanded ? load(panel.squares + v * kLanes<T>) : Vec<T>{};
+      const Vec<T> own = squares(panel, v);
       store(keys + v * kLanes<T>, key(scores + v * kLanes<T>, j, own, near));
     }
-    if (KEY == Key::expanded && any(near)) exact_keys(scores, j, panel, keys);
+    if (kMends && any(near)) exact_keys(scores, j, panel, keys);
     for (int v = 0; v < P::kVectors; ++v) {
       const IVec<T> better = load(keys + v * kLanes<T>) < load(panel.worst + v * kLanes<T>);
       if (!any(better)) continue;
@@ -200,12 +211,19 @@ class Select {
     }
   }
 
+  /// From the differences of the rows; of unit rows, 1 - <u, v> = |u - v|^2 / 2.
+  T near_key(int64_t i, int64_t j, T* rows) const {
+    const T square = o.direct_distance(i, j, rows);
+    return KEY == Key::cosine ? square / 2 : square;
+  }
+
   T measure(int64_t i, int64_t j, T* rows) const {
-    if (kDistance) return o.direct_distance(i, j, rows);
+    if (kDistance) return near_key(i, j, rows);
     o.x.get(i, rows);
     o.y.get(j, rows + o.d);
     const double s = Source<T>::dot(rows, rows + o.d, o.d);
-    return static_cast<T>(p.map == PairMap::one_minus_dot ? 1 - s : -s);
+    if (KEY == Key::negative_dot) return static_cast<T>(-s);
+    return 1 - s <= Operands<T>::kNear ? near_key(i, j, rows) : static_cast<T>(1 - s);
   }
 
   T result(T value) const {
@@ -225,6 +243,7 @@ template <class T>
 void run(const SelectParams<T>& p) {
   const bool distance = p.map == PairMap::euclidean || p.map == PairMap::sqeuclidean;
   const Operands<T> o(p.x, p.y, p.normalize, distance, false, p.threads);
+  if (p.map == PairMap::one_minus_dot) return Select<T, Key::cosine>(p, o).run();
   if (!distance) return Select<T, Key::negative_dot>(p, o).run();
   if (o.expanded()) return Select<T, Key::expanded>(p, o).run();
   Select<T, Key::direct>(p, o).run();

@@ -103,6 +103,8 @@ class Store {
 
   /// 1 - <u, v> loses what it measures when u is near v; half the squared difference of the unit rows does not.
   void mend_cosine(int64_t i, int64_t j0, int64_t lanes, T* s) const {
+    // A zero row is at distance 1 from every row but itself.
+    if (p.same && i >= j0 && i < j0 + lanes && s[i - j0] == T(1)) s[i - j0] = 0;
     const Vec<T> limit = splat<T>(Operands<T>::kNear);
     IVec<T> near = IVec<T>{};
     for (int v = 0; v < P::kVectors; ++v) near |= load(s + v * kLanes<T>) <= limit;
