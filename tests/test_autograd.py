@@ -71,7 +71,8 @@ SAMPLES = {
     "potential": lambda: [
         (torch.randn(n, 3).to(dtype), t, normalize, gradients)
         for n, dtype, t, normalize, gradients in (
-            (5, torch.float32, 2.0, True, True), (2, torch.float64, 0.5, False, True), (7, torch.bfloat16, 30.0, True, False),
+            (5, torch.float32, 2.0, True, True), (2, torch.float64, 0.5, False, True),
+            (7, torch.bfloat16, 30.0, True, False),
         )
     ],
     "alignment": lambda: [

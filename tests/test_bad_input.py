@@ -209,7 +209,7 @@ def test_parameters_without_a_gradient(f, name):
         f(*arguments, **{name: "two"})
 
 
-# ---- what info_nce_loss alone has --------------------------------------------------------------------------------------
+# ---- what info_nce_loss alone has ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (1, 1, 6, 4)])

@@ -56,7 +56,14 @@ class _CommandParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
+class _MissingError(Exception):
+    """A command whose packages are not installed: (command, modules)."""
+
+
 def _module(command: str) -> Any:
+    missing = _missing(_NEEDS.get(command, ()))
+    if missing:
+        raise _MissingError(command, missing)
     return _Info if command == "info" else importlib.import_module(f".{command}", __package__)
 
 
@@ -157,10 +164,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         command = args.command
-        missing = _missing(_NEEDS.get(command, ()))
-        if missing:
-            return _complain(command, missing)
         return int(args.run(args))
+    except _MissingError as error:
+        return _complain(*error.args)
     except ModuleNotFoundError as error:
         if error.name not in _PIP_NAMES or command not in _EXTRA:
             raise

@@ -11,6 +11,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,12 +34,28 @@ BATCH, TEMPERATURE = 512, 0.5
 FEW = 5  # labels a class in the second probe
 
 
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
+    return int(text)
+
+
+def _picture_name(text: str) -> str:
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no folder {Path(text).parent}")
+    if Path(text).suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"expected a name that ends in .png, .svg or .pdf, got {text}")
+    return text
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m nearfar demo`."""
-    parser.add_argument("--epochs", type=int, default=250, help="passes over the training images (default 250)")
+    parser.add_argument("--epochs", type=_positive, default=250, help="passes over the training images (default 250)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, views and batches (default 0)")
-    parser.add_argument("--output", default="nearfar-demo.png", help="the picture (default nearfar-demo.png)")
-    parser.add_argument("--threads", type=int, default=None, help="of torch and nearfar (default: torch's)")
+    parser.add_argument(
+        "--output", type=_picture_name, default="nearfar-demo.png", help="the picture (default nearfar-demo.png)"
+    )
+    parser.add_argument("--threads", type=_positive, default=None, help="of torch and nearfar (default: torch's)")
     parser.add_argument("--short", action="store_true", help="a few seconds: enough to see that it runs")
 
 
@@ -272,10 +289,9 @@ def run(args: argparse.Namespace) -> int:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     epochs = 4 if args.short else args.epochs
-    if epochs < 1:
-        raise SystemExit("--epochs: expected at least 1")
     console = Console()
     digits = Digits.load()
+    console.print(f"{len(digits.train)} digits to learn from without labels, {HELD_OUT} held out")
     encoder, head = build_encoder(), build_head()
     results = {"raw pixels": judge(nn.Flatten(), digits), "random encoder": judge(encoder, digits)}
     begin = time.perf_counter()

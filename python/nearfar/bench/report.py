@@ -33,9 +33,7 @@ def table(report: dict[str, Any]) -> str:
     ]
     if report["options"]["quick"]:
         head.append("--quick: sizes too small to judge speed by")
-    others, worst = max((r["others_processors"] or 0, r["case"]) for r in report["results"])
-    if others > _QUIET:
-        head.append(f"NOT QUIET: others kept {others:.1f} processors busy during {worst}; do not quote these figures")
+    head += _disturbance(report)
     lines: list[tuple[str, ...]] = [_HEADER]
     for result in report["results"]:
         lines += _lines(result)
@@ -46,6 +44,14 @@ def table(report: dict[str, Any]) -> str:
         if peer["detail"]
     ]
     return "\n".join([*head, "", *_aligned(lines), *notes]) + "\n"
+
+
+def _disturbance(report: dict[str, Any]) -> list[str]:
+    """A warning where other processes took part in the run; it goes on the picture too."""
+    others, worst = max((r["others_processors"] or 0, r["case"]) for r in report["results"])
+    if others <= _QUIET:
+        return []
+    return [f"NOT QUIET: others kept {others:.1f} processors busy during {worst}; do not quote these figures"]
 
 
 def _title(report: dict[str, Any]) -> str:
@@ -152,5 +158,5 @@ def plot(report: dict[str, Any], path: str | Path) -> None:
     axes.set_xlim(0.8 * least, 2 * most * (most / least) ** 0.5)
     axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
     axes.set_xlabel("times faster than the peer (median of paired calls); 1 is equal")
-    axes.set_title(_title(report), fontsize=9)
+    axes.set_title("\n".join([_title(report), *_disturbance(report)]), fontsize=9)
     figure.savefig(path, dpi=150)

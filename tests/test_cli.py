@@ -1,0 +1,137 @@
+"""The command line, as a user meets it: in a process of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import nearfar as nf
+
+
+def run(*arguments, code=None, **options):
+    """`python -m nearfar ...`, or a script that calls it; warnings are errors there too."""
+    start = ["-m", "nearfar"] if code is None else ["-c", code]
+    command = [sys.executable, "-W", "error", *start, *map(str, arguments)]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "COLUMNS": "100"}
+    return subprocess.run(command, capture_output=True, encoding="utf-8", env=environment, timeout=300, **options)
+
+
+def without(*modules, command):
+    """Runs a command where some modules are not installed."""
+    return run(
+        code=f"import sys; sys.modules.update(dict.fromkeys({modules!r}));"
+        f"from nearfar.cli import main; sys.exit(main([{command!r}]))"
+    )
+
+
+@pytest.fixture
+def demo_packages():
+    for module in ("torch", "sklearn", "matplotlib", "rich"):
+        pytest.importorskip(module)
+
+
+# ---- info ------------------------------------------------------------------------------------------------------------
+
+
+def test_info_says_what_this_build_is():
+    result = run("info")
+    assert (result.returncode, result.stderr) == (0, "")
+    facts = dict(line.split(None, 1) for line in result.stdout.replace("instruction set", "isa").splitlines())
+    build = nf.build_info()
+    assert facts["nearfar"] == build["version"]
+    assert facts["isa"] == build["isa"]
+    assert facts["numpy"][0].isdigit()
+    assert set(facts) >= {"vector", "threads", "processors", "CUDA", "torch", "cupy"}
+
+
+def test_info_needs_numpy_alone():
+    result = without("torch", "sklearn", "scipy", "matplotlib", "rich", command="info")
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+# ---- what is asked wrongly, or cannot be done ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arguments", [[], ["no-such-command"]])
+def test_unknown_command(arguments):
+    result = run(*arguments)
+    assert result.returncode == 2
+    assert "usage: nearfar" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", ["info", "bench"])
+def test_help_needs_no_extra(command):
+    script = f"from nearfar.cli import main; main([{command!r}, '--help'])"
+    result = run(code=f"import sys; sys.modules.update(torch=None, sklearn=None, rich=None); {script}")
+    assert result.returncode == 0
+    assert f"usage: nearfar {command}" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("modules", "names"),
+    [
+        (("torch", "sklearn"), "scikit-learn and torch"),
+        (("rich",), "rich"),
+        (("torch", "sklearn", "matplotlib"), "scikit-learn, torch and matplotlib"),
+    ],
+)
+def test_missing_extra_is_one_line(modules, names, demo_packages):
+    result = without(*modules, command="demo")
+    assert result.returncode == 1
+    assert result.stderr == f"the demo needs {names}: pip install 'nearfar[demo]'\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--epochs", "0"], "argument --epochs: expected a positive integer, got 0"),
+        (["--threads", "two"], "argument --threads: expected a positive integer"),
+        (["--output", "no/such/folder.png"], "argument --output: no folder"),
+        (["--output", "picture.doc"], "argument --output: expected a name that ends in .png"),
+    ],
+)
+def test_wrong_options_are_told_before_any_work(arguments, message):
+    result = run("demo", *arguments)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+# ---- demo ------------------------------------------------------------------------------------------------------------
+
+
+def numbers(output):
+    """The rows of the table: what does not depend on the clock."""
+    return [line for line in output.splitlines() if "│" in line]
+
+
+def test_short_demo_from_end_to_end(tmp_path, demo_packages):
+    picture = tmp_path / "picture.png"
+    result = run("demo", "--short", "--threads", 1, "--output", picture)
+    assert result.returncode == 0, result.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert picture.stat().st_size > 20_000
+    rows = {line.split("│")[1].strip(): line for line in numbers(result.stdout)}
+    assert list(rows) == ["raw pixels", "random encoder", "trained encoder"]
+    # The optimum of the sphere in 64 dimensions (pixels) and in 128.
+    assert all(row.rstrip(" │").endswith(("-3.875", "-3.938")) for row in rows.values())
+    assert "dense torch" in result.stdout
+
+    again = run("demo", "--short", "--threads", 1, "--output", tmp_path / "again.svg")
+    assert numbers(again.stdout) == numbers(result.stdout)
+    assert (tmp_path / "again.svg").read_text().startswith("<?xml")
+
+
+def test_interrupt_ends_without_a_traceback(tmp_path, demo_packages):
+    command = [sys.executable, "-m", "nearfar", "demo", "--output", str(tmp_path / "picture.png")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.readline()  # the opening: training follows
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.rstrip().endswith("interrupted")
+    assert "Traceback" not in errors
