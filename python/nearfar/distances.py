@@ -25,27 +25,35 @@ def metric_of(metric: str) -> tuple[str, bool]:
     return METRICS[metric]
 
 
+def check_set(array: Array, name: str) -> None:
+    """Shape (..., n, d) with at least one column."""
+    if array.ndim < 2:
+        raise ValueError(f"{name}: expected shape (..., n, d), got {tuple(array.shape)}")
+    if array.shape[-1] == 0:
+        raise ValueError(f"{name}: expected at least one column, got shape {tuple(array.shape)}")
+
+
+def common_batch(batch: tuple[int, ...], array: Array, name: str) -> tuple[int, ...]:
+    """The shape that `batch` and the leading dimensions of an array (..., n, d) broadcast to."""
+    own = tuple(array.shape[:-2])
+    try:
+        return np.broadcast_shapes(batch, own)
+    except ValueError as error:
+        raise ValueError(f"{name}: expected batch dimensions to match {batch}, got {own}") from error
+
+
 def pair_shapes(x: Array, y: Array | None) -> tuple[tuple[int, ...], Array, Array | None]:
     """The broadcast batch shape, and both sets as three-dimensional arrays (y None where it is x itself)."""
     check_points(x=x, y=y)
-    if y is x:
-        y = None
-    for name, array in (("x", x), ("y", y)):
-        if array is not None and array.ndim < 2:
-            raise ValueError(f"{name}: expected shape (..., n, d), got {tuple(array.shape)}")
-    if y is not None and y.shape[-1] != x.shape[-1]:
-        raise ValueError(f"y: expected {x.shape[-1]} columns to match x, got shape {tuple(y.shape)}")
-    if x.shape[-1] == 0:
-        raise ValueError(f"x: expected at least one column, got shape {tuple(x.shape)}")
+    check_set(x, "x")
     batch = tuple(x.shape[:-2])
-    if y is None:
+    if y is None or y is x:
         return batch, batched(x, batch), None
-    try:
-        batch = np.broadcast_shapes(batch, tuple(y.shape[:-2]))
-    except ValueError as error:
-        raise ValueError(
-            f"y: expected batch dimensions to match {tuple(x.shape[:-2])}, got {tuple(y.shape[:-2])}"
-        ) from error
+    if y.ndim < 2:
+        raise ValueError(f"y: expected shape (..., n, d), got {tuple(y.shape)}")
+    if y.shape[-1] != x.shape[-1]:
+        raise ValueError(f"y: expected {x.shape[-1]} columns to match x, got shape {tuple(y.shape)}")
+    batch = common_batch(batch, y, "y")
     return batch, batched(x, batch), batched(y, batch)
 
 

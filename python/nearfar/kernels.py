@@ -8,8 +8,19 @@ from typing import Any
 import numpy as np
 
 from . import operations
-from .arrays import Array, batched, cast, check_points, common_center, compute_dtype, dtype_name, is_torch, number
-from .distances import matrix, pair_shapes
+from .arrays import (
+    Array,
+    batched,
+    cast,
+    check_points,
+    common_center,
+    compute_dtype,
+    dtype_name,
+    is_torch,
+    kind_of,
+    number,
+)
+from .distances import check_set, common_batch, matrix, pair_shapes
 
 
 class Gaussian:
@@ -50,8 +61,8 @@ class Gaussian:
         elif is_torch(lengthscale):
             good = True
         else:
-            values = np.asarray(lengthscale, np.float64)
-            good = values.ndim <= 1 and bool(np.all((values > 0) & np.isfinite(values)))
+            values = np.asarray(lengthscale)
+            good = values.ndim <= 1 and values.dtype.kind in "fiu" and bool(np.all((values > 0) & np.isfinite(values)))
         if not good:
             raise ValueError(f"lengthscale: expected a positive number or (d,) of them, got {lengthscale!r}")
 
@@ -126,14 +137,17 @@ class Gaussian:
         array (..., N, R) or (N,)
             Differentiable in x, y, v and the length scale, first and second order.
         """
+        kind_of(v, "v")
         check_points(x=x, y=y, v=v)
+        batch, x3, y3 = self._points(x, y)
+        m, given = x3.shape[1] if y3 is None else y3.shape[1], tuple(v.shape)
         vector = v.ndim == 1
         if vector:
             v = v[:, None]
-        batch, x3, y3 = self._points(x, y)
-        m = x3.shape[1] if y3 is None else y3.shape[1]
-        if v.shape[-2] != m:
-            raise ValueError(f"v: expected {m} rows to match y, got shape {tuple(v.shape)}")
+        if v.ndim < 2 or v.shape[-2] != m:
+            raise ValueError(f"v: expected {m} rows to match y, got shape {given}")
+        if common_batch(batch, v, "v") != batch:
+            raise ValueError(f"v: expected batch dimensions to match {batch}, got {given[:-2]}")
         v3 = cast(batched(v, batch), dtype_name(x3))
         if is_torch(x3):
             from . import autograd
@@ -147,7 +161,8 @@ class Gaussian:
 
 RBF = SquaredExponential = Gaussian
 
-_NAMES = {"gaussian": Gaussian, "rbf": Gaussian}
+# name -> (kernel, the parameters that it takes, one of them at a time)
+_NAMES = {"gaussian": (Gaussian, ("lengthscale",)), "rbf": (Gaussian, ("gamma", "lengthscale"))}
 
 
 def gram(x: Array, y: Array | None = None, kernel: Any = "gaussian", **params: Any) -> Array:
@@ -183,16 +198,22 @@ def gram(x: Array, y: Array | None = None, kernel: Any = "gaussian", **params: A
            [0.6065, 1.    ]])
     """
     if not isinstance(kernel, str):
+        if not callable(kernel):
+            raise TypeError(f"kernel: expected a name or a kernel object, got {type(kernel).__name__}")
         if params:
             raise TypeError(f"params: not with a kernel object, got {', '.join(params)}")
         return kernel(x, y)
     if kernel not in _NAMES:
         raise ValueError(f"kernel: expected one of {', '.join(_NAMES)}, got {kernel!r}")
+    make, known = _NAMES[kernel]
+    if len(params) > 1 or not params.keys() <= set(known):
+        raise TypeError(f"params: expected {' or '.join(known)} with kernel={kernel!r}, got {', '.join(params)}")
     if kernel == "rbf" and "lengthscale" not in params:
         check_points(x=x)
+        check_set(x, "x")
         gamma = params.pop("gamma", None)
         gamma = 1 / x.shape[-1] if gamma is None else number(gamma, "gamma")
-        if not gamma > 0:
+        if not 0 < gamma < math.inf:
             raise ValueError(f"gamma: expected a positive number, got {gamma}")
         params["lengthscale"] = 1 / math.sqrt(2 * gamma)
-    return _NAMES[kernel](**params)(x, y)
+    return make(**params)(x, y)
