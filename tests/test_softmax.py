@@ -484,18 +484,10 @@ def test_defaults():
 @dtypes
 @pytest.mark.parametrize("tau", [0.001, 0.01, 100.0])
 def test_temperatures(f, dtype, tau):
-    """Scores carry a rounding of 1/tau times eps, whatever computes them: the value is judged by the contract, weights
-    of the softmax (and so the gradient) by that rounding where it is more."""
+    """The contract holds at any temperature: no overflow, no lost digits."""
     x, y = pairs(150, 24, dtype)
     arguments = call(f, x, y, 1 / tau)
-    value, grads = evaluate(f, list(arguments), **arguments)
-    expected, expected_grads = reference(f, list(arguments), **arguments)
-    assert np.isfinite(value)
-    assert_value(value, expected, VALUE[dtype])
-    tolerance = max(GRADIENT[dtype], 2 * np.finfo(dtype).eps / tau)
-    for grad, expected_grad in zip(grads[:2], expected_grads[:2], strict=True):
-        assert_gradient(grad, expected_grad, tolerance)
-    assert_gradient(grads[2], expected_grads[2], tolerance, floor=0.1)
+    compare(f, list(arguments), dtype, **arguments)
 
 
 @two_views

@@ -19,6 +19,7 @@ def unit(x: Tensor) -> Tensor:
 
 
 def apply_map(map: str, x: Tensor, y: Tensor) -> Tensor:
+    """The matrix of a map."""
     if map in ("dot", "one_minus_dot"):
         s = x @ y.mT
         return s if map == "dot" else 1 - s
@@ -31,6 +32,7 @@ def apply_map(map: str, x: Tensor, y: Tensor) -> Tensor:
 
 
 def softmax_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
+    """Losses of `operations.softmax`."""
     x, y, positive, paired, scale, ids = tensors
     mode, _, normalize, in_sum, shift = config
     prepare = unit if normalize else (lambda z: z)
@@ -66,6 +68,7 @@ def softmax_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice)
 
 
 def alignment_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
+    """Values of `operations.alignment`."""
     alpha, _, normalize = config
     x, y = (unit(z[rows]) if normalize else z[rows] for z in tensors)
     square = (x - y).square().sum(-1)
@@ -73,6 +76,7 @@ def alignment_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slic
 
 
 def store_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
+    """Rows of `operations.store`; condensed: their pairs i < j."""
     x, y = tensors
     map, normalize, condensed = config
     prepare = unit if normalize else (lambda z: z)
@@ -86,12 +90,14 @@ def store_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -
 
 
 def matmul_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
+    """Rows of `operations.matmul`."""
     x, y, v = tensors
     product: Tensor = apply_map(config[0], x[:, rows], x if y is None else y) @ v
     return product
 
 
 def potential_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
+    """Exponents of `operations.potential`: -t |x_i - x_j|^2 for j > i, else -inf."""
     (x,) = tensors
     t, normalize = config
     x = unit(x) if normalize else x

@@ -20,6 +20,14 @@ NEARFAR_INLINE Vec<T> finite_or_zero(Vec<T> m) {
   return select(m == splat<T>(static_cast<T>(-kInfinity)), Vec<T>{}, m);
 }
 
+/// A base that serves rows and columns alike: for unit rows no score exceeds scale, and at moderate temperatures none
+/// is so far below it that its exponential is lost. Then one exponential a pair is enough where else rows and columns
+/// each need their own. 0: there is none.
+inline double common_base(double scale, bool normalize) {
+  constexpr double kSafeRange = 60;
+  return normalize && 2 * scale <= kSafeRange ? scale : 0;
+}
+
 /// Log-sum-exp of rows, and of columns where COLUMNS; with `keep`, scores become exp(s - m) of the chunk's row maximum
 /// m, ready to be weights.
 template <class T, bool COLUMNS>
@@ -27,10 +35,11 @@ struct LseCell {
   using P = Policy<T>;
   static constexpr bool kScores = true;
 
-  LseCell(const Operands<T>& operands, const Mask<T>& mask, bool keep_weights)
+  LseCell(const Operands<T>& operands, const Mask<T>& mask, bool keep_weights, double base)
       : o(operands),
         mask_(mask),
         keep(keep_weights),
+        common(static_cast<T>(base)),
         max(o.chunks.count * P::kStripRows),
         sum(o.chunks.count * P::kStripRows),
         factor_(keep ? o.chunks.count * P::kStripRows : 0) {
@@ -38,11 +47,13 @@ struct LseCell {
     const int64_t size = o.chunks.tiles * P::MR * P::NR;
     column_max = Buffer<T>(size);
     column_sum = Buffer<T>(size);
-    for (int64_t k = 0; k < size; ++k) column_max[k] = static_cast<T>(-kInfinity), column_sum[k] = 0;
+    for (int64_t k = 0; k < size; ++k)
+      column_max[k] = common > 0 ? common : static_cast<T>(-kInfinity), column_sum[k] = 0;
   }
 
   void map(const Block<T>& b) {
     mask_.apply(b);
+    if (COLUMNS && common > 0) return both(b);
     if (COLUMNS) columns(b);
     for (int64_t p = 0; p < b.panels; ++p) {
       T* s = b.panel(p);
@@ -64,6 +75,25 @@ struct LseCell {
         store(&sum[at], total);
       }
     }
+  }
+
+  /// Rows and columns from one exponential.
+  void both(const Block<T>& b) {
+    const Vec<T> base = splat<T>(common);
+    for (int64_t p = 0; p < b.panels; ++p)
+      for (int v = 0; v < P::kVectors; ++v) {
+        const T* s = b.panel(p) + v * kLanes<T>;
+        T* column = &column_sum[b.column * P::NR + v * kLanes<T>];
+        Vec<T> total = Vec<T>{};
+        for (int64_t j = 0; j < b.columns; ++j) {
+          const Vec<T> e = exp_flush(load(s + j * P::NR) - base);
+          total += e;
+          store(column + j * P::NR, load(column + j * P::NR) + e);
+        }
+        const int64_t at = b.chunk * P::kStripRows + p * P::NR + v * kLanes<T>;
+        store(&max[at], base);
+        store(&sum[at], total);
+      }
   }
 
   /// Columns keep one state per lane; lanes are merged once, at the end.
@@ -114,6 +144,7 @@ struct LseCell {
   const Operands<T>& o;
   const Mask<T>& mask_;
   bool keep;
+  T common;
   Buffer<T> max, sum, factor_;
   Buffer<T> column_max, column_sum;
   LogSumExp* rows_state = nullptr;
@@ -122,7 +153,8 @@ struct LseCell {
   double weight = 0;
 };
 
-/// Weights from known normalisers: W_ij = u_i e^{s_ij - a_i} + v_j e^{s_ij - b_j}.
+/// Weights from known normalisers: W_ij = u_i e^{s_ij - a_i} + v_j e^{s_ij - b_j}; with a common base in a and b,
+/// W_ij = (u_i + v_j) e^{s_ij - base}.
 template <class T, bool COLUMNS>
 struct WeightCell {
   using P = Policy<T>;
@@ -138,10 +170,13 @@ struct WeightCell {
         for (int64_t j = 0; j < b.columns; ++j) {
           T* place = s + j * P::NR + v * kLanes<T>;
           const Vec<T> score = load(place);
-          Vec<T> w = u * exp_flush(score - a);
-          if (COLUMNS)
-            w += splat<T>(column_weight[b.column + j]) * exp_flush(score - splat<T>(column_lse[b.column + j]));
-          store(place, w);
+          const Vec<T> e = exp_flush(score - a);
+          const Vec<T> other = COLUMNS ? splat<T>(column_weight[b.column + j]) : Vec<T>{};
+          if (!COLUMNS || common) {
+            store(place, (u + other) * e);
+          } else {
+            store(place, u * e + other * exp_flush(score - splat<T>(column_lse[b.column + j])));
+          }
         }
       }
     }
@@ -151,6 +186,7 @@ struct WeightCell {
 
   const Mask<T>& mask_;
   const T *row_lse, *row_weight, *column_lse, *column_weight;  // padded to whole strips and tiles
+  bool common;
 };
 
 template <class T>
@@ -234,7 +270,7 @@ class Softmax {
 
   template <bool COLUMNS>
   void lse_pass(bool keep) {
-    LseCell<T, COLUMNS> cell(o, mask, keep);
+    LseCell<T, COLUMNS> cell(o, mask, keep, COLUMNS ? common_base(p.scale, p.normalize) : 0);
     cell.rows_state = states_.get();
     cell.positive = p.positive_in_sum ? positive_score_.get() : nullptr;
     cell.weights = p.weights;
@@ -272,17 +308,18 @@ class Softmax {
   void weight_pass() {
     const int64_t rows = ceil_div(n, P::kStripRows) * P::kStripRows, columns = o.chunks.tiles * P::MR;
     Buffer<T> row_lse(rows), row_weight(rows), column_lse(columns), column_weight(columns);
-    for (int64_t i = 0; i < rows; ++i) {
-      const double lse = i < n ? denominator(states_[i], i) : 0;
-      row_lse[i] = static_cast<T>(lse == -kInfinity ? 0 : lse);
-      row_weight[i] = static_cast<T>(i < n ? weight_of(i) : 0);
-    }
-    for (int64_t j = 0; COLUMNS && j < columns; ++j) {
-      const double lse = j < m ? denominator(column_state(j), j) : 0;
-      column_lse[j] = static_cast<T>(lse == -kInfinity ? 0 : lse);
-      column_weight[j] = static_cast<T>(j < m ? weight_of(j) : 0);
-    }
-    WeightCell<T, COLUMNS> cell{mask, row_lse.get(), row_weight.get(), column_lse.get(), column_weight.get()};
+    const double base = COLUMNS ? common_base(p.scale, p.normalize) : 0;
+    // A normaliser and a weight; an empty denominator has no weights.
+    auto fill = [&](double lse, double weight, T& base_out, T& weight_out) {
+      const bool empty = lse == -kInfinity;
+      base_out = static_cast<T>(base > 0 ? base : empty ? 0 : lse);
+      weight_out = static_cast<T>(base > 0 ? (empty ? 0 : weight * std::exp(base - lse)) : weight);
+    };
+    for (int64_t i = 0; i < rows; ++i)
+      fill(i < n ? denominator(states_[i], i) : 0, i < n ? weight_of(i) : 0, row_lse[i], row_weight[i]);
+    for (int64_t j = 0; COLUMNS && j < columns; ++j)
+      fill(j < m ? denominator(column_state(j), j) : 0, j < m ? weight_of(j) : 0, column_lse[j], column_weight[j]);
+    WeightCell<T, COLUMNS> cell{mask, row_lse.get(), row_weight.get(), column_lse.get(), column_weight.get(), base > 0};
     StripPass<T, WeightCell<T, COLUMNS>>(o, cell, plan(true, false)).run();
   }
 
