@@ -34,6 +34,17 @@ def _reduced(like: Array, rows: Array, total: float, reduction: str) -> Array:
     return value
 
 
+def _contiguous(array: Array) -> Array:
+    return array.contiguous() if hasattr(array, "contiguous") else np.ascontiguousarray(array)
+
+
+def _row_weights(weights: Array | None, x: Array, reduction: str) -> tuple[float, Array | None]:
+    """The upstream gradient of every row: one number for all, or (unused number, array)."""
+    if weights is not None:
+        return 0.0, _contiguous(cast(weights, compute_dtype(x)))
+    return (1.0 / max(x.shape[0], 1) if reduction == "mean" else 1.0), None
+
+
 def _codes(ids: Array, columns: int) -> tuple[Array, Array]:
     """Integer ids as dense int32 codes of rows and columns; columns past the ids (queues) match nothing."""
     _, codes = np.unique(np.asarray(ids), return_inverse=True)
@@ -75,11 +86,7 @@ def softmax(
         dpositive = empty(x, (n, d), zero=True) if own_positive else dy[:n]
         dpaired = empty(x, tuple(paired.shape)) if paired is not None else None
     ids_x, ids_y = (None, None) if ids is None else _codes(ids, columns.shape[0])
-    if weights is None:
-        weight = 1.0 if reduction != "mean" else 1.0 / max(n, 1)
-    else:
-        weight, weights = 0.0, cast(weights, compute_dtype(x))
-        weights = weights.contiguous() if hasattr(weights, "contiguous") else np.ascontiguousarray(weights)
+    weight, weights = _row_weights(weights, x, reduction)
     total, dscale = _core.softmax(
         mode,
         x,
@@ -129,11 +136,7 @@ def alignment(
     n = x.shape[0]
     rows = empty(x, (n,))
     dx, dy = (empty(x, tuple(x.shape)), empty(x, tuple(x.shape))) if gradients else (None, None)
-    if weights is None:
-        weight = 1.0 if reduction != "mean" else 1.0 / max(n, 1)
-    else:
-        weight, weights = 0.0, cast(weights, compute_dtype(x))
-        weights = weights.contiguous() if hasattr(weights, "contiguous") else np.ascontiguousarray(weights)
+    weight, weights = _row_weights(weights, x, reduction)
     total = _core.alignment(x, y, alpha, normalize, weights, weight, rows, dx, dy, get_num_threads())
     value = _reduced(x, rows, total, reduction)
     return value, dx, dy
@@ -158,7 +161,7 @@ def store_grad(
     dx, dy = empty(x, tuple(x.shape), zero=True), empty(x, tuple(columns.shape), zero=True)
     dtype = compute_dtype(x)
     grad = cast(grad, dtype)
-    grad = grad.contiguous() if hasattr(grad, "contiguous") else np.ascontiguousarray(grad)
+    grad = _contiguous(grad)
     _core.store_grad(x, columns, map, normalize, condensed, value, grad, dx, dy, get_num_threads())
     if y is None:
         dx += dy
