@@ -357,11 +357,6 @@ def test_bad_rows_touch_only_their_own_results(metric, bad, d):
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
-# A pair enters dx_i = (sum_j w_ij) x_i - sum_j w_ij y_j as a difference of products, which loses |x| / |x - y| of its
-# accuracy: close pairs would have to enter as w_ij (x_i - y_j), as they do in the distances themselves.
-CLOSE_PAIRS = pytest.mark.xfail(strict=True, reason="gradients of close pairs are differences of products")
-
-
 def gradients(f, arrays, weights):
     arrays = [a.detach().clone().requires_grad_() for a in arrays]
     return torch.autograd.grad((f(*arrays) * weights).sum(), arrays)
@@ -370,9 +365,7 @@ def gradients(f, arrays, weights):
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("d", [1, 3, 16, 17, 40, 130])
-def test_gradients(metric, dtype, d, request):
-    if (metric, dtype, d) == ("euclidean", "float32", 1):
-        request.applymarker(CLOSE_PAIRS)
+def test_gradients(metric, dtype, d):
     for n, m in [(1, 1), (13, 37), (61, 50), (140, 33)]:
         x, y = (of_kind("torch", points(size, d, seed=seed), dtype) for seed, size in enumerate((n, m)))
         weights = torch.from_numpy(rng(n, m).standard_normal((n, m)))
@@ -442,7 +435,7 @@ def test_gradients_of_near_points_far_from_the_origin(metric, d):
         assert_gradient(g, e, GRADIENT["float32"])
 
 
-@CLOSE_PAIRS
+@pytest.mark.isa
 @pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean"])
 @pytest.mark.parametrize("d", [3, 17, 128])
 def test_gradients_of_tight_clusters(metric, d):

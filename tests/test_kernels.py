@@ -248,8 +248,8 @@ def test_layouts():
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
-# dx_i = (sum_j w_ij) x_i - sum_j w_ij y_j loses |x| / |x - y| of a close pair's accuracy.
-DIFFERENCES = "gradients of close pairs are differences of products"
+# Close pairs lose |x| / |x - y| of their accuracy when rows are divided by the length scale first.
+DIFFERENCES = "division by the length scale rounds the rows before their differences are taken"
 
 
 def torch_gaussian(x, y, lengthscale):

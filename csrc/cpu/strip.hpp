@@ -28,6 +28,8 @@ struct Block {
   int64_t columns;
   T* data;
   int64_t panel_stride;
+  const T* squares;  // of the strip's rows, for distances
+  Places* near;      // gradients of distances: where pairs are close, see Operands; else null
   T* panel(int64_t p) const { return data + p * panel_stride; }
 };
 
@@ -73,6 +75,9 @@ class StripPass {
       if (plan.two_phase) scaled_ = Buffer<T>(workers_ * depth_panels_ * P::kStripRows * NR);
       if (o_.distance()) {
         row_sums_ = Buffer<T>((groups_ + 1) * P::kStripRows);
+        near_ = Buffer<int32_t>(workers_ * block);
+        places_ = Buffer<Places>(workers_);
+        for (int w = 0; w < workers_; ++w) places_[w] = Places{near_.get() + w * block};
         column_sums_ = Buffer<double>(o_.y.n());
         for (int64_t j = 0; j < o_.y.n(); ++j) column_sums_[j] = 0;
       }
@@ -137,15 +142,19 @@ class StripPass {
     const Chunks& c = o_.chunks;
     const int64_t t0 = c.tile_begin(chunk), t1 = c.tile_end(chunk);
     T* data = blocks_.get() + (plan_.two_phase ? chunk : worker) * P::kPanels * panel_stride_;
-    return {chunk, group, row, panels, t0 * P::MR, (t1 - t0) * P::MR, data, panel_stride_};
+    Places* near = products_ && o_.distance() ? const_cast<Places*>(&places_[worker]) : nullptr;
+    return {chunk, group, row, panels, t0 * P::MR, (t1 - t0) * P::MR, data, panel_stride_, squares_.get(), near};
   }
 
   Block<T> scores(int64_t row, int64_t panels, int64_t chunk, int64_t group, int worker) {
     const Block<T> block = view(row, panels, chunk, group, worker);
+    if (block.near) block.near->count = 0;
     if (Cell::kScores)
-      for (int64_t p = 0; p < panels; ++p)
+      for (int64_t p = 0; p < panels; ++p) {
+        if (block.near) block.near->base = p * panel_stride_;
         o_.block(o_.chunks.tile_begin(chunk), o_.chunks.tile_end(chunk), row + p * NR, panels_.get() + p * NR * d_,
-                 squares_.get() + p * NR, block.panel(p));
+                 squares_.get() + p * NR, block.panel(p), block.near);
+      }
     return block;
   }
 
@@ -158,6 +167,7 @@ class StripPass {
 
   /// Both products of one block of weights.
   void multiply_weights(const Block<T>& w, const T* factor, int worker) {
+    if (w.near && w.near->count) take_near(w);
     const int64_t t0 = w.column / P::MR, tiles = w.columns / P::MR;
     for (int64_t p = 0; p < w.panels; ++p) {
       T* out = partial_.get() + (w.group * P::kStripRows + p * NR) * depth_;
@@ -186,6 +196,27 @@ class StripPass {
       }
     }
     if (o_.distance()) add_sums(w);
+  }
+
+  /// Near pairs leave the products, where x_i and y_j would cancel, and enter as w_ij (x_i - y_j) of the rows as given.
+  __attribute__((noinline)) void take_near(const Block<T>& w) {
+    Buffer<T> rows(2 * d_);
+    for (int64_t k = 0; k < w.near->count; ++k) {
+      const int64_t place = w.near->list[k], p = place / panel_stride_, within = place % panel_stride_;
+      const int64_t lane = within % NR, j = w.column + within / NR;
+      const T weight = w.data[place];
+      w.data[place] = 0;
+      if (weight == 0) continue;
+      const T *a = o_.x.view(w.row + p * NR + lane, rows.get()), *b = o_.y.view(j, rows.get() + d_);
+      T* dx = partial_.get() + (w.group * P::kStripRows + p * NR) * depth_ + lane;
+      T* dy = plan_.dy + j * d_;
+      // Both are turned in sign later.
+      for (int64_t c = 0; c < d_; ++c) {
+        const T pull = weight * (a[c] - b[c]);
+        dx[c * NR] -= pull;
+        dy[c] += pull;
+      }
+    }
   }
 
   const T* scale_rows(const T* factor, int64_t panels, int worker) {
@@ -260,6 +291,8 @@ class StripPass {
   int workers_ = 1;
   Buffer<T> rows_, panels_, squares_, blocks_, x_rows_, partial_, scaled_, row_sums_;
   Buffer<double> column_sums_;
+  Buffer<int32_t> near_;
+  Buffer<Places> places_;
 };
 
 }  // namespace

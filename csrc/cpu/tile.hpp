@@ -219,6 +219,13 @@ struct Chunks {
 // ---- operands
 // --------------------------------------------------------------------------------------------------------
 
+/// Places in a block of scores, in a buffer that has room for all of them.
+struct Places {
+  int32_t* list = nullptr;
+  int64_t count = 0, base = 0;  // base: added to every place, for a block that is a part of another
+  void add(int64_t place) { list[count++] = static_cast<int32_t>(base + place); }
+};
+
 /// Both point sets, ready for the engine: y packed once, x packed a panel at a time.
 ///
 /// Squared distances come from differences up to kDirectDims dimensions, where that is exact and also fast, and above
@@ -283,10 +290,17 @@ class Operands {
   const T* tile(int64_t t) const { return tiles_.get() + t * tile_stride; }
   const T* squares(int64_t column) const { return squares_.get() + column; }
 
-  /// S[columns][NR] for tiles [t0, t1) and a packed panel: dot products, or squared distances.
-  void block(int64_t t0, int64_t t1, int64_t i0, const T* panel, const T* x_squares, T* scores) const {
+  /// S[columns][NR] for tiles [t0, t1) and a packed panel: dot products, or squared distances. `near` takes the places
+  /// of near pairs in S.
+  void block(int64_t t0, int64_t t1, int64_t i0, const T* panel, const T* x_squares, T* scores,
+             Places* near = nullptr) const {
     raw_block(t0, t1, panel, scores);
-    if (distance_ && !direct_) expand(t0, t1, i0, x_squares, scores);
+    if (!distance_) return;
+    if (!direct_) {
+      expand(t0, t1, i0, x_squares, scores, near);
+    } else if (near) {
+      find_near(t0, t1, i0, x_squares, scores, *near);
+    }
   }
 
   /// The same before the expansion: dot products, or squared distances where those are direct.
@@ -326,7 +340,7 @@ class Operands {
   Chunks chunks;
 
  private:
-  void expand(int64_t t0, int64_t t1, int64_t i0, const T* x_squares, T* scores) const {
+  void expand(int64_t t0, int64_t t1, int64_t i0, const T* x_squares, T* scores, Places* places) const {
     Vec<T> own[P::kVectors], own_near[P::kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < P::kVectors; ++v) {
@@ -343,17 +357,44 @@ class Operands {
         near |= square <= own_near[v] + other_near;
         store(row + v * kLanes<T>, square);
       }
-      if (any(near)) mend(j, i0, x_squares, row);
+      if (any(near)) mend(j, i0, x_squares, row, row - scores, places);
     }
   }
 
-  __attribute__((noinline)) void mend(int64_t j, int64_t i0, const T* x_squares, T* row) const {
+  __attribute__((noinline)) void mend(int64_t j, int64_t i0, const T* x_squares, T* row, int64_t place,
+                                      Places* places) const {
     if (j >= y.n()) return;
     Buffer<T> rows(2 * d);
-    for (int lane = 0; lane < P::NR && i0 + lane < x.n(); ++lane)
-      if (row[lane] <= (x_squares[lane] + squares_[j]) * kNear) row[lane] = direct_distance(i0 + lane, j, rows.get());
+    for (int lane = 0; lane < P::NR && i0 + lane < x.n(); ++lane) {
+      if (!(row[lane] <= (x_squares[lane] + squares_[j]) * kNear)) continue;
+      row[lane] = direct_distance(i0 + lane, j, rows.get());
+      if (places) places->add(place + lane);
+    }
   }
 
+  void find_near(int64_t t0, int64_t t1, int64_t i0, const T* x_squares, const T* scores, Places& places) const {
+    const int64_t lanes = x.n() - i0 < P::NR ? x.n() - i0 : P::NR;
+    for (int64_t j = t0 * P::MR; j < t1 * P::MR && j < y.n(); ++j) {
+      const int64_t place = (j - t0 * P::MR) * P::NR;
+      near_lanes(j, x_squares, lanes, [&](int v) { return load(scores + place + v * kLanes<T>); }, place, places);
+    }
+  }
+
+ public:
+  /// Adds the lanes of column j whose squared distance, given a vector at a time, makes a near pair; `place` is lane 0.
+  template <class F>
+  void near_lanes(int64_t j, const T* x_squares, int64_t lanes, F square, int64_t place, Places& places) const {
+    const Vec<T> other = splat<T>(squares_[j]);
+    for (int v = 0; v < P::kVectors; ++v) {
+      const Vec<T> limit = (load(x_squares + v * kLanes<T>) + other) * kNear;
+      const IVec<T> near = square(v) <= limit;
+      if (!any(near)) continue;
+      for (int k = 0; k < kLanes<T> && v * kLanes<T> + k < lanes; ++k)
+        if (near[k]) places.add(place + v * kLanes<T> + k);
+    }
+  }
+
+ private:
   /// About the mean of (at most 1024, evenly spaced) rows of y, over finite entries. Any common point is a valid
   /// centre, so each coordinate is rounded to half the binary order of its spread: subtracting it is then exact for
   /// most points, and points with integer coordinates keep integer ones, so ties stay ties.

@@ -3,8 +3,8 @@
 //
 // A map of the squared distance r = |x - y|^2 has kDistance = true; its derivative is stated as the pull
 // 2 d map / d r, so that the gradient is   dx_i = sum_j g_ij pull_ij (x_i - y_j)   and a radial kernel is never
-// differentiated through a square root. A map of the dot product has kDistance = false and
-// dx_i = sum_j g_ij pull_ij y_j. Both are given the value again, which the backward pass has at hand.
+// differentiated through a square root; `score` is r again, from the value. A map of the dot product has kDistance =
+// false and dx_i = sum_j g_ij pull_ij y_j. Both are given the value again, which the backward pass has at hand.
 //
 // `exp_flush`, `sqrt` and `select` are those of the backend: include cpu/vector.hpp (or the CUDA one) first.
 #pragma once
@@ -49,6 +49,10 @@ struct SquaredEuclideanMap {
   static NEARFAR_FN V pull(V) {
     return V{} + 2.0f;
   }
+  template <class V>
+  static NEARFAR_FN V score(V value) {
+    return value;
+  }
 };
 
 /// The subgradient at distance 0 is 0.
@@ -62,6 +66,10 @@ struct EuclideanMap {
   static NEARFAR_FN V pull(V value) {
     return select(value > V{}, 1.0f / value, V{});
   }
+  template <class V>
+  static NEARFAR_FN V score(V value) {
+    return value * value;
+  }
 };
 
 /// exp(-r / 2): the length scale is divided out of the points beforehand.
@@ -74,6 +82,10 @@ struct GaussianMap {
   template <class V>
   static NEARFAR_FN V pull(V value) {
     return -value;
+  }
+  template <class V>
+  static NEARFAR_FN V score(V value) {
+    return log(value) * -2.0f;
   }
 };
 

@@ -126,53 +126,67 @@ template <class T, class Map>
 struct StoreGradCell {
   using P = Policy<T>;
   static constexpr bool kScores = false;
-  static constexpr bool kUsesValue = std::is_same_v<Map, EuclideanMap> || std::is_same_v<Map, GaussianMap>;
 
   void map(const Block<T>& b) {
+    if (b.near) b.near->base = 0;
     constexpr int64_t kAhead = 8;  // rows of the two matrices, which lie far apart: no prefetcher follows them
     for (int64_t c = 0; c < b.columns; ++c) {
       const int64_t i = b.column + c;
       if (i + kAhead < n && c + kAhead < b.columns)
         for (int64_t k = b.row; k < b.row + b.panels * P::NR && k < m; k += 64 / static_cast<int64_t>(sizeof(T))) {
           __builtin_prefetch(row_of(p.grad, i + kAhead, m, p.condensed) + k);
-          if (kUsesValue) __builtin_prefetch(row_of(p.out, i + kAhead, m, p.condensed) + k);
+          if (Map::kDistance) __builtin_prefetch(row_of(p.out, i + kAhead, m, p.condensed) + k);
         }
-      for (int64_t panel = 0; panel < b.panels; ++panel) weights(i, b.row + panel * P::NR, b.panel(panel) + c * P::NR);
+      for (int64_t panel = 0; panel < b.panels; ++panel) weights(b, i, panel, panel * b.panel_stride + c * P::NR);
     }
   }
 
-  /// Row i of the result against one panel of its columns.
-  void weights(int64_t i, int64_t j0, T* w) const {
+  /// Row i of the result against one panel of its columns. Scores are not computed again: the values tell which pairs
+  /// are near.
+  void weights(const Block<T>& b, int64_t i, int64_t panel, int64_t place) const {
+    const int64_t j0 = b.row + panel * P::NR;
+    T* w = b.data + place;
     const int64_t end = i >= n ? 0 : (m - j0 < P::NR ? m - j0 : P::NR);
     const int64_t begin = p.condensed && i >= j0 ? i - j0 + 1 : 0;
     const T* grad = row_of(p.grad, i, m, p.condensed) + j0;
     const T* value = row_of(p.out, i, m, p.condensed) + j0;
-    if (begin == 0 && end == P::NR) {
-      for (int v = 0; v < P::kVectors; ++v) {
-        const Vec<T> own = kUsesValue ? load(value + v * kLanes<T>) : Vec<T>{};
-        store(w + v * kLanes<T>, load(grad + v * kLanes<T>) * Map::pull(own));
+    alignas(64) T own[P::NR], upstream[P::NR];
+    if (begin > 0 || end < P::NR) {
+      // No pair: NaN is near to nothing, and a weight of 0.
+      for (int64_t lane = 0; lane < P::NR; ++lane) {
+        const bool inside = lane >= begin && lane < end;
+        own[lane] = inside ? value[lane] : std::numeric_limits<T>::quiet_NaN();
+        upstream[lane] = inside ? grad[lane] : 0;
       }
-      return;
+      value = own;
+      grad = upstream;
     }
-    alignas(64) T own[P::NR] = {}, upstream[P::NR] = {};
-    for (int64_t lane = begin; lane < end; ++lane) own[lane] = value[lane], upstream[lane] = grad[lane];
-    for (int v = 0; v < P::kVectors; ++v)
-      store(w + v * kLanes<T>, load(upstream + v * kLanes<T>) * Map::pull(load(own + v * kLanes<T>)));
-    for (int64_t lane = 0; lane < P::NR; ++lane)
+    for (int v = 0; v < P::kVectors; ++v) {
+      const Vec<T> of_value = Map::kDistance ? load(value + v * kLanes<T>) : Vec<T>{};
+      store(w + v * kLanes<T>, load(grad + v * kLanes<T>) * Map::pull(of_value));
+    }
+    for (int64_t lane = 0; value == own && lane < P::NR; ++lane)
       if (lane < begin || lane >= end) w[lane] = 0;
+    if constexpr (Map::kDistance) {
+      if (begin < end)
+        o.near_lanes(
+            i, b.squares + panel * P::NR, end, [&](int v) { return Map::score(load(value + v * kLanes<T>)); }, place,
+            *b.near);
+    }
   }
 
   void close(int64_t, int64_t, int64_t) {}
   const T* factor(int64_t) const { return nullptr; }
 
   const StoreGradParams<T>& p;
+  const Operands<T>& o;
   int64_t n, m;
 };
 
 template <class T, class Map>
 void gradient(const StoreGradParams<T>& p) {
   Operands<T> o(p.y, p.x, p.normalize, Map::kDistance, true, p.threads);
-  StoreGradCell<T, Map> cell{p, p.x.n, p.y.n};
+  StoreGradCell<T, Map> cell{p, o, p.x.n, p.y.n};
   StripPlan<T> plan;
   plan.triangle = p.condensed;
   plan.threads = p.threads;
