@@ -10,7 +10,7 @@ from generators import assert_gradient, assert_value, compare, pairs, points, re
 from torch.autograd import gradcheck, gradgradcheck
 
 import nearfar as nf
-from nearfar import autograd
+from nearfar import second as second_derivatives
 
 
 def leaf(*shape, seed=0, dtype=torch.float64):
@@ -217,7 +217,7 @@ def test_second_derivative_in_blocks(monkeypatch):
     for f in functions:
         results = []
         for block in (512, 5):
-            monkeypatch.setattr(autograd, "_BLOCK", block)
+            monkeypatch.setattr(second_derivatives, "_BLOCK", block)
             (first,) = torch.autograd.grad(f(), q, create_graph=True)
             results.append(torch.autograd.grad(first.square().sum(), q)[0])
         assert_gradient(results[1], results[0].numpy(), 1e-12)

@@ -1,48 +1,16 @@
-"""The losses as torch.nn.Modules: the same mathematics, parameters held by the module. Imports torch."""
+"""Losses over a softmax of negatives as modules."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..arrays import number
-from .softmax import check_reduction, clip_loss, info_nce_loss, nt_xent_loss
-from .sphere import alignment, uniformity
+from ..softmax import clip_loss, info_nce_loss, nt_xent_loss
+from .temperature import TemperatureLoss
 
 
-class _TemperatureLoss(nn.Module):
-    """A temperature that is fixed, or learned as `log_logit_scale` (init ln(1/temperature); at most ln 100)."""
-
-    log_logit_scale: nn.Parameter
-
-    def __init__(self, temperature: float, learnable_temperature: bool, reduction: str, normalize: bool) -> None:
-        super().__init__()
-        temperature = number(temperature, "temperature")
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature: expected a positive number, got {temperature}")
-        check_reduction(reduction)
-        self.temperature = temperature
-        self.reduction = reduction
-        self.normalize = normalize
-        self.learnable_temperature = learnable_temperature
-        if learnable_temperature:
-            self.log_logit_scale = nn.Parameter(torch.tensor(math.log(1 / temperature)))
-
-    @property
-    def logit_scale(self) -> float | Tensor:
-        """1 / temperature as it is used now."""
-        if not self.learnable_temperature:
-            return 1 / self.temperature
-        return self.log_logit_scale.clamp(max=math.log(100)).exp()
-
-    def extra_repr(self) -> str:
-        return f"temperature={self.temperature}, learnable_temperature={self.learnable_temperature}"
-
-
-class InfoNCELoss(_TemperatureLoss):
+class InfoNCELoss(TemperatureLoss):
     """`nearfar.info_nce_loss` as a module.
 
     Parameters
@@ -99,7 +67,7 @@ class InfoNCELoss(_TemperatureLoss):
         return loss
 
 
-class NTXentLoss(_TemperatureLoss):
+class NTXentLoss(TemperatureLoss):
     """`nearfar.nt_xent_loss` as a module; parameters as `InfoNCELoss`, temperature 0.5 by default.
 
     Examples
@@ -127,7 +95,7 @@ class NTXentLoss(_TemperatureLoss):
         return loss
 
 
-class ClipLoss(_TemperatureLoss):
+class ClipLoss(TemperatureLoss):
     """`nearfar.clip_loss` as a module; parameters as `InfoNCELoss`.
 
     ``forward(image_features, text_features, logit_scale=None)``: a given `logit_scale` (already exponentiated) is used
@@ -157,53 +125,3 @@ class ClipLoss(_TemperatureLoss):
             image_features, text_features, scale, reduction=self.reduction, normalize=self.normalize
         )
         return loss
-
-
-class AlignmentLoss(nn.Module):
-    """`nearfar.alignment` as a module.
-
-    Examples
-    --------
-    >>> import torch, nearfar as nf
-    >>> nf.AlignmentLoss()(torch.eye(2), torch.eye(2)).item()
-    0.0
-    """
-
-    def __init__(self, alpha: float = 2, *, normalize: bool = True, reduction: str = "mean") -> None:
-        super().__init__()
-        check_reduction(reduction)
-        self.alpha = alpha
-        self.normalize = normalize
-        self.reduction = reduction
-
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean distance of positive pairs, to the power alpha."""
-        loss: Tensor = alignment(x, y, alpha=self.alpha, normalize=self.normalize, reduction=self.reduction)
-        return loss
-
-    def extra_repr(self) -> str:
-        return f"alpha={self.alpha}"
-
-
-class UniformityLoss(nn.Module):
-    """`nearfar.uniformity` as a module.
-
-    Examples
-    --------
-    >>> import torch, nearfar as nf
-    >>> round(nf.UniformityLoss()(torch.eye(3)).item(), 4)
-    -4.0
-    """
-
-    def __init__(self, t: float = 2, *, normalize: bool = True) -> None:
-        super().__init__()
-        self.t = t
-        self.normalize = normalize
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The log of the mean Gaussian potential."""
-        loss: Tensor = uniformity(x, t=self.t, normalize=self.normalize)
-        return loss
-
-    def extra_repr(self) -> str:
-        return f"t={self.t}"
