@@ -60,11 +60,73 @@ def softmax_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice)
             parts.append(s_positive[:, None])
         if paired is not None:
             parts.append(scale * (prepare(paired[rows]) * own[:, None]).sum(-1))
-        return torch.logsumexp(torch.cat(parts, 1), 1) - s_positive
+        s = torch.cat(parts, 1)
+        empty = (s == -torch.inf).all(1)  # nothing to tell the positive from: 0
+        loss = torch.logsumexp(torch.where(empty[:, None], 0.0, s), 1) - s_positive
+        return torch.where(empty, 0.0, loss)
 
     if mode == "both":
         return (losses(x[rows], columns) + losses(columns[rows], x)) / 2
     return losses(x[rows], columns)
+
+
+def n_pairs_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
+    """Losses of `operations.n_pairs`."""
+    x, y = tensors
+    l2_reg, reduction = config
+    loss = softmax_rows((x, y, None, None, x.new_ones(()), None), ("rows", reduction, False, True, 0), rows)
+    loss += l2_reg / 2 * (x[rows].square() + y[rows].square()).sum(-1)
+    return loss
+
+
+def sup_con_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
+    """Losses of `operations.sup_con`: those of some items, with all their views."""
+    x, scale, labels, positive_mask = tensors
+    _, normalize = config
+    views = x.shape[1] if x.ndim == 3 else 1
+    flat = x.reshape(-1, x.shape[-1])
+    flat = unit(flat) if normalize else flat
+    index = torch.arange(flat.shape[0], device=x.device)
+    own = index.reshape(-1, views)[rows].reshape(-1, 1)
+    if labels is not None:
+        positive = labels[own // views] == labels[index // views]
+    else:
+        positive = own // views == index // views
+        if positive_mask is not None:
+            positive = positive | positive_mask[own // views, index // views]
+    itself = own == index
+    positive = positive & ~itself
+    count = positive.sum(1)
+    s = scale.to(x.dtype) * flat[own[:, 0]] @ flat.T
+    mean = s.masked_fill(~positive, 0).sum(1) / count.clamp(min=1)
+    # Anchors without a positive keep themselves in the sum, so that it is not empty where nothing comes of it.
+    loss = torch.logsumexp(s.masked_fill(itself & (count > 0)[:, None], -torch.inf), 1) - mean
+    return torch.where(count > 0, loss, 0.0).reshape(x[rows].shape[:-1])
+
+
+def sup_con_anchors(tensors: tuple[Any, ...], config: tuple[Any, ...]) -> int:
+    """How many rows of `operations.sup_con` have a positive."""
+    x, _, labels, positive_mask = tensors
+    if x.ndim == 3 and x.shape[1] > 1:
+        return int(x.shape[0] * x.shape[1])
+    if positive_mask is not None:
+        return int((positive_mask.sum(1) > positive_mask.diagonal()).sum())
+    if labels is None:
+        return 0
+    _, inverse, counts = torch.unique(labels, return_inverse=True, return_counts=True)
+    return int((counts[inverse] > 1).sum())
+
+
+def sigmoid_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
+    """Losses of `operations.sigmoid`."""
+    x, y, scale, bias = tensors
+    _, normalize = config
+    x, y = (unit(z) if normalize else z for z in (x, y))
+    logits = scale.to(x.dtype) * x[rows] @ y.T + bias.to(x.dtype)
+    index = torch.arange(x.shape[0], device=x.device)
+    sign = torch.where(index[rows, None] == index, 1.0, -1.0).to(x.dtype)
+    # Not torch's softplus, which is x itself from 20 on.
+    return -torch.nn.functional.logsigmoid(sign * logits).sum(1)
 
 
 def alignment_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:

@@ -26,6 +26,9 @@ _OPERATIONS: dict[str, tuple[Callable[..., Any], bool]] = {
     "softmax": (operations.softmax, True),
     "potential": (operations.potential, False),
     "alignment": (operations.alignment, True),
+    "n_pairs": (operations.n_pairs, True),
+    "sup_con": (operations.sup_con, True),
+    "sigmoid": (operations.sigmoid, True),
 }
 
 

@@ -50,6 +50,7 @@ def second(
     x = leaves[0]
     rows_axis = 0 if operation.loss else 1
     n = x.shape[rows_axis]
+    anchors = max(operation.anchors(tensors, config), 1)
     upstream = g.detach().to(torch.promote_types(g.dtype, torch.float32)).requires_grad_()
     own = [leaves[k] for k in where]
     along = [vectors[k] for k in where]
@@ -67,7 +68,7 @@ def second(
             elif "none" in config:
                 weights = upstream[rows]
             else:
-                weights = upstream / n if "mean" in config else upstream
+                weights = upstream / anchors if "mean" in config else upstream
             pieces = _twice((part * weights).sum(), own, [upstream], along)
         for total, piece in zip(totals, pieces, strict=True):
             total += piece

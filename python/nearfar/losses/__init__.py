@@ -5,18 +5,27 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from .softmax import clip_loss, info_nce_limit, info_nce_loss, nt_xent_loss
+from .sigmoid import siglip_loss
+from .softmax import clip_loss, dcl_loss, info_nce_limit, info_nce_loss, nt_xent_loss
 from .sphere import alignment, uniformity, uniformity_of_sphere
+from .supervised import n_pairs_loss, sup_con_loss
 
-MODULES = ("AlignmentLoss", "ClipLoss", "InfoNCELoss", "NTXentLoss", "UniformityLoss")
+MODULES = (
+    *("AlignmentLoss", "ClipLoss", "InfoNCELoss", "NTXentLoss", "UniformityLoss"),
+    *("DCLLoss", "MemoryBank", "NPairsLoss", "SigLipLoss", "SupConLoss"),
+)
 
 __all__ = [
     *MODULES,
     "alignment",
     "clip_loss",
+    "dcl_loss",
     "info_nce_limit",
     "info_nce_loss",
+    "n_pairs_loss",
     "nt_xent_loss",
+    "siglip_loss",
+    "sup_con_loss",
     "uniformity",
     "uniformity_of_sphere",
 ]

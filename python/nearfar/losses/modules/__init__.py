@@ -1,6 +1,20 @@
 """The losses as torch.nn.Modules: the same mathematics, parameters held by the module. Imports torch."""
 
-from .softmax import ClipLoss, InfoNCELoss, NTXentLoss
+from .memory import MemoryBank
+from .sigmoid import SigLipLoss
+from .softmax import ClipLoss, DCLLoss, InfoNCELoss, NTXentLoss
 from .sphere import AlignmentLoss, UniformityLoss
+from .supervised import NPairsLoss, SupConLoss
 
-__all__ = ["AlignmentLoss", "ClipLoss", "InfoNCELoss", "NTXentLoss", "UniformityLoss"]
+__all__ = [
+    "AlignmentLoss",
+    "ClipLoss",
+    "DCLLoss",
+    "InfoNCELoss",
+    "MemoryBank",
+    "NPairsLoss",
+    "NTXentLoss",
+    "SigLipLoss",
+    "SupConLoss",
+    "UniformityLoss",
+]
