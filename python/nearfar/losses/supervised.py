@@ -159,9 +159,10 @@ def n_pairs_loss(anchor: Array, positive: Array, *, l2_reg: float = 0.0, reducti
 
     Notes
     -----
-    Sohn: Improved Deep Metric Learning with Multi-class N-pair Loss Objective, 2016. The penalty is that of
-    pytorch-metric-learning with ``LpRegularizer(p=2, power=2)`` and weight lambda; TensorFlow's npairs_loss has half of
-    it for the same `reg_lambda`. Without it this is `info_nce_loss` with ``logit_scale=1, normalize=False``.
+    Sohn: Improved Deep Metric Learning with Multi-class N-pair Loss Objective, 2016. pytorch-metric-learning has this
+    value with ``DotProductSimilarity(normalize_embeddings=False)``, which is not its default, and
+    ``LpRegularizer(p=2, power=2)`` of weight lambda; TensorFlow's npairs_loss has half the penalty. Without it this is
+    `info_nce_loss` with ``logit_scale=1, normalize=False``.
 
     Examples
     --------

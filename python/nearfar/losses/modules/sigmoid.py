@@ -72,4 +72,5 @@ class SigLipLoss(TemperatureLoss):
         return loss
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, logit_bias={float(self.logit_bias)}"
+        scale, bias = (v.item() if isinstance(v, Tensor) else v for v in (self.logit_scale, self.logit_bias))
+        return f"logit_scale={scale}, logit_bias={bias}, learnable_temperature={self.learnable_temperature}"
