@@ -63,7 +63,8 @@ def test_every_argument(f, arguments):
 @cases
 def test_equals_torch(f, arguments):
     wanted = [name for name in arguments if name not in OPTIONS]
-    own = {name: torch.tensor(a, dtype=torch.float64) if name in wanted else a for name, a in arguments.items()}
+    own = {name: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for name, a in arguments.items()}
+    own |= {name: torch.tensor(arguments[name], dtype=torch.float64) for name in wanted}
     value, grads = nf.value_and_grad(f, argnums_of(f, wanted))(**arguments)
     torch_value, torch_grads = nf.value_and_grad(f, argnums_of(f, wanted))(**own)
     assert isinstance(value, np.float64)

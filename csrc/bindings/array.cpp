@@ -223,7 +223,7 @@ static bool from_buffer(Array& a, py::handle obj, const char* name, DTypes allow
   std::string format = view.format ? view.format : "B";
   if (format[0] == '@' || format[0] == '=' || format[0] == native) format.erase(0, 1);
   const bool is_float = format == "e" || format == "f" || format == "d";
-  const bool is_byte = format == "B";
+  const bool is_byte = format == "B" && std::find(allowed.begin(), allowed.end(), DType::u8) != allowed.end();
   if (!is_float && !is_byte && format != "i" && format != "l" && format != "q")
     refuse_type(name, "expected " + text_of(allowed) + ", got " + text_of(obj) + " (buffer format '" + format + "')");
   int64_t shape[4] = {}, strides[4] = {};
