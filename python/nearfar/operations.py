@@ -21,8 +21,8 @@ from .runtime import get_num_threads
 # twice: four matrix products instead of three.
 STRIP_BUDGET = 32 << 20
 
-# Whether searches screen columns with bfloat16 products: "automatic" where the CPU is faster at them, "always", "never".
-# Results are the same.
+# Whether searches screen columns with bfloat16 products: "automatic" (where the CPU is faster at them), "always" or
+# "never". Results are the same.
 SCREENING = "automatic"
 
 # The largest multiplier of dot products.
