@@ -143,6 +143,9 @@ struct MatmulGradParams {
   int threads;
 };
 
+/// Whether columns are screened with bfloat16 products first (cpu/screen.hpp): time, never results.
+enum class Screening : int { automatic, always, never };
+
 /// The k best columns of every row: smallest distance, or largest dot; ties by lower index.
 template <class T>
 struct SelectParams {
@@ -153,6 +156,7 @@ struct SelectParams {
   int64_t k;
   T* value;        // (n, k)
   int64_t* index;  // (n, k)
+  Screening screening;
   int threads;
 };
 

@@ -64,6 +64,7 @@ def select(
     k: int,
     value: object,
     index: object,
+    screening: str,
     threads: int,
 ) -> None:
     """The k best columns of every row, best first."""

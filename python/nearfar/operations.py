@@ -21,6 +21,10 @@ from .runtime import get_num_threads
 # twice: four matrix products instead of three.
 STRIP_BUDGET = 32 << 20
 
+# Whether searches screen columns with bfloat16 products: "automatic" (where the CPU is faster at them), "always" or
+# "never". Results are the same.
+SCREENING = "automatic"
+
 # The largest multiplier of dot products.
 LARGEST = {name: float(np.finfo(name).max) for name in ("float32", "float64")}
 
@@ -283,5 +287,5 @@ def select(x: Array, y: Array | None, map: str, normalize: bool, exclude_self: b
     value = empty(x, (x.shape[0], x.shape[1], k))
     index = empty(x, (x.shape[0], x.shape[1], k), "int64")
     columns = x if y is None else y
-    _core.select(x, columns, map, normalize, exclude_self, k, value, index, get_num_threads())
+    _core.select(x, columns, map, normalize, exclude_self, k, value, index, SCREENING, get_num_threads())
     return value, index

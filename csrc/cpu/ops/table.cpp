@@ -1,10 +1,32 @@
-// The table of this instruction set's kernels. Adding an operation adds a line here.
+// The table of this instruction set's kernels. Adding an operation adds a line here. A level with NEARFAR_BASE is that
+// level with some kernels replaced.
 #include "cpu/ops.hpp"
 #include "cpu/vector.hpp"
 
 #define NEARFAR_STRING(x) #x
 #define NEARFAR_NAME(x) NEARFAR_STRING(x)
 
+#if defined(NEARFAR_BASE)
+namespace nearfar::NEARFAR_BASE {
+const Ops& table();
+}
+
+namespace nearfar::NEARFAR_ISA {
+
+void select(const SelectParams<float>&);
+
+const Ops& table() {
+  static const Ops kOps = [] {
+    Ops ops = NEARFAR_BASE::table();
+    ops.isa = NEARFAR_NAME(NEARFAR_ISA);
+    ops.f32.select = select;
+    return ops;
+  }();
+  return kOps;
+}
+
+}  // namespace nearfar::NEARFAR_ISA
+#else
 namespace nearfar::NEARFAR_ISA {
 
 void store(const StoreParams<float>&);
@@ -39,3 +61,4 @@ const Ops& table() {
 }
 
 }  // namespace nearfar::NEARFAR_ISA
+#endif
