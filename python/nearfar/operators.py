@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import formulas, operations
+from . import formulas, operations, triplets
 
 _library = torch.library.Library("nearfar", "DEF")
 
@@ -92,6 +92,16 @@ _alignment = _define(
     ),
 )
 
+_batch_triplet = _define(
+    "batch_triplet(Tensor? weights, Tensor x, Tensor labels, str mining, float margin, bool squared, bool soft, "
+    "str reduction, bool normalize, bool gradients) -> (Tensor, Tensor)",
+    triplets.batch_triplet,
+    lambda weights, x, labels, mining, margin, squared, soft, reduction, normalize, gradients: (
+        _value_like(x, reduction),
+        _grad_like(x, gradients),
+    ),
+)
+
 
 def _fake_store(x: Tensor, y: Tensor | None, map: str, normalize: bool, condensed: bool) -> Tensor:
     b, n, _ = x.shape
@@ -130,7 +140,8 @@ _matmul_grad = _define(
 class Operation:
     """One operation: ``forward(tensors, config, gradients) -> (value, *gradients)`` and what differentiates it.
 
-    `grad` computes gradients from the upstream one where the forward pass did not; `rows` is the plain formula.
+    `grad` computes gradients from the upstream one where the forward pass did not; `rows` is the plain formula, which
+    is also given the tensors that `prepare` made, beside what a mean divides by where that is not the number of rows.
     """
 
     forward: Callable[..., Any]
@@ -138,6 +149,7 @@ class Operation:
     rows: Callable[..., Tensor]
     count: int  # tensors that may require a gradient: the first `count` inputs
     loss: bool
+    prepare: Callable[..., tuple[tuple[Tensor, ...], int]] | None = None
 
 
 def is_absent(grad: Tensor) -> bool:
@@ -170,6 +182,14 @@ OPERATIONS = {
         formulas.alignment_rows,
         2,
         True,
+    ),
+    "batch_triplet": Operation(
+        lambda t, c, gradients: _batch_triplet(None, *t, *c, gradients),
+        lambda g, value, t, c: _batch_triplet(g, *t, *c, True)[1:],
+        formulas.batch_triplet_rows,
+        1,
+        True,
+        triplets.prepare,
     ),
     "store": Operation(
         lambda t, c, gradients: (_store(*t, *c),),
