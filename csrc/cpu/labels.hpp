@@ -61,6 +61,12 @@ class Batch {
   int64_t end(int64_t r) const { return begin_[code[r] + 1]; }
   /// How many rows are of r's class, r included.
   int64_t size(int64_t r) const { return end(r) - begin(r); }
+  /// Ordered pairs of different rows of a class.
+  int64_t pairs() const {
+    int64_t sum = 0;
+    for (int64_t r = 0; r < m; ++r) sum += size(r) - 1;
+    return sum;
+  }
   /// Has positives and negatives.
   bool is_anchor(int64_t r) const { return size(r) > 1 && size(r) < m; }
 
@@ -99,6 +105,12 @@ class Pulls {
     const int64_t at = start_[r] + count_[r]++;
     columns_[at] = column;
     weights_[at] = weight;
+  }
+
+  /// The same as one row of a matrix of weights.
+  void spread(int64_t r, T* weights, int64_t columns) const {
+    for (int64_t j = 0; j < columns; ++j) weights[j] = 0;
+    for (int64_t e = start_[r]; e < start_[r] + count_[r]; ++e) weights[columns_[e]] += weights_[e];
   }
 
   /// Coordinates are cut among threads: no two write the same entry, and every sum keeps its order.
@@ -194,6 +206,13 @@ NEARFAR_INLINE void rank_among(const T* key, int64_t n, const T* value, int64_t 
     rank[u] = 0;
   }
   auto below = [](T a, T b) { return static_cast<int64_t>(kOrEqual ? a <= b : a < b); };
+  // In a trained batch most negatives are farther than every positive.
+  int64_t above_all = 0;
+  for (int64_t u = 0; u < kSearches; ++u) above_all += below(key[n - 1], own[u]);
+  if (above_all == kSearches) {
+    for (int64_t u = 0; u < kSearches; ++u) rank[u] = n;
+    return;
+  }
   int64_t length = n;
   for (; length > 1; length -= length / 2)
 #pragma GCC unroll 8

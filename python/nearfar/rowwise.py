@@ -69,13 +69,11 @@ def contrastive(
 
 def _norm(difference: _Rows, p: float) -> _Rows:
     size = np.abs(difference)
-    if np.isinf(p):
-        return size.max(1, initial=0.0)
-    if p == 2:
-        return np.sqrt((size * size).sum(1))
+    # Powers leave the range of floats long before norms do.
     largest = size.max(1, initial=0.0)
     scale = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
-    return scale * ((size / scale[:, None]) ** p).sum(1) ** (1 / p)
+    norm: _Rows = largest if np.isinf(p) else scale * ((size / scale[:, None]) ** p).sum(1) ** (1 / p)
+    return norm
 
 
 def _norm_slope(difference: _Rows, norm: _Rows, p: float) -> _Rows:
@@ -88,7 +86,8 @@ def _norm_slope(difference: _Rows, norm: _Rows, p: float) -> _Rows:
         ratio = np.divide(size, norm, out=np.zeros_like(size), where=norm != 0)
         with np.errstate(divide="ignore"):
             slope = np.where(size > 0, ratio ** (p - 1), 0.0)
-    return np.where(np.isnan(norm), np.nan, np.sign(difference) * slope) * (norm != 0)
+    slope = np.where(np.isnan(norm), np.nan, np.sign(difference) * slope * (norm != 0))
+    return slope
 
 
 def triplet_margin(

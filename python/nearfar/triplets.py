@@ -22,16 +22,12 @@ def _launch(
     weights: Array | None,
     x: Array,
     labels: Array,
-    mining: str,
-    margin: float,
-    squared: bool,
-    soft: bool,
-    reduction: str,
-    normalize: bool,
+    config: tuple[Any, ...],
     gradients: bool,
     places: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
 ) -> tuple[Array, Array | None, float, int]:
-    """Sums of the anchors, gradient, sum, number of triplets."""
+    """Sums of the anchors, gradient, sum, number of triplets; into `places` the triplets themselves."""
+    mining, margin, squared, soft, reduction, normalize = config
     codes, classes = codes_of(labels)
     rows = empty(x, (x.shape[0],))
     dx = empty(x, tuple(x.shape)) if gradients else None
@@ -61,22 +57,14 @@ def _launch(
     return rows, dx, total, count
 
 
-def batch_triplet(
-    weights: Array | None,
-    x: Array,
-    labels: Array,
-    mining: str,
-    margin: float,
-    squared: bool,
-    soft: bool,
-    reduction: str,
-    normalize: bool,
-    gradients: bool,
-) -> tuple[Any, ...]:
-    """Triplet losses: value ("none": every anchor's sum) and gradient."""
-    rows, dx, total, count = _launch(
-        weights, x, labels, mining, margin, squared, soft, reduction, normalize, gradients
-    )
+def batch_triplet(weights: Array | None, x: Array, labels: Array, *config: Any) -> tuple[Any, ...]:
+    """Triplet losses: value ("none": every anchor's sum) and gradient.
+
+    `config` is mining, margin, squared, soft, reduction, normalize, and whether the gradient is wanted.
+    """
+    *config_of_loss, gradients = config
+    rows, dx, total, count = _launch(weights, x, labels, tuple(config_of_loss), gradients)
+    reduction = config[4]
     if reduction == "none":
         return rows, dx
     value = empty(x, ())
@@ -90,7 +78,7 @@ def mined(x: Array, labels: Array, mining: str, normalize: bool) -> tuple[NDArra
     each = np.ones(len(codes), np.int64) if mining == "hard" else np.bincount(codes, minlength=classes)[codes] - 1
     anchor = np.repeat(np.arange(len(codes)), each)
     positive, negative = np.full((2, len(anchor)), -1)
-    _launch(None, x, labels, mining, 0.0, True, False, "sum", normalize, False, (positive, negative))
+    _launch(None, x, labels, (mining, 0.0, True, False, "sum", normalize), False, (positive, negative))
     kept = negative >= 0
     return anchor[kept], positive[kept], negative[kept]
 
@@ -104,4 +92,4 @@ def prepare(tensors: tuple[Any, ...], config: tuple[Any, ...]) -> tuple[tuple[An
     if mining != "all":
         found = mined(x, labels, mining, normalize)
         return tuple(map(torch.from_numpy, found)), max(len(found[0]), 1)
-    return (), max(_launch(None, x, labels, *config, False)[3], 1)
+    return (), max(_launch(None, x, labels, config, False)[3], 1)

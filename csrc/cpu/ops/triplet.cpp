@@ -8,7 +8,7 @@
 //             and, per pair, the number of triplets it is active in, which is its weight in the gradient. Exact, and
 //             O(N log P) though there are P N triplets. softplus has no such form: it is summed, in O(N) memory.
 //
-// The gradients of hard and semihard touch few pairs (`Pulls`); that of all is a product with weights (`StripPass`).
+// A gradient that touches few pairs is summed pair by pair (`Pulls`), else it is a product with weights (`StripPass`).
 #include "cpu/labels.hpp"
 #include "cpu/mask.hpp"
 
@@ -169,8 +169,10 @@ class RankCell : public TripletCell<T> {
   static constexpr int NR = P::NR;
 
  public:
-  RankCell(TripletParams<T>& params, const Batch<T>& rows, const Operands<T>& operands)
+  /// dense: the strip becomes weights.
+  RankCell(TripletParams<T>& params, const Batch<T>& rows, const Operands<T>& operands, bool dense)
       : TripletCell<T>(params, rows, operands),
+        dense_(dense),
         stride_(ceil_div(operands.chunks.tiles * P::MR, kLanes<T>) * kLanes<T>),
         places_(rows.largest + 1),
         blocks_(operands.chunks.count) {
@@ -191,11 +193,10 @@ class RankCell : public TripletCell<T> {
   void map(const Block<T>& b) { blocks_[b.chunk] = b; }
 
   void close(int64_t row, int64_t rows, int64_t chunks) {
-    const bool sparse = this->p.mining == Mining::semihard;
-    if (sparse)
-      this->pulls.open(rows, [&](int64_t r) {
-        return this->batch.is_anchor(row + r) ? 2 * (this->batch.size(row + r) - 1) : 0;
-      });
+    const bool pairs = this->p.mining == Mining::semihard;
+    if (pairs)
+      this->pulls.open(
+          rows, [&](int64_t r) { return this->batch.is_anchor(row + r) ? 2 * (this->batch.size(row + r) - 1) : 0; });
     parallel_for(ceil_div(rows, NR), this->p.threads, [&](int64_t panel, int worker) {
       T* distances = rows_.get() + worker * NR * stride_;
       move<false>(panel, chunks, distances);
@@ -204,15 +205,16 @@ class RankCell : public TripletCell<T> {
         T* s = distances + lane * stride_;
         if (r < rows && this->batch.is_anchor(i)) {
           const Scratch scratch = of(worker);
-          sparse ? semihard(i, r, s, scratch) : this->p.soft ? all_soft(i, s, scratch) : all_hinge(i, s, scratch);
+          pairs ? semihard(i, r, s, scratch) : this->p.soft ? all_soft(i, s, scratch) : all_hinge(i, s, scratch);
+          if (pairs && dense_) this->pulls.spread(r, s, this->batch.m);
           for (int64_t j = this->batch.m; j < stride_; ++j) s[j] = 0;
         } else {
           for (int64_t j = 0; j < stride_; ++j) s[j] = 0;
         }
       }
-      if (!sparse && this->p.dx) move<true>(panel, chunks, distances);
+      if (dense_) move<true>(panel, chunks, distances);
     });
-    if (sparse && this->p.dx) this->pulls.apply(row, rows, this->batch, this->grad.get(), this->p.threads);
+    if (pairs && this->p.dx && !dense_) this->pulls.apply(row, rows, this->batch, this->grad.get(), this->p.threads);
   }
 
  private:
@@ -225,8 +227,16 @@ class RankCell : public TripletCell<T> {
   Scratch of(int worker) const {
     T* k = keys_.get() + worker * 4 * places_;
     int64_t* i = index_.get() + worker * 4 * places_;
-    return {k, k + places_, k + 2 * places_, k + 3 * places_, i, i + places_, i + 2 * places_, i + 3 * places_,
-            slack_.get() + worker * places_, weights_.get() + (this->p.soft ? worker * stride_ : 0)};
+    return {k,
+            k + places_,
+            k + 2 * places_,
+            k + 3 * places_,
+            i,
+            i + places_,
+            i + 2 * places_,
+            i + 3 * places_,
+            slack_.get() + worker * places_,
+            weights_.get() + (this->p.soft ? worker * stride_ : 0)};
   }
 
   /// One panel of the strip's blocks, [column][lane], to rows of distances, [lane][column]; kBack: from rows to blocks.
@@ -282,19 +292,25 @@ class RankCell : public TripletCell<T> {
       }
   }
 
+  int64_t farthest_negative(int64_t i, const T* s) const {
+    const int64_t* order = this->batch.order.get();
+    int64_t farthest = -1;
+    for (int64_t j = 0; j < this->batch.m; ++j)
+      if (j < this->batch.begin(i) || j >= this->batch.end(i))
+        if (farthest < 0 || s[j] > s[farthest] || (s[j] == s[farthest] && order[j] < order[farthest])) farthest = j;
+    return farthest;
+  }
+
   void semihard(int64_t i, int64_t r, const T* s, const Scratch& w) {
     const int64_t* order = this->batch.order.get();
     const int64_t positives = sort_positives(i, s, w);
     for (int64_t k = 0; k <= positives; ++k) w.best[k] = static_cast<T>(kInfinity), w.who[k] = -1;
-    T far = -1;
-    int64_t farthest = -1;
     auto improve = [&](T value, int64_t j, T& best, int64_t& who) {
       if (value < best || (value == best && who >= 0 && order[j] < order[who])) best = value, who = j;
     };
-    rank_negatives<false>(i, s, w.key, positives, [&](int64_t j, int64_t rank) {
-      improve(s[j], j, w.best[rank], w.who[rank]);
-      if (s[j] > far || (s[j] == far && order[j] < order[farthest])) far = s[j], farthest = j;
-    });
+    rank_negatives<false>(i, s, w.key, positives,
+                          [&](int64_t j, int64_t rank) { improve(s[j], j, w.best[rank], w.who[rank]); });
+    const int64_t farthest = w.who[positives] >= 0 ? -1 : farthest_negative(i, s);
     // From the farthest positive on, the closest negative of a higher rank only comes nearer.
     T near = static_cast<T>(kInfinity), v_negative = 0, weight = 0;
     int64_t nearest = -1, last = -1;
@@ -305,11 +321,11 @@ class RankCell : public TripletCell<T> {
       const int64_t positive = w.index[k], negative = nearest >= 0 ? nearest : farthest;
       if (negative != last) {
         if (last >= 0) this->pulls.add(r, last, weight);
-        v_negative = this->triplet.value(this->square(i, negative));
+        v_negative = this->triplet.value(dense_ ? s[negative] : this->square(i, negative));
         weight = 0;
         last = negative;
       }
-      const T v_positive = this->triplet.value(this->square(i, positive));
+      const T v_positive = this->triplet.value(dense_ ? w.key[k] : this->square(i, positive));
       T slope;
       sum += this->triplet.loss(v_positive, v_negative, slope);
       this->pulls.add(r, positive, slope * up * this->triplet.pull(v_positive));
@@ -401,6 +417,7 @@ class RankCell : public TripletCell<T> {
     }
   }
 
+  const bool dense_;
   const int64_t stride_, places_;
   Buffer<Block<T>> blocks_;  // of the strip, by chunk
   Buffer<T> rows_, weights_, keys_;
@@ -440,8 +457,11 @@ void finish(TripletParams<T>& p, TripletCell<T>& cell, const T* more) {
 
 template <class T>
 void run(TripletParams<T>& p) {
-  const bool hard = p.mining == Mining::hard, dense = p.mining == Mining::all && p.dx;
+  const bool hard = p.mining == Mining::hard;
   const Batch<T> batch(p.x, p.codes, p.classes, p.normalize, !hard, p.threads);
+  // A pair by itself costs as much as some thirty in a product.
+  constexpr int64_t kFew = 32;
+  const bool dense = p.dx && (p.mining == Mining::all || (!hard && batch.pairs() > batch.m * batch.m / kFew));
   const Operands<T> o(batch.rows(), batch.rows(), false, true, dense, p.threads);
   StripPlan<T> plan;
   plan.threads = p.threads;
@@ -450,7 +470,7 @@ void run(TripletParams<T>& p) {
     StripPass<T, HardCell<T>>(o, cell, plan).run();
     return finish<T>(p, cell, nullptr);
   }
-  RankCell<T> cell(p, batch, o);
+  RankCell<T> cell(p, batch, o, dense);
   plan.two_phase = true;
   Buffer<T> dy;
   if (dense) {

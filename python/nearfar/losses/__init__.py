@@ -5,18 +5,27 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from .mining import mine_triplets
+from .ranking import batch_triplet_loss, contrastive_loss, triplet_margin_loss
 from .softmax import clip_loss, info_nce_limit, info_nce_loss, nt_xent_loss
 from .sphere import alignment, uniformity, uniformity_of_sphere
 
-MODULES = ("AlignmentLoss", "ClipLoss", "InfoNCELoss", "NTXentLoss", "UniformityLoss")
+MODULES = (
+    *("AlignmentLoss", "ClipLoss", "InfoNCELoss", "NTXentLoss", "UniformityLoss"),
+    *("BatchTripletLoss", "ContrastiveLoss", "TripletMarginLoss"),
+)
 
 __all__ = [
     *MODULES,
     "alignment",
+    "batch_triplet_loss",
     "clip_loss",
+    "contrastive_loss",
     "info_nce_limit",
     "info_nce_loss",
+    "mine_triplets",
     "nt_xent_loss",
+    "triplet_margin_loss",
     "uniformity",
     "uniformity_of_sphere",
 ]
