@@ -84,7 +84,7 @@ def _euclidean(x: Tensor, y: Tensor, squared: bool) -> Tensor:
 
 def _triplet_terms(positive: Tensor, negative: Tensor, margin: float, soft: bool) -> Tensor:
     gap = positive - negative
-    return torch.nn.functional.softplus(gap) if soft else torch.relu(gap + margin)
+    return torch.logaddexp(gap, torch.zeros_like(gap)) if soft else torch.relu(gap + margin)
 
 
 def batch_triplet_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
@@ -163,15 +163,16 @@ def contrastive(tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tensor:
 
 
 def triplet_margin(tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tensor:
-    """`torch.nn.functional.triplet_margin_loss`, in at least float32."""
+    """`torch.nn.functional.triplet_margin_loss`, in at least float32; spelled out, because that has no vmap."""
     margin, p, swap, eps, reduction, normalize = config
     anchor, positive, negative = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
     if normalize:
         anchor, positive, negative = unit(anchor), unit(positive), unit(negative)
-    loss = torch.nn.functional.triplet_margin_loss(
-        anchor, positive, negative, margin=margin, p=p, eps=eps, swap=swap, reduction="none"
-    )
-    return _reduced(loss, reduction)
+    distance = torch.nn.functional.pairwise_distance
+    far = distance(anchor, negative, p, eps)
+    if swap:
+        far = torch.minimum(far, distance(positive, negative, p, eps))
+    return _reduced((margin + distance(anchor, positive, p, eps) - far).clamp_min(0), reduction)
 
 
 PLAIN: dict[str, Callable[..., Tensor]] = {"contrastive": contrastive, "triplet_margin": triplet_margin}

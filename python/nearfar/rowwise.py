@@ -117,7 +117,7 @@ def triplet_margin(
     loss = np.maximum(gap, 0.0)
     if not gradients:
         return _result(anchor, loss, reduction, [], [], [])
-    active = np.where(np.isnan(gap), np.nan, gap > 0)
+    active = np.where(np.isnan(gap), np.nan, gap >= 0)  # at 0 torch's slope is 1
     g_near = active[:, None] * _norm_slope(near, d_near, p)
     g_far = (active * share)[:, None] * _norm_slope(far, d_far, p)
     grads = [g_near - g_far, -g_near, g_far]

@@ -15,7 +15,7 @@ _MINING = ("hard", "all", "semihard")
 def check_margin(margin: Any) -> float:
     """A finite number, at least 0."""
     value = number(margin, "margin")
-    if not value >= 0 or math.isinf(value):
+    if not 0 <= value < math.inf:
         raise ValueError(f"margin: expected a number of at least 0, got {value}")
     return value
 
@@ -165,11 +165,11 @@ def triplet_margin_loss(
     check_shape(negative, "negative", tuple(anchor.shape), "anchor")
     check_reduction(reduction)
     margin, p, eps = number(margin, "margin"), number(p, "p"), number(eps, "eps")
-    if not margin > 0 or math.isinf(margin):
+    if not 0 < margin < math.inf:
         raise ValueError(f"margin: expected a positive number, got {margin}")
     if not p > 0:
         raise ValueError(f"p: expected a positive number or inf, got {p}")
-    if not eps >= 0 or math.isinf(eps):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"eps: expected a number of at least 0, got {eps}")
     config = (margin, p, bool(swap), eps, reduction, bool(normalize))
     parts = tuple(
