@@ -1,7 +1,7 @@
 """The documentation: `python -m sphinx -W -b html docs docs/_build/html`.
 
-Sphinx, because the docstrings are NumPy-style reStructuredText with formulas, which it reads as they are; pages are Markdown
-(MyST); the theme is furo.
+Sphinx, because the docstrings are NumPy-style reStructuredText with formulas, which it reads as they are; pages are
+Markdown (MyST); the theme is furo.
 """
 
 import nearfar

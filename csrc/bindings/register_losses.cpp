@@ -191,6 +191,63 @@ double alignment(py::handle x_, py::handle y_, double alpha, bool normalize, py:
   });
 }
 
+Mining mining_of(const std::string& name) {
+  if (name == "hard") return Mining::hard;
+  if (name == "semihard") return Mining::semihard;
+  if (name == "all") return Mining::all;
+  refuse_value("mining", "unknown mining " + name);
+}
+
+/// One triplet an anchor, or one for every ordered pair of a class.
+int64_t places_of(Mining mining, const int32_t* codes, int64_t n, int64_t classes) {
+  if (mining == Mining::hard) return n;
+  Buffer<int64_t> sizes(classes);
+  int64_t pairs = 0;
+  for (int64_t c = 0; c < classes; ++c) sizes[c] = 0;
+  for (int64_t i = 0; i < n; ++i) pairs += 2 * sizes[codes[i]]++;
+  return pairs;
+}
+
+py::tuple triplet(py::handle x_, py::handle codes_, int64_t classes, const std::string& mining, double margin,
+                  bool squared, bool soft, bool normalize, py::handle weights, bool mean, py::handle value,
+                  py::handle dx, py::handle positive, py::handle negative, int64_t triplets, int threads) {
+  const Array x = input(x_, "x", 2), codes = input(codes_, "codes", 1, {DType::i32});
+  const int64_t n = x.shape[0];
+  require_shape(codes, "codes", {n});
+  if (!codes.contiguous()) refuse_value("codes", "expected contiguous codes");
+  for (int64_t i = 0; i < n; ++i)
+    if (codes.as<int32_t>()[i] < 0 || codes.as<int32_t>()[i] >= classes)
+      refuse_value("codes", "expected 0 to " + std::to_string(classes - 1));
+  return with_compute_type(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    TripletParams<T> p{};
+    p.x = rows_of(x);
+    p.codes = codes.as<int32_t>();
+    p.classes = classes;
+    p.mining = mining_of(mining);
+    p.margin = margin;
+    p.squared = squared;
+    p.soft = soft;
+    p.normalize = normalize;
+    p.weights = weights_of<T>(weights, n);
+    p.mean = mean;
+    p.value = output<T>(value, "value", {n});
+    p.dx = gradient<T>(dx, "dx", x);
+    if (!positive.is_none()) {
+      if (p.mining == Mining::all || triplets != places_of(p.mining, p.codes, n, classes))
+        refuse_value("triplets", "expected as many places as triplets are mined");
+      p.positive = output<int64_t>(positive, "positive", {triplets});
+      p.negative = output<int64_t>(negative, "negative", {triplets});
+    }
+    p.threads = threads;
+    {
+      py::gil_scoped_release release;
+      of<T>(ops()).triplet(p);
+    }
+    return py::make_tuple(p.value_sum, p.count);
+  });
+}
+
 }  // namespace
 
 void register_losses(py::module_& m) {
@@ -210,6 +267,10 @@ void register_losses(py::module_& m) {
         "log of the sum over i < j of exp(-t |x_i - x_j|^2), and its gradient.");
   m.def("alignment", alignment, arg("x"), arg("y"), arg("alpha"), arg("normalize"), arg("weights"), arg("weight"),
         arg("value"), arg("dx"), arg("dy"), arg("threads"), "|x_i - y_i|^alpha, its sum and gradients.");
+  m.def("triplet", triplet, arg("x"), arg("codes"), arg("classes"), arg("mining"), arg("margin"), arg("squared"),
+        arg("soft"), arg("normalize"), arg("weights"), arg("mean"), arg("value"), arg("dx"), arg("positive"),
+        arg("negative"), arg("triplets"), arg("threads"),
+        "Triplet losses of a labelled batch, gradient and mined indices; returns (sum of losses, number of triplets).");
 }
 
 }  // namespace nearfar

@@ -125,6 +125,33 @@ struct AlignmentParams {
   int threads;
 };
 
+/// Which triplets (anchor, positive, negative) of a labelled batch count.
+enum class Mining : int {
+  hard,      // per anchor its farthest positive and nearest negative
+  semihard,  // per anchor and positive the closest negative that is farther, or else the farthest negative
+  all,       // every one
+};
+
+/// Sum over triplets of max(0, v_ap - v_an + margin), or softplus(v_ap - v_an); v is the distance or its square.
+template <class T>
+struct TripletParams {
+  Rows x;
+  const int32_t* codes;  // (n) classes, in [0, classes)
+  int64_t classes;
+  Mining mining;
+  double margin;
+  bool squared, soft, normalize;
+  const T* weights;  // upstream gradient of each anchor's sum; null: 1
+  bool mean;         // divide the gradient by count
+  T* value;          // (n) each anchor's sum
+  double value_sum;  // out
+  int64_t count;     // out: triplets; of all of them, without `soft`, those with positive loss
+  T* dx;             // null: value only
+  // Null, or what was mined: (n) for hard; for semihard the pairs of one class, by anchor, then by positive. -1: none.
+  int64_t *positive, *negative;
+  int threads;
+};
+
 /// out = K(x, y) v with K = map; v (m, r), out (n, r).
 template <class T>
 struct MatmulParams {
@@ -168,6 +195,7 @@ struct OpsOf {
   void (*potential)(PotentialParams<T>&);
   void (*alignment)(AlignmentParams<T>&);
   void (*sigmoid)(SigmoidParams<T>&);
+  void (*triplet)(TripletParams<T>&);
   void (*matmul)(const MatmulParams<T>&);
   void (*matmul_grad)(const MatmulGradParams<T>&);
   void (*select)(const SelectParams<T>&);

@@ -142,3 +142,23 @@ def alignment(
     threads: int,
 ) -> float:
     """|x_i - y_i|^alpha, its sum and gradients."""
+
+def triplet(
+    x: object,
+    codes: object,
+    classes: int,
+    mining: str,
+    margin: float,
+    squared: bool,
+    soft: bool,
+    normalize: bool,
+    weights: object,
+    mean: bool,
+    value: object,
+    dx: object,
+    positive: object,
+    negative: object,
+    triplets: int,
+    threads: int,
+) -> tuple[float, int]:
+    """Triplet losses of a labelled batch, gradient and mined indices; returns (sum of losses, number of triplets)."""

@@ -6,6 +6,7 @@ same name in `nearfar.operations`. Imports torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -137,6 +138,38 @@ def alignment_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slic
     return torch.where(square > 0, torch.where(square > 0, square, 1.0) ** (alpha / 2), 0.0)
 
 
+def _euclidean(x: Tensor, y: Tensor, squared: bool) -> Tensor:
+    """Distances of paired rows, or their squares; slope 0 at distance 0."""
+    square = (x - y).square().sum(-1)
+    return square if squared else torch.where(square > 0, torch.where(square > 0, square, 1.0).sqrt(), 0.0)
+
+
+def _triplet_terms(positive: Tensor, negative: Tensor, margin: float, soft: bool) -> Tensor:
+    gap = positive - negative
+    return torch.logaddexp(gap, torch.zeros_like(gap)) if soft else torch.relu(gap + margin)
+
+
+def batch_triplet_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
+    """Each anchor's sum in `triplets.batch_triplet`, on the triplets that were mined; for "all" an anchor at a time."""
+    x, labels, *mined = tensors
+    mining, margin, squared, soft, _, normalize = config
+    u = unit(x) if normalize else x
+    anchors = range(x.shape[0])[rows]
+    if mining != "all":
+        anchor, positive, negative = (index[(mined[0] >= anchors.start) & (mined[0] < anchors.stop)] for index in mined)
+        own, near, far = (u.index_select(0, index) for index in (anchor, positive, negative))
+        loss = _triplet_terms(_euclidean(own, near, squared), _euclidean(own, far, squared), margin, soft)
+        return loss.new_zeros(len(anchors)).index_add(0, anchor - anchors.start, loss)
+    sums = []
+    for i in anchors:
+        same = labels == labels[i]
+        value = _euclidean(u[i], u, squared)
+        terms = _triplet_terms(value[same, None], value[~same], margin, soft)
+        own = _triplet_terms(value[i], value[~same], margin, soft)  # the anchor is not its own positive
+        sums.append(terms.sum() - own.sum())
+    return torch.stack(sums)
+
+
 def store_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
     """Rows of `operations.store`; condensed: their pairs i < j."""
     x, y = tensors
@@ -169,3 +202,39 @@ def potential_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slic
     square = apply_map("sqeuclidean", (x - center)[rows], x - center)
     later = torch.arange(n, device=x.device) > torch.arange(n, device=x.device)[rows, None]
     return torch.where(later, -t * square, -torch.inf)
+
+
+# ---- losses of paired rows: torch differentiates them as they are ----------------------------------------------------
+
+
+def _reduced(loss: Tensor, reduction: str) -> Tensor:
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" or loss.shape[0] == 0 else loss.mean()
+
+
+def contrastive(tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tensor:
+    """`rowwise.contrastive`."""
+    x1, x2, same = tensors
+    margin, reduction, normalize = config
+    x1, x2 = (unit(x.double()) if normalize else x.double() for x in (x1, x2))
+    apart = torch.relu(margin - _euclidean(x1, x2, False)).square()
+    loss = torch.where(same != 0, _euclidean(x1, x2, True), apart)
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return _reduced(loss, reduction).to(dtype)
+
+
+def triplet_margin(tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tensor:
+    """`torch.nn.functional.triplet_margin_loss`, in at least float32; spelled out, because that has no vmap."""
+    margin, p, swap, eps, reduction, normalize = config
+    anchor, positive, negative = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
+    if normalize:
+        anchor, positive, negative = unit(anchor), unit(positive), unit(negative)
+    distance = torch.nn.functional.pairwise_distance
+    far = distance(anchor, negative, p, eps)
+    if swap:
+        far = torch.minimum(far, distance(positive, negative, p, eps))
+    return _reduced((margin + distance(anchor, positive, p, eps) - far).clamp_min(0), reduction)
+
+
+PLAIN: dict[str, Callable[..., Tensor]] = {"contrastive": contrastive, "triplet_margin": triplet_margin}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import formulas, operations
+from . import formulas, operations, triplets
 
 _library = torch.library.Library("nearfar", "DEF")
 
@@ -131,6 +131,16 @@ _alignment = _define(
     ),
 )
 
+_batch_triplet = _define(
+    "batch_triplet(Tensor? weights, Tensor x, Tensor labels, str mining, float margin, bool squared, bool soft, "
+    "str reduction, bool normalize, bool gradients) -> (Tensor, Tensor)",
+    triplets.batch_triplet,
+    lambda weights, x, labels, mining, margin, squared, soft, reduction, normalize, gradients: (
+        _value_like(x, reduction),
+        _grad_like(x, gradients),
+    ),
+)
+
 
 def _fake_store(x: Tensor, y: Tensor | None, map: str, normalize: bool, condensed: bool) -> Tensor:
     b, n, _ = x.shape
@@ -169,8 +179,8 @@ _matmul_grad = _define(
 class Operation:
     """One operation: ``forward(tensors, config, gradients) -> (value, *gradients)`` and what differentiates it.
 
-    `grad` computes gradients from the upstream one where the forward pass did not; `rows` is the plain formula,
-    `anchors` how many rows the mean of a loss is over.
+    `grad` computes gradients from the upstream one where the forward pass did not; `rows` is the plain formula, which
+    is also given the tensors that `prepare` made, beside what a mean divides by where that is not the number of rows.
     """
 
     forward: Callable[..., Any]
@@ -178,7 +188,7 @@ class Operation:
     rows: Callable[..., Tensor]
     count: int  # tensors that may require a gradient: the first `count` inputs
     loss: bool
-    anchors: Callable[..., int] = lambda tensors, config: tensors[0].shape[0]
+    prepare: Callable[..., tuple[tuple[Tensor, ...], int]] | None = None
 
 
 def is_absent(grad: Tensor) -> bool:
@@ -215,7 +225,7 @@ OPERATIONS = {
         formulas.sup_con_rows,
         2,
         True,
-        formulas.sup_con_anchors,
+        lambda tensors, config: ((), formulas.sup_con_anchors(tensors, config)),
     ),
     "sigmoid": Operation(
         lambda t, c, gradients: _sigmoid(None, *t, *c, gradients),
@@ -233,6 +243,14 @@ OPERATIONS = {
         formulas.alignment_rows,
         2,
         True,
+    ),
+    "batch_triplet": Operation(
+        lambda t, c, gradients: _batch_triplet(None, *t, *c, gradients),
+        lambda g, value, t, c: _batch_triplet(g, *t, *c, True)[1:],
+        formulas.batch_triplet_rows,
+        1,
+        True,
+        triplets.prepare,
     ),
     "store": Operation(
         lambda t, c, gradients: (_store(*t, *c),),

@@ -41,6 +41,8 @@ void alignment(AlignmentParams<float>&);
 void alignment(AlignmentParams<double>&);
 void sigmoid(SigmoidParams<float>&);
 void sigmoid(SigmoidParams<double>&);
+void triplet(TripletParams<float>&);
+void triplet(TripletParams<double>&);
 void matmul(const MatmulParams<float>&);
 void matmul(const MatmulParams<double>&);
 void matmul_grad(const MatmulGradParams<float>&);
@@ -52,8 +54,8 @@ void vector_math(int, const double*, double*, int64_t);
 double fma_peak(int threads);
 
 template <class T>
-constexpr OpsOf<T> kOpsOf = {store,   store_grad, softmax,     potential, alignment,
-                             sigmoid, matmul,     matmul_grad, select,    vector_math};
+constexpr OpsOf<T> kOpsOf = {store,   store_grad, softmax,     potential, alignment,  sigmoid,
+                             triplet, matmul,     matmul_grad, select,    vector_math};
 
 const Ops& table() {
   static constexpr Ops kOps = {NEARFAR_NAME(NEARFAR_ISA), kVectorBytes, fma_peak, kOpsOf<float>, kOpsOf<double>};

@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from .mining import mine_triplets
+from .ranking import batch_triplet_loss, contrastive_loss, triplet_margin_loss
 from .sigmoid import siglip_loss
 from .softmax import clip_loss, dcl_loss, info_nce_limit, info_nce_loss, nt_xent_loss
 from .sphere import alignment, uniformity, uniformity_of_sphere
@@ -13,11 +15,13 @@ from .supervised import n_pairs_loss, sup_con_loss
 MODULES = (
     *("AlignmentLoss", "ClipLoss", "InfoNCELoss", "NTXentLoss", "UniformityLoss"),
     *("DCLLoss", "MemoryBank", "NPairsLoss", "SigLipLoss", "SupConLoss"),
+    *("BatchTripletLoss", "ContrastiveLoss", "TripletMarginLoss"),
 )
 
 __all__ = [
     *MODULES,
     "alignment",
+    "batch_triplet_loss",
     "clip_loss",
     "dcl_loss",
     "info_nce_limit",
@@ -26,6 +30,9 @@ __all__ = [
     "nt_xent_loss",
     "siglip_loss",
     "sup_con_loss",
+    "contrastive_loss",
+    "mine_triplets",
+    "triplet_margin_loss",
     "uniformity",
     "uniformity_of_sphere",
 ]

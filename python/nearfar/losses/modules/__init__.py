@@ -1,6 +1,7 @@
 """The losses as torch.nn.Modules: the same mathematics, parameters held by the module. Imports torch."""
 
 from .memory import MemoryBank
+from .ranking import BatchTripletLoss, ContrastiveLoss, TripletMarginLoss
 from .sigmoid import SigLipLoss
 from .softmax import ClipLoss, DCLLoss, InfoNCELoss, NTXentLoss
 from .sphere import AlignmentLoss, UniformityLoss
@@ -8,7 +9,9 @@ from .supervised import NPairsLoss, SupConLoss
 
 __all__ = [
     "AlignmentLoss",
+    "BatchTripletLoss",
     "ClipLoss",
+    "ContrastiveLoss",
     "DCLLoss",
     "InfoNCELoss",
     "MemoryBank",
@@ -16,5 +19,7 @@ __all__ = [
     "NTXentLoss",
     "SigLipLoss",
     "SupConLoss",
+    "TripletMarginLoss",
     "UniformityLoss",
 ]
+__all__ = ["AlignmentLoss", "ClipLoss", "InfoNCELoss", "NTXentLoss", "UniformityLoss"]
