@@ -66,6 +66,14 @@ def matmul_grad_samples():
         yield torch.randn_like(torch.ops.nearfar.matmul(x, y, v, map)), x, y, v, map
 
 
+def batch_triplet_samples():
+    x, labels = torch.randn(7, 3), torch.tensor([0, 1, 0, 2, 1, 0, 2])
+    for dtype, mining, gradients in ((torch.float32, "hard", True), (torch.float64, "semihard", False)):
+        yield None, x.to(dtype), labels, mining, 0.2, False, False, "mean", True, gradients
+    yield None, x.half(), labels.int(), "all", 0.2, True, False, "sum", False, True
+    yield torch.randn(7), x, labels, "all", 0.2, False, True, "none", True, True
+
+
 SAMPLES = {
     "softmax": softmax_samples,
     "potential": lambda: [
@@ -82,6 +90,7 @@ SAMPLES = {
             (None, torch.float64, 3.0, "sum", False, True), (None, torch.float16, 2.0, "none", True, False),
         )
     ],
+    "batch_triplet": batch_triplet_samples,
     "store": store_samples,
     "store_grad": store_grad_samples,
     "matmul": matmul_samples,

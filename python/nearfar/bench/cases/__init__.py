@@ -9,6 +9,7 @@ from .distances import CDIST, CDIST_BACKWARD
 from .kernels import GAUSSIAN_GRAM, GAUSSIAN_MATMUL
 from .losses import CLIP, INFO_NCE, INFO_NCE_MEMORY, NT_XENT, UNIFORMITY
 from .neighbors import KMEANS_ASSIGN, KNN
+from .ranking import BATCH_TRIPLET_HARD, BATCH_TRIPLET_SEMIHARD
 
 CASES: tuple[Case, ...] = (
     INFO_NCE,
@@ -16,6 +17,8 @@ CASES: tuple[Case, ...] = (
     CLIP,
     NT_XENT,
     UNIFORMITY,
+    BATCH_TRIPLET_HARD,
+    BATCH_TRIPLET_SEMIHARD,
     CDIST,
     CDIST_BACKWARD,
     GAUSSIAN_GRAM,
