@@ -88,6 +88,14 @@ def sigmoid_samples():
     yield weights, x, y, scale, bias, "none", True, True
 
 
+def batch_triplet_samples():
+    x, labels = torch.randn(7, 3), torch.tensor([0, 1, 0, 2, 1, 0, 2])
+    for dtype, mining, gradients in ((torch.float32, "hard", True), (torch.float64, "semihard", False)):
+        yield None, x.to(dtype), labels, mining, 0.2, False, False, "mean", True, gradients
+    yield None, x.half(), labels.int(), "all", 0.2, True, False, "sum", False, True
+    yield torch.randn(7), x, labels, "all", 0.2, False, True, "none", True, True
+
+
 SAMPLES = {
     "softmax": softmax_samples,
     "sup_con": sup_con_samples,
@@ -113,6 +121,7 @@ SAMPLES = {
             (None, torch.float64, 3.0, "sum", False, True), (None, torch.float16, 2.0, "none", True, False),
         )
     ],
+    "batch_triplet": batch_triplet_samples,
     "store": store_samples,
     "store_grad": store_grad_samples,
     "matmul": matmul_samples,

@@ -279,12 +279,14 @@ def test_upstream_weights(mining):
 
 
 @pytest.mark.parametrize("mining", ["hard", "all"])
+@pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("classes", [4, 60])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
-def test_float32(mining, classes, dtype):
+def test_float32(mining, soft, classes, dtype):
     """Half precisions are computed in float32: no fill value overflows, near distances do not tie."""
     x, labels = labelled(300, 64, classes)
-    arguments = dict(embeddings=of_kind("torch", x, dtype), labels=torch.from_numpy(labels), mining=mining)
+    x, labels = of_kind("torch", x, dtype), torch.from_numpy(labels)
+    arguments = dict(embeddings=x, labels=labels, mining=mining, soft=soft)
     # The loss is a small difference of distances of order 1: its error is relative to the margin.
     compare(nf.batch_triplet_loss, ["embeddings"], dtype, value_floor=0.2, **arguments)
     assert nf.batch_triplet_loss(**arguments).dtype == torch.float32
@@ -463,21 +465,27 @@ def test_order_of_rows_does_not_matter(mining):
 
 @minings
 def test_never_cubic(mining):
-    """4e9 triplets at 2500 rows of two classes: far from memory or time for any enumeration."""
+    """4e9 triplets at 2500 rows of two classes: far from memory or time for any enumeration, and from 32 bits."""
     x, labels = labelled(2500, 32, 2, "float32")
     value, grad = nf.value_and_grad(nf.batch_triplet_loss)(x, labels, mining=mining)
     assert np.isfinite(value)
     assert np.linalg.norm(grad) > 0
-    if mining == "all":
-        # The mean over a slice of anchors, enumerated.
-        rows = nf.batch_triplet_loss(x, labels, mining="all", reduction="none")
-        wide = x[:, :].astype(np.float64)
-        u = wide / np.linalg.norm(wide, axis=1, keepdims=True)
-        for i in (0, 1234, 2499):
-            d = np.sqrt(((u - u[i]) ** 2).sum(1))
-            same = labels == labels[i]
-            positive, negative = d[same & (np.arange(2500) != i)], d[~same]
-            assert rows[i] == pytest.approx(np.maximum(positive[:, None] - negative + 0.2, 0).sum(), rel=1e-6)
+    if mining != "all":
+        return
+    rows = nf.batch_triplet_loss(x, labels, mining="all", reduction="none")
+    wide = x.astype(np.float64)
+    u = wide / np.linalg.norm(wide, axis=1, keepdims=True)
+    for i in (0, 1234, 2499):  # some anchors, enumerated
+        d = np.sqrt(((u - u[i]) ** 2).sum(1))
+        same = labels == labels[i]
+        positive, negative = d[same & (np.arange(2500) != i)], d[~same]
+        assert rows[i] == pytest.approx(np.maximum(positive[:, None] - negative + 0.2, 0).sum(), rel=1e-6)
+    size = np.bincount(labels)
+    count = int((size * (size - 1) * size[::-1]).sum())
+    assert count > 2**31
+    rows = nf.batch_triplet_loss(x, labels, mining="all", margin=10, reduction="none")  # every triplet has a loss
+    mean = nf.batch_triplet_loss(x, labels, mining="all", margin=10)
+    assert mean == pytest.approx(rows.astype(np.float64).sum() / count, rel=1e-6)
 
 
 def test_hard_and_semihard_are_what_they_say():

@@ -169,10 +169,11 @@ class RankCell : public TripletCell<T> {
   static constexpr int NR = P::NR;
 
  public:
-  /// dense: the strip becomes weights.
-  RankCell(TripletParams<T>& params, const Batch<T>& rows, const Operands<T>& operands, bool dense)
+  /// dense: the strip becomes weights. few: so few pairs that each can be measured again.
+  RankCell(TripletParams<T>& params, const Batch<T>& rows, const Operands<T>& operands, bool dense, bool few)
       : TripletCell<T>(params, rows, operands),
         dense_(dense),
+        few_(few),
         stride_(ceil_div(operands.chunks.tiles * P::MR, kLanes<T>) * kLanes<T>),
         places_(rows.largest + 1),
         blocks_(operands.chunks.count) {
@@ -321,11 +322,11 @@ class RankCell : public TripletCell<T> {
       const int64_t positive = w.index[k], negative = nearest >= 0 ? nearest : farthest;
       if (negative != last) {
         if (last >= 0) this->pulls.add(r, last, weight);
-        v_negative = this->triplet.value(dense_ ? s[negative] : this->square(i, negative));
+        v_negative = this->triplet.value(few_ ? this->square(i, negative) : s[negative]);
         weight = 0;
         last = negative;
       }
-      const T v_positive = this->triplet.value(dense_ ? w.key[k] : this->square(i, positive));
+      const T v_positive = this->triplet.value(few_ ? this->square(i, positive) : w.key[k]);
       T slope;
       sum += this->triplet.loss(v_positive, v_negative, slope);
       this->pulls.add(r, positive, slope * up * this->triplet.pull(v_positive));
@@ -417,7 +418,7 @@ class RankCell : public TripletCell<T> {
     }
   }
 
-  const bool dense_;
+  const bool dense_, few_;
   const int64_t stride_, places_;
   Buffer<Block<T>> blocks_;  // of the strip, by chunk
   Buffer<T> rows_, weights_, keys_;
@@ -461,7 +462,8 @@ void run(TripletParams<T>& p) {
   const Batch<T> batch(p.x, p.codes, p.classes, p.normalize, !hard, p.threads);
   // A pair by itself costs as much as some thirty in a product.
   constexpr int64_t kFew = 32;
-  const bool dense = p.dx && (p.mining == Mining::all || (!hard && batch.pairs() > batch.m * batch.m / kFew));
+  const bool few = p.mining == Mining::semihard && batch.pairs() <= batch.m * batch.m / kFew;
+  const bool dense = p.dx && !hard && !few;
   const Operands<T> o(batch.rows(), batch.rows(), false, true, dense, p.threads);
   StripPlan<T> plan;
   plan.threads = p.threads;
@@ -470,7 +472,7 @@ void run(TripletParams<T>& p) {
     StripPass<T, HardCell<T>>(o, cell, plan).run();
     return finish<T>(p, cell, nullptr);
   }
-  RankCell<T> cell(p, batch, o, dense);
+  RankCell<T> cell(p, batch, o, dense, few);
   plan.two_phase = true;
   Buffer<T> dy;
   if (dense) {

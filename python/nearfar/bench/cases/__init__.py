@@ -10,6 +10,7 @@ from .kernels import GAUSSIAN_GRAM, GAUSSIAN_MATMUL
 from .losses import CLIP, INFO_NCE, INFO_NCE_MEMORY, NT_XENT, UNIFORMITY
 from .neighbors import KMEANS_ASSIGN, KNN
 from .supervised import DCL, SIGLIP, SUP_CON
+from .ranking import BATCH_TRIPLET_HARD, BATCH_TRIPLET_SEMIHARD
 
 CASES: tuple[Case, ...] = (
     INFO_NCE,
@@ -20,6 +21,8 @@ CASES: tuple[Case, ...] = (
     DCL,
     SIGLIP,
     UNIFORMITY,
+    BATCH_TRIPLET_HARD,
+    BATCH_TRIPLET_SEMIHARD,
     CDIST,
     CDIST_BACKWARD,
     GAUSSIAN_GRAM,
