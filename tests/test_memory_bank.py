@@ -43,19 +43,35 @@ def test_oldest_go_first():
     assert bank.keys[:, 0].tolist() == [10, 11, 2, 3, 4, 5, 6, 7, 8, 9]
 
 
-def test_keys_are_a_live_view():
-    """No copy of the queue at every step; a copy where one is asked for."""
+def test_no_copy_unless_needed():
+    """Not one of the whole queue at every step."""
     bank = nf.MemoryBank(4, 3)
     bank.enqueue(numbered(0, 4))
-    keys, kept = bank.keys, bank.keys.clone()
-    assert keys.data_ptr() == bank.rows.data_ptr()
+    memory = bank.rows.data_ptr()
+    assert bank.keys.data_ptr() == memory
+    assert bank.keys is bank.keys
     bank.enqueue(numbered(4, 5))
-    assert keys[0, 0] == 4
-    assert kept[0, 0] == 0
-    given = numbered(5, 6)
+    assert bank.rows.data_ptr() == memory  # nothing holds the keys of before
+    query = torch.randn(4, 3, requires_grad=True)
+    nf.info_nce_loss(query, query, bank.keys).backward()
+    bank.enqueue(numbered(5, 6))
+    assert bank.rows.data_ptr() == memory  # nor does the graph, which is gone
+    given = numbered(6, 7)
     bank.enqueue(given)
     given.zero_()
-    assert held(bank) == [2, 3, 4, 5]  # the bank has its own memory
+    assert held(bank) == [3, 4, 5, 6]  # the bank has its own memory
+
+
+def test_keys_in_use_do_not_change():
+    bank = nf.MemoryBank(4, 3)
+    bank.enqueue(numbered(0, 3))
+    first = bank.keys
+    bank.enqueue(numbered(3, 5))
+    second = bank.keys
+    bank.enqueue(numbered(5, 6))
+    assert first[:, 0].tolist() == [0, 1, 2]
+    assert sorted(second[:, 0].tolist()) == [1, 2, 3, 4]
+    assert held(bank) == [2, 3, 4, 5]
 
 
 def test_no_gradient():
@@ -70,21 +86,35 @@ def test_no_gradient():
     assert x.grad is None
 
 
-def test_enqueue_before_backward_is_refused_not_wrong():
+@pytest.mark.parametrize("in_batch", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_enqueue_between_loss_and_backward(in_batch, reduction):
+    """The order of MoCo's loop: the loss, the queue, then backward, which still sees the keys of the loss."""
     bank = nf.MemoryBank(8, 3)
     bank.enqueue(torch.randn(8, 3))
-    query, key = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3)
-    loss = nf.info_nce_loss(query, key, bank.keys)
-    bank.enqueue(key)
+    query, key, kept = torch.randn(4, 3, requires_grad=True), torch.randn(4, 3), bank.keys.clone()
+
+    def slope(negatives, enqueue):
+        loss = nf.info_nce_loss(query, key, negatives(), in_batch=in_batch, reduction=reduction).sum()
+        if enqueue:
+            bank.enqueue(key)
+        (first,) = torch.autograd.grad(loss, query, create_graph=True)
+        return first, torch.autograd.grad(first.square().sum(), query)[0]
+
+    expected = slope(lambda: kept, False)
+    for own, other in zip(slope(lambda: bank.keys, True), expected, strict=True):
+        assert torch.equal(own, other)
+    assert not torch.equal(bank.keys, kept)
+
+
+def test_derived_keys_are_refused_not_wrong():
+    bank = nf.MemoryBank(8, 3)
+    bank.enqueue(torch.randn(8, 3))
+    query = torch.randn(4, 3, requires_grad=True)
+    loss = torch.logsumexp(query @ bank.keys.T, 1).sum()
+    bank.enqueue(torch.randn(4, 3))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-    # In the right order, or with a copy.
-    loss = nf.info_nce_loss(query, key, bank.keys)
-    loss.backward()
-    bank.enqueue(key)
-    loss = nf.info_nce_loss(query, key, bank.keys.clone())
-    bank.enqueue(key)
-    loss.backward()
 
 
 def test_loss_with_a_bank():
@@ -145,7 +175,9 @@ def test_state(tmp_path):
     fresh = nf.MemoryBank(7, 3)
     fresh.load_state_dict(partly.state_dict())
     assert held(fresh) == [0, 1]
+    keys = bank.keys
     assert bank.double().keys.dtype == torch.float64
+    assert keys.dtype == torch.float32
     assert bank.total.dtype == torch.int64  # a counter stays one
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -24,10 +27,11 @@ class MemoryBank(nn.Module):
     Attributes
     ----------
     keys : Tensor (n, dim), n <= size
-        The keys held so far, in no particular order. A live view of the buffer, without a copy and without a gradient:
-        the next `enqueue` writes into it. So enqueue after ``backward()``; where a graph still needs the keys, torch
-        refuses the backward pass ("modified by an inplace operation") instead of using others. ``bank.keys.clone()``
-        stays as it is.
+        The keys held so far, in no particular order, without a gradient. A view of the bank's memory, not a copy. It
+        does not change: if it is still in use when `enqueue` is called, by a variable or by the graph of a loss that
+        waits for its backward pass, the bank goes on in a copy of its memory, and only then. What is derived from it
+        (a slice, a transpose) does not count as use: there a later `enqueue` shows, and torch refuses a backward pass
+        that needs it.
 
     Notes
     -----
@@ -48,6 +52,7 @@ class MemoryBank(nn.Module):
 
     rows: Tensor
     total: Tensor
+    _lent: weakref.ref[Tensor] | None = None  # lives as long as anything in Python or in a graph holds it
 
     def __init__(self, size: int, dim: int, *, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -76,6 +81,9 @@ class MemoryBank(nn.Module):
         if keys.device != self.rows.device:
             raise ValueError(f"keys: expected device {self.rows.device} to match the bank, got {keys.device}")
         skipped = max(keys.shape[0] - size, 0)
+        if self._lent is not None and self._lent() is not None:
+            self.rows = self.rows.clone()
+        self._lent = None
         places = (self.total + torch.arange(skipped, keys.shape[0], device=keys.device)) % size
         self.rows.index_copy_(0, places, keys[skipped:].to(self.rows.dtype))
         self.total += keys.shape[0]
@@ -85,8 +93,15 @@ class MemoryBank(nn.Module):
 
     @property
     def keys(self) -> Tensor:
-        """The keys held so far: a live view."""
-        return self.rows[: len(self)]
+        """The keys held so far: a view that later keys do not change."""
+        lent = None if self._lent is None else self._lent()
+        if lent is None or lent._base is not self.rows:  # another dtype or device by now
+            lent = self.rows[: len(self)]
+            self._lent = weakref.ref(lent)
+        return lent
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_lent": None}
 
     def extra_repr(self) -> str:
         size, dim = self.rows.shape
