@@ -9,8 +9,8 @@ from .distances import CDIST, CDIST_BACKWARD
 from .kernels import GAUSSIAN_GRAM, GAUSSIAN_MATMUL
 from .losses import CLIP, INFO_NCE, INFO_NCE_MEMORY, NT_XENT, UNIFORMITY
 from .neighbors import KMEANS_ASSIGN, KNN
-from .supervised import DCL, SIGLIP, SUP_CON
 from .ranking import BATCH_TRIPLET_HARD, BATCH_TRIPLET_SEMIHARD
+from .supervised import DCL, SIGLIP, SUP_CON
 
 CASES: tuple[Case, ...] = (
     INFO_NCE,
