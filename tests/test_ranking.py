@@ -233,8 +233,9 @@ def test_triplet_margin_far_and_near(p, kind):
 
 @minings
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 5, 6, 7, 12, 13, 31, 33, 61, 127, 128, 129, 239, 241, 257])
-def test_rows(mining, n, kind):
+def test_rows(mining, n):
     x, labels = labelled(n, 19, max(n // 6, 2))
+    kind = "numpy" if n % 2 else "torch"
     arguments = dict(embeddings=of_kind(kind, x), labels=of_kind(kind, labels), mining=mining)
     compare(nf.batch_triplet_loss, ["embeddings"], **arguments)
 
@@ -259,14 +260,14 @@ def test_numbers_of_classes(mining, classes):
 @minings
 @pytest.mark.parametrize("classes", [2, 40])
 def test_options(mining, classes, kind):
-    x, labels = labelled(80, 18, classes)
+    x, labels = labelled(60, 18, classes)
     x, labels = of_kind(kind, x), of_kind(kind, labels)
     for squared, soft, normalize in itertools.product((False, True), repeat=3):
-        for margin, reduction in ((0.0, "mean"), (1.0, "sum")):
-            compare(
-                nf.batch_triplet_loss, ["embeddings"], embeddings=x, labels=labels, mining=mining, squared=squared,
-                soft=soft, normalize=normalize, margin=margin, reduction=reduction,
-            )  # fmt: skip
+        margin, reduction = (0.0, "mean") if squared == normalize else (1.0, "sum")
+        compare(
+            nf.batch_triplet_loss, ["embeddings"], embeddings=x, labels=labels, mining=mining, squared=squared,
+            soft=soft, normalize=normalize, margin=margin, reduction=reduction,
+        )  # fmt: skip
 
 
 @minings
@@ -284,7 +285,7 @@ def test_upstream_weights(mining):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_float32(mining, soft, classes, dtype):
     """Half precisions are computed in float32: no fill value overflows, near distances do not tie."""
-    x, labels = labelled(300, 64, classes)
+    x, labels = labelled(200, 64, classes)
     x, labels = of_kind("torch", x, dtype), torch.from_numpy(labels)
     arguments = dict(embeddings=x, labels=labels, mining=mining, soft=soft)
     # The loss is a small difference of distances of order 1: its error is relative to the margin.
@@ -575,7 +576,7 @@ def test_gradcheck(f, arguments):
 
 @cases
 def test_gradgradcheck(f, arguments):
-    assert gradgradcheck(f, arguments)
+    assert gradgradcheck(f, arguments, fast_mode=True)
 
 
 def test_second_derivatives_of_a_larger_batch(monkeypatch):
@@ -619,9 +620,8 @@ def test_vmap(name):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("name", ["contrastive", "margin", "hard", "semihard", "all"])
-def test_compile(name, dynamic):
+def test_compile(name):
     def f(x, y, labels):
         if name == "contrastive":
             return nf.contrastive_loss(x, y, labels % 2)
@@ -630,8 +630,8 @@ def test_compile(name, dynamic):
         return nf.batch_triplet_loss(x + y, labels, mining=name, margin=0.5)
 
     torch._dynamo.reset()
-    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for n in (8, 11) if dynamic else (8,):
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (8, 11):
         labels, found = torch.arange(n) % 3, []
         for function in (f, compiled):
             x, y = leaf(5, n), leaf(6, n)
@@ -705,7 +705,7 @@ def test_training_orders_the_classes():
     for mining in MINING:
         own = x.clone().requires_grad_()
         optimizer = torch.optim.Adam([own], 0.1)
-        for _ in range(150):
+        for _ in range(100):
             optimizer.zero_grad()
             value = nf.batch_triplet_loss(own, labels, mining=mining)
             value.backward()
