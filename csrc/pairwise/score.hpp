@@ -2,6 +2,7 @@
 //
 //   Dot                 s += x_k y_k
 //   SquaredDifference   s += (x_k - y_k)^2
+//   AbsoluteDifference  s += |x_k - y_k|
 //
 // A is a scalar that is broadcast (CPU: the tile side, GPU: either side), V the accumulator's type: a SIMD vector on
 // the CPU, a float on the GPU.
@@ -28,6 +29,14 @@ struct SquaredDifference {
   static NEARFAR_FN void accumulate(V& s, A x, V y) {
     const V difference = x - y;
     s += difference * difference;
+  }
+};
+
+/// `abs` is that of the backend.
+struct AbsoluteDifference {
+  template <class A, class V>
+  static NEARFAR_FN void accumulate(V& s, A x, V y) {
+    s += abs(V(x - y));
   }
 };
 

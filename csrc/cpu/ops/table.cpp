@@ -17,6 +17,10 @@ void potential(PotentialParams<float>&);
 void potential(PotentialParams<double>&);
 void alignment(AlignmentParams<float>&);
 void alignment(AlignmentParams<double>&);
+void gram(const GramParams<float>&);
+void gram(const GramParams<double>&);
+void gram_grad(const GramGradParams<float>&);
+void gram_grad(const GramGradParams<double>&);
 void matmul(const MatmulParams<float>&);
 void matmul(const MatmulParams<double>&);
 void matmul_grad(const MatmulGradParams<float>&);
@@ -28,8 +32,8 @@ void vector_math(int, const double*, double*, int64_t);
 double fma_peak(int threads);
 
 template <class T>
-constexpr OpsOf<T> kOpsOf = {store,  store_grad,  softmax, potential,  alignment,
-                             matmul, matmul_grad, select,  vector_math};
+constexpr OpsOf<T> kOpsOf = {store,  store_grad,  softmax, potential,alignment, gram,
+                             gram_grad, matmul, matmul_grad, select, vector_math};
 
 const Ops& table() {
   static constexpr Ops kOps = {NEARFAR_NAME(NEARFAR_ISA), kVectorBytes, fma_peak, kOpsOf<float>, kOpsOf<double>};
