@@ -52,7 +52,7 @@ def periodic(x, y, scale, period):
 
 
 def rational_quadratic(x, y, scale, alpha):
-    return (1 + squares(x / scale, y / scale) / (2 * alpha)) ** -alpha
+    return torch.exp(-alpha * torch.log1p(squares(x / scale, y / scale) / (2 * alpha)))
 
 
 # name -> (kernel of hyper-parameters, formula of points and hyper-parameters, their values at d dimensions)
@@ -66,7 +66,6 @@ FAMILIES = {
     "matern 5/2 ard": (k.Matern, matern(2.5), lambda d: [np.linspace(0.8, 1.5, d) * d**0.5]),
     "rational quadratic": (k.RationalQuadratic, rational_quadratic, lambda d: [d**0.5, 1.0]),
     "rational quadratic 0.7": (k.RationalQuadratic, rational_quadratic, lambda d: [d**0.5, 0.7]),
-    "rational quadratic 1e4": (k.RationalQuadratic, rational_quadratic, lambda d: [d**0.5, 1e4]),
     "periodic": (k.Periodic, periodic, lambda d: [d**0.5, 2.3]),
     "linear": (k.Linear, lambda x, y, b: x @ y.mT + b, lambda d: [0.5]),
     "polynomial": (
@@ -100,7 +99,7 @@ FAMILIES = {
 def reference(name, x, y, values):
     """The Gram matrix in float64."""
     double = [torch.from_numpy(np.array(wide(z), np.float64)) for z in (x, y)]
-    return FAMILIES[name][1](*double, *map(torch.as_tensor, values)).numpy()
+    return FAMILIES[name][1](*double, *(torch.as_tensor(value, dtype=torch.float64) for value in values)).numpy()
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
@@ -194,7 +193,7 @@ def test_bad_rows_touch_only_their_own_results(name, d):
 @pytest.mark.isa
 def test_float32_product_of_many_columns():
     """Within 1e-5 of float64, relative to |K| |v|, at a size where sums are long."""
-    x, y, v = points(64, 20, "float32"), points(20000, 20, "float32", seed=1), points(20000, 1, "float32")
+    x, y, v = points(8, 20, "float32"), points(20000, 20, "float32", seed=1), points(20000, 1, "float32")
     for name in ("matern 5/2", "rational quadratic 0.7", "periodic", "one score", "polynomial", "laplacian"):
         make, _, defaults = FAMILIES[name]
         expected = reference(name, x, y, defaults(20))
@@ -222,6 +221,19 @@ def test_low_precision_gram_is_semi_definite(dtype, d, offset):
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
+def parameter_floors(formula, x, y, v, *values):
+    """The gradient of a parameter is a sum over all pairs, of any sign: rounding is measured by the terms' size."""
+    floors = []
+    for at in range(len(values)):
+
+        def of_one(p, at=at):
+            return formula(x.detach(), y.detach(), *values[:at], p, *values[at + 1 :])
+
+        _, terms = torch.autograd.functional.jvp(of_one, values[at].detach(), torch.ones_like(values[at]))
+        floors.append(float(terms.abs().sum()))
+    return floors
+
+
 @pytest.mark.isa
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("name", FAMILIES)
@@ -247,9 +259,24 @@ def test_gradients(name, dtype):
             other = [t.double().clone().requires_grad_() for t in (x, y, v, *values)]
             actual = torch.autograd.grad(f(*own), own)
             expected = torch.autograd.grad(reference(*other), other)
-            for a, e, t in zip(actual, expected, own, strict=True):
+            floors = [0.0] * 3 + parameter_floors(formula, *other)
+            for a, e, t, floor in zip(actual, expected, own, floors, strict=True):
                 assert a.dtype == t.dtype
-                assert_gradient(a, e, GRADIENT[dtype], STEP[dtype] if t.dtype == x.dtype else 0.0)
+                assert_gradient(a, e, GRADIENT[dtype], STEP[dtype] if t.dtype == x.dtype else 0.0, floor)
+
+
+def test_gradient_of_a_large_alpha():
+    """d k / d alpha = k (u + log(1 - u)), u = z / (1 + z), cancels to the digits of u^2 where z = r / (2 alpha) is small."""
+    x, y = (torch.from_numpy(points(n, 3)).float() for n in (60, 50))
+    for alpha in (0.1, 3.0, 1e2, 1e4):
+        own = torch.tensor(alpha, dtype=torch.float64, requires_grad=True)
+        (actual,) = torch.autograd.grad(k.RationalQuadratic(1.0, own)(x, y).sum(), own)
+        z = squares(x.double(), y.double()) / (2 * alpha)
+        u = z / (1 + z)
+        series = -sum(u**p / p for p in range(2, 40))
+        slope = torch.where(u < 0.5, series, u - torch.log1p(z))
+        expected = (torch.exp(-alpha * torch.log1p(z)) * slope).sum()
+        assert abs(actual - expected) < 1e-5 * abs(expected), alpha
 
 
 @pytest.mark.parametrize("wanted", ["x", "y", "v", "s", "xy", "ys"])
@@ -281,12 +308,13 @@ def leaves(*values):
 def test_first_and_second_derivatives(name):
     make, _, defaults = FAMILIES[name]
     x, y, v = points(4, 2), points(3, 2, seed=1), points(3, 1, seed=2)
-    p = leaves(*(10.0 if value == 1e4 else value for value in defaults(2)))
+    p = leaves(*defaults(2))
     product = lambda x, y, v, *p: make(*p).matmul(x, y, v)  # noqa: E731
     assert torch.autograd.gradcheck(product, [*leaves(x, y, v), *p])
     assert torch.autograd.gradgradcheck(product, [*leaves(x, y, v), *p])
-    assert torch.autograd.gradgradcheck(lambda x, *p: make(*p)(x), [*leaves(x), *p])
-    assert torch.autograd.gradgradcheck(lambda x, *p: make(*p).diag(x), [*leaves(x), *p])
+    assert torch.autograd.gradgradcheck(lambda x, *p: make(*p)(x), [*leaves(x), *p], fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda x, y, *p: make(*p)(x, y), [*leaves(x, y), *p], fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda x, *p: make(*p).diag(x), [*leaves(x), *p], fast_mode=True)
 
 
 @pytest.mark.parametrize("nu", [1.5, 2.5])
@@ -351,7 +379,14 @@ def test_algebra():
         assert np.allclose(kernel.diag(x), expected.diagonal(), rtol=1e-12)
     t = torch.from_numpy(x)
     assert torch.allclose((torch.tensor(2.0) * a)(t), 2 * a(t))
-    for bad in (lambda: a + 1, lambda: a * "2", lambda: a * True, lambda: a * np.ones(2), lambda: a**0.5, lambda: a**True):
+    for bad in (
+        lambda: a + 1,
+        lambda: a * "2",
+        lambda: a * True,
+        lambda: a * np.ones(2),
+        lambda: a**0.5,
+        lambda: a**True,
+    ):
         with pytest.raises((TypeError, ValueError)):
             bad()
     for bad in (0, -1):
@@ -368,7 +403,9 @@ def test_equal_scores_are_shared():
         (k.Periodic(2.0, 3.0) + k.Periodic(2.0, 3.0), 1),
     ):
         text = kernel._program(x, None)[-1]
-        assert sum(line.split()[0] in ("dot", "unit_dot", "sqeuclidean", "absolute") for line in text.split(";")) == scores
+        assert (
+            sum(line.split()[0] in ("dot", "unit_dot", "sqeuclidean", "absolute") for line in text.split(";")) == scores
+        )
 
 
 def test_too_large_a_kernel():
@@ -438,7 +475,11 @@ def test_bad_parameters():
         (lambda: k.Polynomial(1.5), TypeError, "degree: expected a positive integer, got 1.5"),
         (lambda: k.Polynomial(gamma=0.0), ValueError, "gamma: expected a positive number"),
         (lambda: k.Sigmoid(coef0=np.inf), ValueError, "coef0: expected a finite number"),
-        (lambda: nf.gram(x, kernel="linear", gamma=1), TypeError, "params: expected bias with kernel='linear', got gamma"),
+        (
+            lambda: nf.gram(x, kernel="linear", gamma=1),
+            TypeError,
+            "params: expected bias with kernel='linear', got gamma",
+        ),
         (lambda: nf.gram(x, kernel="cosine", bias=1), TypeError, "params: expected nothing with kernel='cosine'"),
         (lambda: nf.gram(x, kernel="chi2"), ValueError, "kernel: expected one of gaussian, rbf, laplacian, matern"),
         (lambda: k.Matern().matmul(x, None, x[:2]), ValueError, "v: expected 5 rows to match y"),

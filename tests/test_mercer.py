@@ -200,7 +200,8 @@ def test_structure():
 
 
 @pytest.mark.parametrize(
-    "kernel", [k.Sigmoid(), k.Linear(-1.0), -1 * k.Matern(), *(WITNESSED[n][0] for n in ("biweight", "tophat", "exp(-r^3)"))]
+    "kernel",
+    [k.Sigmoid(), k.Linear(-1.0), -1 * k.Matern(), *(WITNESSED[n][0] for n in ("biweight", "tophat", "exp(-r^3)"))],
 )
 def test_default_points_find_violations(kernel):
     report = k.check_mercer(kernel)

@@ -149,8 +149,7 @@ void matmul(py::handle x, py::handle y, py::handle v, const std::string& text, p
     T* data = output<T>(out, "out", {in.batches(), in.n(), values.shape[2]});
     py::gil_scoped_release release;
     for_batches(in.batches(), in.work(), threads, [&](int64_t b, int t) {
-      of<T>(ops()).matmul(
-          {rows_of(in.x, b), rows_of(in.y, b), rows_of(values, b), &program, same, data + b * size, t});
+      of<T>(ops()).matmul({rows_of(in.x, b), rows_of(in.y, b), rows_of(values, b), &program, same, data + b * size, t});
     });
   });
 }

@@ -41,7 +41,8 @@ class Scores {
   Scores& operator=(const Scores&) = delete;
 
   Operands<T>& operator[](int s) const {
-    return *std::launder(reinterpret_cast<Operands<T>*>(const_cast<unsigned char*>(operands_) + s * sizeof(Operands<T>)));
+    return *std::launder(
+        reinterpret_cast<Operands<T>*>(const_cast<unsigned char*>(operands_) + s * sizeof(Operands<T>)));
   }
   const Chunks& chunks() const { return (*this)[0].chunks; }
 

@@ -6,7 +6,8 @@
 // differentiated through a square root; `score` is r again, from the value. A map of the dot product has kDistance =
 // false and dx_i = sum_j g_ij pull_ij y_j. Both are given the value again, which the backward pass has at hand.
 //
-// `exp_flush`, `expm1`, `log1p`, `sqrt` and `select` are those of the backend: include cpu/vector.hpp (or the CUDA one) first.
+// `exp_flush`, `expm1`, `log1p`, `sqrt` and `select` are those of the backend: include cpu/vector.hpp (or the CUDA one)
+// first.
 #pragma once
 
 #include "pairwise/pair_map.hpp"
