@@ -503,3 +503,54 @@ def test_threads_change_no_bit(threads):
             results.append([kernel(x), product.detach(), *grads])
         for other in results[1:]:
             assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# ---- kernels given as functions --------------------------------------------------------------------------------------
+
+CUSTOM = k.Custom(lambda r: (1 + r) ** -1.5, lambda r: -1.5 * (1 + r) ** -2.5, is_mercer=True)
+CUBE = k.Custom(lambda s: s**3, lambda s: 3 * s**2, "dot")
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_custom(kind, monkeypatch):
+    x, y, v = (of_kind(kind, points(n, d)) for n, d in ((40, 5), (30, 5), (30, 3)))
+    expected = (1 + ((wide(x)[:, None] - wide(y)) ** 2).sum(-1)).astype(float) ** -1.5
+    assert np.allclose(numpy_of(CUSTOM(x, y)), expected, rtol=1e-12)
+    assert np.allclose(numpy_of(CUBE(x, y)), numpy_of(x @ y.T) ** 3, rtol=1e-12)
+    for block in (1 << 22, 100, 1):
+        monkeypatch.setattr(k.base, "_BLOCK", block)
+        assert np.allclose(numpy_of(CUSTOM.matmul(x, y, v)), expected @ numpy_of(v), rtol=1e-12)
+    composed, dense = 2.0 * CUSTOM + k.Gaussian() * CUBE**2, 2 * CUSTOM(x) + k.Gaussian()(x) * CUBE(x) ** 2
+    assert np.allclose(numpy_of(composed(x)), numpy_of(dense), rtol=1e-12)
+    assert np.allclose(numpy_of(composed.matmul(x, None, x)), numpy_of(dense @ x), rtol=1e-12)
+    assert np.allclose(numpy_of(composed.diag(x)), numpy_of(dense).diagonal(), rtol=1e-12)
+    assert composed.matmul(x[:0], y, v).shape == (0, 3)
+    assert CUSTOM.matmul(x[None], y, v[:, 0]).shape == (1, 40)
+    assert k.check_mercer(CUSTOM + CUSTOM * k.Linear()).verdict == "proved"
+    assert CUBE.is_mercer is None
+
+
+def test_derivatives_of_custom(monkeypatch):
+    monkeypatch.setattr(k.base, "_BLOCK", 6)
+    x, y, v = points(4, 2), points(3, 2, seed=1), points(3, 2, seed=2)
+    scale = leaves(0.7)
+    product = lambda x, y, v, c: (c * CUSTOM + k.Matern() * CUBE).matmul(x, y, v)  # noqa: E731
+    assert torch.autograd.gradcheck(product, [*leaves(x, y, v), *scale])
+    assert torch.autograd.gradgradcheck(product, [*leaves(x, y, v), *scale])
+    assert torch.autograd.gradgradcheck(
+        lambda x: (CUSTOM + CUBE)(x) + (CUSTOM + CUBE).diag(x), leaves(x), fast_mode=True
+    )
+
+
+def test_bad_custom():
+    f = lambda r: r  # noqa: E731
+    for call, error, message in (
+        (lambda: k.Custom(1, f), TypeError, "value: expected a function of an array, got int"),
+        (lambda: k.Custom(f, None), TypeError, "derivative: expected a function of an array, got NoneType"),
+        (lambda: k.Custom(f, f, "euclidean"), ValueError, "score: expected 'sqeuclidean' or 'dot', got 'euclidean'"),
+        (lambda: k.Custom(f, f, is_mercer="yes"), ValueError, "is_mercer: expected True, False or None, got 'yes'"),
+        (lambda: k.Custom(lambda r: r[0], f)(points(3, 2)), ValueError, "value: expected a result of shape (3, 3)"),
+    ):
+        with pytest.raises(error) as caught:
+            call()
+        assert str(caught.value).startswith(message), str(caught.value)

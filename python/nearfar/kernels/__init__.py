@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import Kernel, Power, Product, Scaled, Sum
+from .custom import Custom
 from .families import (
     RBF,
     Cosine,
@@ -22,6 +23,7 @@ from .named import gram
 __all__ = [
     "RBF",
     "Cosine",
+    "Custom",
     "Gaussian",
     "Kernel",
     "Laplacian",
