@@ -338,6 +338,19 @@ def test_gradients_of_equal_points_are_finite(name):
         assert not dx.any()
 
 
+def test_extreme_length_scales():
+    """The identity and ones, with derivatives that are finite."""
+    x = torch.from_numpy(points(40, 3, "float32"))
+    for make in (k.Gaussian, k.Laplacian, k.Matern, k.RationalQuadratic, lambda s: k.Matern(s, 0.5)):
+        for value, expected in ((1e-30, torch.eye(40)), (1e30, torch.ones(40, 40))):
+            scale = torch.tensor(value, dtype=torch.float64, requires_grad=True)
+            gram = make(scale)(x)
+            assert torch.allclose(gram, expected)
+            (slope,) = torch.autograd.grad(gram.sum(), scale)
+            assert value < 1 or slope.abs() < 1e-20
+            assert np.array_equal(make(value)(x.numpy()), gram.detach().numpy())
+
+
 def test_learnable_parameters():
     """torch.nn.Parameter: a few steps of an optimiser find the kernel that made the matrix."""
     x = torch.from_numpy(points(40, 2))

@@ -261,73 +261,97 @@ def _grouped(kernel: Kernel) -> str:
     return f"({kernel!r})" if isinstance(kernel, Sum) else repr(kernel)
 
 
-class Sum(Kernel):
-    """k + l. Mercer if both are."""
+class _Pair(Kernel):
+    """Two kernels joined entry by entry."""
+
+    _step = ""
 
     def __init__(self, left: Kernel, right: Kernel) -> None:
         self.left, self.right = left, right
 
+    def _join(self, left: Array, right: Array) -> Array:
+        raise NotImplementedError
+
     @property
     def is_mercer(self) -> bool | None:
         return True if self.left.is_mercer and self.right.is_mercer else None
+
+    @property
+    def _compiles(self) -> bool:  # type: ignore[override]
+        return self.left._compiles and self.right._compiles
+
+    def _build(self, program: Builder) -> Register:
+        return program.step(self._step, self.left._build(program), self.right._build(program))
+
+    def _dense(self, x: Array, y: Array | None) -> Array:
+        return self._join(self.left(x, y), self.right(x, y))
+
+    def _diag(self, x: Array) -> Array:
+        return self._join(self.left._diag(x), self.right._diag(x))
+
+
+class Sum(_Pair):
+    """k + l. Mercer if both are."""
+
+    _step = "add"
+
+    def _join(self, left: Array, right: Array) -> Array:
+        return left + right
 
     @property
     def _vanishes(self) -> bool:
         return self.left._vanishes and self.right._vanishes
 
-    @property
-    def _compiles(self) -> bool:  # type: ignore[override]
-        return self.left._compiles and self.right._compiles
-
-    def _dense(self, x: Array, y: Array | None) -> Array:
-        return self.left(x, y) + self.right(x, y)
-
-    def _build(self, program: Builder) -> Register:
-        return program.step("add", self.left._build(program), self.right._build(program))
-
-    def _diag(self, x: Array) -> Array:
-        return self.left._diag(x) + self.right._diag(x)
-
     def __repr__(self) -> str:
         return f"{self.left!r} + {self.right!r}"
 
 
-class Product(Kernel):
+class Product(_Pair):
     """k l. Mercer if both are (Schur's product theorem)."""
 
-    def __init__(self, left: Kernel, right: Kernel) -> None:
-        self.left, self.right = left, right
+    _step = "multiply"
 
-    @property
-    def is_mercer(self) -> bool | None:
-        return True if self.left.is_mercer and self.right.is_mercer else None
+    def _join(self, left: Array, right: Array) -> Array:
+        return left * right
 
     @property
     def _vanishes(self) -> bool:
         return self.left._vanishes or self.right._vanishes
 
-    @property
-    def _compiles(self) -> bool:  # type: ignore[override]
-        return self.left._compiles and self.right._compiles
-
-    def _dense(self, x: Array, y: Array | None) -> Array:
-        return self.left(x, y) * self.right(x, y)
-
-    def _build(self, program: Builder) -> Register:
-        return program.step("multiply", self.left._build(program), self.right._build(program))
-
-    def _diag(self, x: Array) -> Array:
-        return self.left._diag(x) * self.right._diag(x)
-
     def __repr__(self) -> str:
         return f"{_grouped(self.left)} * {_grouped(self.right)}"
 
 
-class Scaled(Kernel):
+class _Changed(Kernel):
+    """One kernel changed entry by entry."""
+
+    kernel: Kernel
+
+    def _change(self, values: Array) -> Array:
+        raise NotImplementedError
+
+    @property
+    def _compiles(self) -> bool:  # type: ignore[override]
+        return self.kernel._compiles
+
+    def _dense(self, x: Array, y: Array | None) -> Array:
+        return self._change(self.kernel(x, y))
+
+    def _diag(self, x: Array) -> Array:
+        return self._change(self.kernel._diag(x))
+
+
+class Scaled(_Changed):
     """c k. Mercer if c = 0, or if c > 0 and k is; for c < 0 not Mercer if k is, since some k(x, x) > 0."""
 
     def __init__(self, factor: Any, kernel: Kernel) -> None:
         self.factor, self.kernel = scalar(factor, "factor"), kernel
+
+    def _change(self, values: Array) -> Array:
+        return values * self.factor
+
+    def _build(self, program: Builder) -> Register:
+        return program.step("scale", self.kernel._build(program), program.parameters(self.factor))
 
     @property
     def is_mercer(self) -> bool | None:
@@ -343,28 +367,21 @@ class Scaled(Kernel):
     def _vanishes(self) -> bool:
         return plain(self.factor) == 0 or self.kernel._vanishes
 
-    @property
-    def _compiles(self) -> bool:  # type: ignore[override]
-        return self.kernel._compiles
-
-    def _dense(self, x: Array, y: Array | None) -> Array:
-        return self.kernel(x, y) * self.factor
-
-    def _build(self, program: Builder) -> Register:
-        return program.step("scale", self.kernel._build(program), program.parameters(self.factor))
-
-    def _diag(self, x: Array) -> Array:
-        return self.kernel._diag(x) * self.factor
-
     def __repr__(self) -> str:
         return f"{self.factor!r} * {_grouped(self.kernel)}"
 
 
-class Power(Kernel):
+class Power(_Changed):
     """k^n, n >= 1. Mercer if k is."""
 
     def __init__(self, kernel: Kernel, exponent: int) -> None:
         self.kernel, self.exponent = kernel, exponent
+
+    def _change(self, values: Array) -> Array:
+        return values**self.exponent
+
+    def _build(self, program: Builder) -> Register:
+        return program.step("power", self.kernel._build(program), self.exponent)
 
     @property
     def is_mercer(self) -> bool | None:
@@ -374,19 +391,6 @@ class Power(Kernel):
     def _vanishes(self) -> bool:
         return self.kernel._vanishes
 
-    @property
-    def _compiles(self) -> bool:  # type: ignore[override]
-        return self.kernel._compiles
-
-    def _dense(self, x: Array, y: Array | None) -> Array:
-        return self.kernel(x, y) ** self.exponent
-
-    def _build(self, program: Builder) -> Register:
-        return program.step("power", self.kernel._build(program), self.exponent)
-
-    def _diag(self, x: Array) -> Array:
-        return self.kernel._diag(x) ** self.exponent
-
     def __repr__(self) -> str:
-        composed = isinstance(self.kernel, (Sum, Product, Scaled, Power))
+        composed = isinstance(self.kernel, (_Pair, _Changed))
         return f"({self.kernel!r}) ** {self.exponent}" if composed else f"{self.kernel!r} ** {self.exponent}"
