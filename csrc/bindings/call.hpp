@@ -39,6 +39,21 @@ inline void require_dtype(const Array& a, const char* name, DType dtype) {
   if (a.dtype != dtype) refuse_type(name, std::string("expected ") + name_of(dtype) + ", got " + name_of(a.dtype));
 }
 
+/// x and y as (batch, rows, depth) of one dtype and depth.
+struct PairInputs {
+  Array x, y;
+  PairInputs(py::handle x_, py::handle y_) : x(input(x_, "x", 3)), y(input(y_, "y", 3)) {
+    require_dtype(y, "y", x.dtype);
+    require_shape(y, "y", {x.shape[0], y.shape[1], x.shape[2]});
+  }
+  int64_t batches() const { return x.shape[0]; }
+  int64_t n() const { return x.shape[1]; }
+  int64_t m() const { return y.shape[1]; }
+  int64_t d() const { return x.shape[2]; }
+  double work() const { return static_cast<double>(n()) * static_cast<double>(m()) * static_cast<double>(d()); }
+  int64_t results(bool condensed) const { return condensed ? n() * (n() - 1) / 2 : n() * m(); }
+};
+
 /// f(batch, threads) for every batch: batches side by side where one alone would not fill the threads.
 template <class F>
 void for_batches(int64_t batches, double work, int threads, F f) {
@@ -51,6 +66,7 @@ void for_batches(int64_t batches, double work, int threads, F f) {
 }
 
 void register_array(py::module_& m);
+void register_kernels(py::module_& m);
 void register_losses(py::module_& m);
 void register_pairs(py::module_& m);
 void register_system(py::module_& m);

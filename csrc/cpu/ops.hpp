@@ -9,6 +9,7 @@
 
 #include "pairwise/dtype.hpp"
 #include "pairwise/pair_map.hpp"
+#include "pairwise/program.hpp"
 
 namespace nearfar {
 
@@ -153,20 +154,44 @@ struct TripletParams {
 };
 
 /// out = K(x, y) v with K = map; v (m, r), out (n, r).
+/// out[i, j] = k(x_i, y_j) for a kernel given as a program.
 template <class T>
-struct MatmulParams {
-  Rows x, y, v;
-  PairMap map;
+struct GramParams {
+  Rows x, y;
+  const Program* program;
+  bool same;  // y is x
   T* out;
   int threads;
 };
 
-/// dx, dy of <grad, K(x, y) v>.
+/// dx, dy and the gradient of the parameters of sum_ij grad[i, j] k(x_i, y_j); each is added to, null if not wanted.
+template <class T>
+struct GramGradParams {
+  Rows x, y;
+  const Program* program;
+  const T* grad;
+  T *dx, *dy;
+  double* dparameters;
+  int threads;
+};
+
+/// out = K(x, y) v for a kernel given as a program; v (m, r), out (n, r).
+template <class T>
+struct MatmulParams {
+  Rows x, y, v;
+  const Program* program;
+  bool same;  // y is x
+  T* out;
+  int threads;
+};
+
+/// dx, dy and the gradient of the parameters of <grad, K(x, y) v>; each is added to, null if not wanted.
 template <class T>
 struct MatmulGradParams {
   Rows x, y, v, grad;
-  PairMap map;
+  const Program* program;
   T *dx, *dy;
+  double* dparameters;
   int threads;
 };
 
@@ -196,6 +221,8 @@ struct OpsOf {
   void (*alignment)(AlignmentParams<T>&);
   void (*sigmoid)(SigmoidParams<T>&);
   void (*triplet)(TripletParams<T>&);
+  void (*gram)(const GramParams<T>&);
+  void (*gram_grad)(const GramGradParams<T>&);
   void (*matmul)(const MatmulParams<T>&);
   void (*matmul_grad)(const MatmulGradParams<T>&);
   void (*select)(const SelectParams<T>&);

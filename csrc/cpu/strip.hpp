@@ -38,7 +38,7 @@ struct StripPlan {
   bool triangle = false;   // y is x and only pairs with column < row are wanted
   bool two_phase = false;  // the strip is kept: weights, or their factors, are known after cell.close only
   T scale = 1;             // on x, for the scores only
-  T* dx = nullptr;         // (n, d) and (m, d), added to; both or none. For dot products dy may be dx (y is x);
+  T* dx = nullptr;         // (n, d) and (m, d), added to; null if not wanted. For dot products dy may be dx (y is x);
   T* dy = nullptr;         // for distances it may not, because dy turns its sign at the end
   int threads = 1;
 };
@@ -50,7 +50,7 @@ class StripPass {
 
  public:
   StripPass(const Operands<T>& operands, Cell& cell, const StripPlan<T>& plan)
-      : o_(operands), cell_(cell), plan_(plan), n_(o_.x.n()), d_(o_.d), products_(plan.dx != nullptr) {
+      : o_(operands), cell_(cell), plan_(plan), n_(o_.x.n()), d_(o_.d), products_(plan.dx || plan.dy) {
     const Chunks& c = o_.chunks;
     panel_stride_ = c.tiles_each * P::MR * NR;
     depth_ = ceil_div(d_, P::MR) * P::MR;
@@ -86,7 +86,7 @@ class StripPass {
 
   void run() {
     for (int64_t row = 0; row < n_; row += P::kStripRows) strip(row);
-    if (products_ && o_.distance()) finish_columns();
+    if (plan_.dy && o_.distance()) finish_columns();
   }
 
  private:
@@ -117,7 +117,7 @@ class StripPass {
           multiply_weights(view(row, panels, chunk, group, worker), cell_.factor(chunk), worker);
         });
       });
-    if (products_ && groups > 0)
+    if (plan_.dx && groups > 0)
       parallel_for(panels, plan_.threads, [&](int64_t p, int) { merge(row, rows, p, groups); });
   }
 
@@ -169,8 +169,9 @@ class StripPass {
   /// Both products of one block of weights.
   void multiply_weights(const Block<T>& w, const T* factor, int worker) {
     if (w.near && w.near->count) take_near(w);
+    if (o_.absolute()) return multiply_signs(w);
     const int64_t t0 = w.column / P::MR, tiles = w.columns / P::MR;
-    for (int64_t p = 0; p < w.panels; ++p) {
+    for (int64_t p = 0; plan_.dx && p < w.panels; ++p) {
       T* out = partial_.get() + (w.group * P::kStripRows + p * NR) * depth_;
       const T* lanes = factor ? factor + p * NR : nullptr;
       int64_t k = 0;
@@ -180,6 +181,10 @@ class StripPass {
         product_dx<T, 2 * P::MR / 3>(k, tiles, o_.tile(t0), o_.tile_stride, w.panel(p), lanes, out + k * NR);
       else if (d_ > k)
         product_dx<T, P::MR / 3>(k, tiles, o_.tile(t0), o_.tile_stride, w.panel(p), lanes, out + k * NR);
+    }
+    if (!plan_.dy) {
+      if (o_.distance()) add_sums(w);
+      return;
     }
     const T* x_rows = x_rows_.get();
     if (factor) x_rows = scale_rows(factor, w.panels, worker);
@@ -199,6 +204,32 @@ class StripPass {
     if (o_.distance()) add_sums(w);
   }
 
+  /// The same for L1 distances, whose gradient is no product: dx_i += w_ij sign(x_i - y_j), dy_j -= the same.
+  void multiply_signs(const Block<T>& w) {
+    const int64_t t0 = w.column / P::MR, tiles = w.columns / P::MR;
+    for (int64_t t = 0; t < tiles; ++t)
+      for (int64_t k = 0; k < d_; ++k) {
+        const T* y = o_.tile(t0 + t) + k * P::MR;
+        Vec<T> down[P::MR] = {};
+        for (int64_t p = 0; p < w.panels; ++p)
+          for (int v = 0; v < P::kVectors; ++v) {
+            T* out = partial_.get() + (w.group * P::kStripRows + p * NR) * depth_ + k * NR + v * kLanes<T>;
+            const Vec<T> x = load(panels_.get() + (p * d_ + k) * NR + v * kLanes<T>);
+            const T* weights = w.panel(p) + t * P::MR * NR + v * kLanes<T>;
+            Vec<T> sum = Vec<T>{};
+#pragma GCC unroll 12
+            for (int r = 0; r < P::MR; ++r) {
+              const Vec<T> pull = load(weights + r * NR) * sign<T>(x - y[r]);
+              sum += pull;
+              down[r] += pull;
+            }
+            store(out, load(out) + sum);
+          }
+        for (int64_t r = 0; plan_.dy && r < P::MR && w.column + t * P::MR + r < o_.y.n(); ++r)
+          plan_.dy[(w.column + t * P::MR + r) * d_ + k] -= hsum<T>(down[r]);
+      }
+  }
+
   /// Near pairs leave the products, where x_i and y_j would cancel, and enter as w_ij (x_i - y_j) of the rows as given.
   __attribute__((noinline)) void take_near(const Block<T>& w) {
     Buffer<T> rows(2 * d_);
@@ -210,12 +241,12 @@ class StripPass {
       if (weight == 0) continue;
       const T *a = o_.x.view(w.row + p * NR + lane, rows.get()), *b = o_.y.view(j, rows.get() + d_);
       T* dx = partial_.get() + (w.group * P::kStripRows + p * NR) * depth_ + lane;
-      T* dy = plan_.dy + j * d_;
+      T* dy = plan_.dy ? plan_.dy + j * d_ : nullptr;
       // Both are turned in sign later.
       for (int64_t c = 0; c < d_; ++c) {
         const T pull = weight * (a[c] - b[c]);
         dx[c * NR] -= pull;
-        dy[c] += pull;
+        if (dy) dy[c] += pull;
       }
     }
   }
@@ -241,7 +272,7 @@ class StripPass {
         store(sums + v * kLanes<T>, load(sums + v * kLanes<T>) + sum);
       }
     }
-    for (int64_t j = 0; j < w.columns && w.column + j < o_.y.n(); ++j) {
+    for (int64_t j = 0; plan_.dy && j < w.columns && w.column + j < o_.y.n(); ++j) {
       Vec<T> sum = Vec<T>{};
       for (int64_t p = 0; p < w.panels; ++p)
         for (int v = 0; v < P::kVectors; ++v) sum += load(w.panel(p) + j * NR + v * kLanes<T>);

@@ -240,11 +240,14 @@ class Operands {
   static constexpr T kNear = T(1) / 512;
 
   /// products: the packed points are also multiplied by weights (gradients), so they must be centred in any case.
-  Operands(const Rows& x_rows, const Rows& y_rows, bool normalize, bool distance, bool products, int threads)
+  /// absolute: the score is the L1 distance, from differences at any depth; then `distance` is false.
+  Operands(const Rows& x_rows, const Rows& y_rows, bool normalize, bool distance, bool products, int threads,
+           bool absolute = false)
       : x(x_rows),
         y(y_rows),
         d(x_rows.d),
         distance_(distance),
+        absolute_(absolute),
         direct_(distance && d <= kDirectDims),
         chunks(Chunks::of<T>(y_rows.n)) {
     if (normalize) {
@@ -305,7 +308,9 @@ class Operands {
 
   /// The same before the expansion: dot products, or squared distances where those are direct.
   void raw_block(int64_t t0, int64_t t1, const T* panel, T* scores) const {
-    if (direct_) {
+    if (absolute_) {
+      score_block<AbsoluteDifference>(d, t1 - t0, tile(t0), tile_stride, panel, scores);
+    } else if (direct_) {
       score_block<SquaredDifference>(d, t1 - t0, tile(t0), tile_stride, panel, scores);
     } else {
       score_block<Dot>(d, t1 - t0, tile(t0), tile_stride, panel, scores);
@@ -327,6 +332,7 @@ class Operands {
   }
 
   bool distance() const { return distance_; }
+  bool absolute() const { return absolute_; }
   bool expanded() const { return distance_ && !direct_; }
 
   Source<T> x, y;
@@ -334,7 +340,7 @@ class Operands {
   int64_t tile_stride = 0;
 
  private:
-  bool distance_, direct_;
+  bool distance_, absolute_, direct_;
 
  public:
   Chunks chunks;

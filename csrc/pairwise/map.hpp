@@ -6,10 +6,12 @@
 // differentiated through a square root; `score` is r again, from the value. A map of the dot product has kDistance =
 // false and dx_i = sum_j g_ij pull_ij y_j. Both are given the value again, which the backward pass has at hand.
 //
-// `exp_flush`, `sqrt` and `select` are those of the backend: include cpu/vector.hpp (or the CUDA one) first.
+// `exp_flush`, `expm1`, `log1p`, `sqrt` and `select` are those of the backend: include cpu/vector.hpp (or the CUDA one)
+// first.
 #pragma once
 
 #include "pairwise/pair_map.hpp"
+#include "pairwise/program.hpp"
 #include "pairwise/score.hpp"
 
 namespace nearfar {
@@ -103,6 +105,229 @@ inline void with_map(PairMap name, F f) {
       return f(EuclideanMap{});
     case PairMap::gaussian:
       return f(GaussianMap{});
+  }
+}
+
+// ---- steps of a program --------------------------------------------------------------------------------------------
+//
+// value(s), and slope(s, value) = d value / d s beside it; by(p, s, value) = d value / d parameter p. s is the operand:
+// for the radial kernels a squared distance (laplacian: an L1 distance) that the first parameter a multiplies, a being
+// one over the squared length scale (over the length scale). The pull of a squared distance is twice its slope, so none
+// of them is differentiated through a square root; where the slope at distance 0 is infinite (matern12) it is 0.
+
+/// exp(-a s / 2)
+template <class T>
+struct GaussianStep {
+  static constexpr int kParameters = 1;
+  explicit GaussianStep(const T* p) : half(p[0] * T(-0.5)) {}
+  template <class V>
+  NEARFAR_FN V value(V s) const {
+    return exp_flush(V(s * half));
+  }
+  template <class V>
+  NEARFAR_FN V slope(V, V value) const {
+    return value * half;
+  }
+  template <class V>
+  NEARFAR_FN V by(int, V s, V value) const {
+    return s * value * T(-0.5);
+  }
+  T half;
+};
+
+/// Matern of smoothness nu = TWICE / 2 with t = sqrt(TWICE a s): exp(-t) times 1, 1 + t, 1 + t + t^2 / 3.
+template <class T, int TWICE>
+struct MaternStep {
+  static constexpr int kParameters = 1;
+  explicit MaternStep(const T* p) : a(p[0]) {}
+  template <class V>
+  NEARFAR_FN V value(V s) const {
+    const V t = sqrt(V(s * (a * T(TWICE)))), e = exp_flush(V(-t));
+    if constexpr (TWICE == 1) return e;
+    if constexpr (TWICE == 3) return e + t * e;
+    return e + t * e * (t * T(1.0 / 3) + T(1));
+  }
+  template <class V>
+  NEARFAR_FN V slope_over_a(V s) const {
+    const V t = sqrt(V(s * (a * T(TWICE)))), e = exp_flush(V(-t));
+    if constexpr (TWICE == 1) return select(t > V{}, e / t, V{}) * T(-0.5);
+    if constexpr (TWICE == 3) return e * T(-1.5);
+    return (e + t * e) * T(-5.0 / 6);
+  }
+  template <class V>
+  NEARFAR_FN V slope(V s, V) const {
+    return slope_over_a(s) * a;
+  }
+  template <class V>
+  NEARFAR_FN V by(int, V s, V) const {
+    return slope_over_a(s) * s;
+  }
+  T a;
+};
+
+/// (1 + a s / (2 alpha))^-alpha
+template <class T>
+struct RationalQuadraticStep {
+  static constexpr int kParameters = 2;
+  explicit RationalQuadraticStep(const T* p) : a(p[0]), alpha(p[1]), factor(a / (2 * alpha)) {}
+  template <class V>
+  NEARFAR_FN V value(V s) const {
+    if (alpha == T(1)) return T(1) / (s * factor + T(1));
+    return exp_flush(V(log1p(V(s * factor)) * -alpha));
+  }
+  template <class V>
+  NEARFAR_FN V slope(V s, V value) const {
+    return value * (a * T(-0.5)) / (s * factor + T(1));
+  }
+  template <class V>
+  NEARFAR_FN V by(int p, V s, V value) const {
+    const V z = s * factor, u = z / (z + T(1));
+    if (p == 0) return value * s * T(-0.5) / (z + T(1));
+    // u - log(1 + z) = u + log(1 - u): its series where that cancels.
+    V series = u * T(1.0 / 9) + T(1.0 / 8);
+#pragma GCC unroll 6
+    for (int k = 7; k >= 2; --k) series = series * u + T(1) / T(k);
+    return value * select(u < T(kSeries), -series * u * u, u - log1p(z));
+  }
+  static constexpr double kSeries = sizeof(T) == 8 ? 0.01 : 0.1;
+  T a, alpha, factor;
+};
+
+/// exp(-a s)
+template <class T>
+struct LaplacianStep {
+  static constexpr int kParameters = 1;
+  explicit LaplacianStep(const T* p) : a(p[0]) {}
+  template <class V>
+  NEARFAR_FN V value(V s) const {
+    return exp_flush(V(s * -a));
+  }
+  template <class V>
+  NEARFAR_FN V slope(V, V value) const {
+    return value * -a;
+  }
+  template <class V>
+  NEARFAR_FN V by(int, V s, V value) const {
+    return -s * value;
+  }
+  T a;
+};
+
+/// a s + b
+template <class T>
+struct AffineStep {
+  static constexpr int kParameters = 2;
+  explicit AffineStep(const T* p) : a(p[0]), b(p[1]) {}
+  template <class V>
+  NEARFAR_FN V value(V s) const {
+    return s * a + b;
+  }
+  template <class V>
+  NEARFAR_FN V slope(V, V) const {
+    return V{} + a;
+  }
+  template <class V>
+  NEARFAR_FN V by(int p, V s, V) const {
+    return p == 0 ? s : V{} + T(1);
+  }
+  T a, b;
+};
+
+/// c s
+template <class T>
+struct ScaleStep {
+  static constexpr int kParameters = 1;
+  explicit ScaleStep(const T* p) : c(p[0]) {}
+  template <class V>
+  NEARFAR_FN V value(V s) const {
+    return s * c;
+  }
+  template <class V>
+  NEARFAR_FN V slope(V, V) const {
+    return V{} + c;
+  }
+  template <class V>
+  NEARFAR_FN V by(int, V s, V) const {
+    return s;
+  }
+  T c;
+};
+
+/// With e = exp(-2 |s|): +-(1 - e) / (1 + e), slope 4 e / (1 + e)^2.
+template <class T>
+struct TanhStep {
+  static constexpr int kParameters = 0;
+  explicit TanhStep(const T*) {}
+  template <class V>
+  NEARFAR_FN V value(V s) const {
+    const V less = expm1(V(select(s < V{}, s, -s) * T(2))), size = less / (less + T(2));
+    return select(s < V{}, size, -size);
+  }
+  template <class V>
+  NEARFAR_FN V slope(V s, V) const {
+    const V e = exp_flush(V(select(s < V{}, s, -s) * T(2))), whole = e + T(1);
+    return e * T(4) / (whole * whole);
+  }
+  template <class V>
+  NEARFAR_FN V by(int, V, V) const {
+    return V{};
+  }
+};
+
+/// s^n, n >= 1
+template <class T>
+struct PowerStep {
+  static constexpr int kParameters = 0;
+  explicit PowerStep(int n) : n(n) {}
+  template <class V>
+  static NEARFAR_FN V power(V s, int n) {
+    V result = V{} + T(1);
+    for (; n > 0; n >>= 1, s *= s)
+      if (n & 1) result *= s;
+    return result;
+  }
+  template <class V>
+  NEARFAR_FN V value(V s) const {
+    return power(s, n);
+  }
+  template <class V>
+  NEARFAR_FN V slope(V s, V) const {
+    return power(s, n - 1) * T(n);
+  }
+  template <class V>
+  NEARFAR_FN V by(int, V, V) const {
+    return V{};
+  }
+  int n;
+};
+
+/// The one switch from the kind of a step with one operand to its type; `parameters` are the step's own.
+template <class T, class F>
+inline void with_step(const ProgramStep& step, const T* parameters, F f) {
+  switch (step.kind) {
+    case StepKind::gaussian:
+      return f(GaussianStep<T>(parameters));
+    case StepKind::matern12:
+      return f(MaternStep<T, 1>(parameters));
+    case StepKind::matern32:
+      return f(MaternStep<T, 3>(parameters));
+    case StepKind::matern52:
+      return f(MaternStep<T, 5>(parameters));
+    case StepKind::rational_quadratic:
+      return f(RationalQuadraticStep<T>(parameters));
+    case StepKind::laplacian:
+      return f(LaplacianStep<T>(parameters));
+    case StepKind::affine:
+      return f(AffineStep<T>(parameters));
+    case StepKind::tanh:
+      return f(TanhStep<T>(parameters));
+    case StepKind::power:
+      return f(PowerStep<T>(step.right));
+    case StepKind::scale:
+      return f(ScaleStep<T>(parameters));
+    case StepKind::add:
+    case StepKind::multiply:
+      return;  // two operands: not maps
   }
 }
 

@@ -2,9 +2,10 @@
 //
 //   Dot                 s += x_k y_k
 //   SquaredDifference   s += (x_k - y_k)^2
+//   AbsoluteDifference  s += |x_k - y_k|
 //
 // A is a scalar that is broadcast (CPU: the tile side, GPU: either side), V the accumulator's type: a SIMD vector on
-// the CPU, a float on the GPU.
+// the CPU, a float on the GPU. `absolute` is that of the backend.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -28,6 +29,13 @@ struct SquaredDifference {
   static NEARFAR_FN void accumulate(V& s, A x, V y) {
     const V difference = x - y;
     s += difference * difference;
+  }
+};
+
+struct AbsoluteDifference {
+  template <class A, class V>
+  static NEARFAR_FN void accumulate(V& s, A x, V y) {
+    s += absolute(V(x - y));
   }
 };
 

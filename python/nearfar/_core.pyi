@@ -49,12 +49,6 @@ def store_grad(
 ) -> None:
     """Adds the gradient of <grad, store(x, y)> to dx and dy."""
 
-def matmul(x: object, y: object, v: object, map: str, out: object, threads: int) -> None:
-    """out = K(x, y) v."""
-
-def matmul_grad(x: object, y: object, v: object, grad: object, map: str, dx: object, dy: object, threads: int) -> None:
-    """Adds the gradient of <grad, K(x, y) v> to dx and dy."""
-
 def select(
     x: object,
     y: object,
@@ -68,6 +62,43 @@ def select(
     threads: int,
 ) -> None:
     """The k best columns of every row, best first."""
+
+# ---- register_kernels.cpp ----
+
+def gram(x: object, y: object, program: str, parameters: object, same: bool, out: object, threads: int) -> None:
+    """out[b, i, j] = k(x[b, i], y[b, j]) for a kernel given as a program."""
+
+def gram_grad(
+    x: object,
+    y: object,
+    program: str,
+    parameters: object,
+    grad: object,
+    dx: object,
+    dy: object,
+    dparameters: object,
+    threads: int,
+) -> None:
+    """Adds the gradient of <grad, gram(x, y)> to dx, dy and dparameters; None: not wanted."""
+
+def matmul(
+    x: object, y: object, v: object, program: str, parameters: object, same: bool, out: object, threads: int
+) -> None:
+    """out = K(x, y) v for a kernel given as a program."""
+
+def matmul_grad(
+    x: object,
+    y: object,
+    v: object,
+    grad: object,
+    program: str,
+    parameters: object,
+    dx: object,
+    dy: object,
+    dparameters: object,
+    threads: int,
+) -> None:
+    """Adds the gradient of <grad, K(x, y) v> to dx, dy and dparameters; None: not wanted."""
 
 # ---- register_losses.cpp ----
 

@@ -260,26 +260,62 @@ def store_grad(
     return dx, dy
 
 
-def matmul(x: Array, y: Array | None, v: Array, map: str) -> Array:
-    """K(x, y) v for (b, n, d), (b, m, d), (b, m, r)."""
-    out = empty(x, (x.shape[0], x.shape[1], v.shape[2]))
-    _core.matmul(x, x if y is None else y, v, map, out, get_num_threads())
+def _pair_gradients(x: Array, y: Array | None, parameters: Array, wanted: str) -> tuple[Any, Any, Any]:
+    """Zeros for the gradients of x, y and the parameters; None for those that are not wanted."""
+    dx = empty(x, tuple(x.shape), zero=True) if "x" in wanted else None
+    # Where y is x, both roles of it are computed, and added by `_both_roles`.
+    columns, name = (x, "x") if y is None else (y, "y")
+    dy = empty(x, tuple(columns.shape), zero=True) if name in wanted else None
+    return dx, dy, empty(parameters, tuple(parameters.shape), "float64", zero=True) if "p" in wanted else None
+
+
+def _both_roles(dx: Array | None, dy: Array | None, y: Array | None) -> tuple[Any, Any]:
+    if y is None and dx is not None:
+        dx += dy
+        return dx, None
+    return dx, dy
+
+
+def gram(x: Array, y: Array | None, parameters: Array, program: str) -> Array:
+    """k(x, y) of a kernel given as a program (`nearfar.kernels.program`), (b, n, m)."""
+    columns = x if y is None else y
+    out = empty(x, (x.shape[0], x.shape[1], columns.shape[1]))
+    _core.gram(x, columns, program, parameters, y is None, out, get_num_threads())
     return out
 
 
-def matmul_grad(grad: Array, x: Array, y: Array | None, v: Array, map: str) -> tuple[Any, ...]:
-    """Gradients of ``<grad, K(x, y) v>`` with respect to x, y, v."""
+def gram_grad(
+    grad: Array, x: Array, y: Array | None, parameters: Array, program: str, wanted: str
+) -> tuple[Any, Any, Any]:
+    """Gradients of ``<grad, gram(x, y)>`` with respect to those of x, y and the parameters ("p") that are wanted."""
+    dx, dy, dp = _pair_gradients(x, y, parameters, wanted)
+    grad = _contiguous(cast(grad, compute_dtype(x)))
+    _core.gram_grad(x, x if y is None else y, program, parameters, grad, dx, dy, dp, get_num_threads())
+    return *_both_roles(dx, dy, y), dp
+
+
+def matmul(x: Array, y: Array | None, v: Array, parameters: Array, program: str) -> Array:
+    """K(x, y) v for (b, n, d), (b, m, d), (b, m, r) and a kernel given as a program."""
+    out = empty(x, (x.shape[0], x.shape[1], v.shape[2]))
+    _core.matmul(x, x if y is None else y, v, program, parameters, y is None, out, get_num_threads())
+    return out
+
+
+def matmul_grad(
+    grad: Array, x: Array, y: Array | None, v: Array, parameters: Array, program: str, wanted: str
+) -> tuple[Any, ...]:
+    """Gradients of ``<grad, K(x, y) v>`` with respect to those of x, y, v and the parameters ("p") that are wanted."""
     # The upstream gradient has the compute dtype and must not be rounded to a half, so the others are widened.
     dtype = compute_dtype(x)
     x, y, v, grad = (None if a is None else cast(a, dtype) for a in (x, y, v, grad))
     columns = x if y is None else y
-    dx, dy = empty(x, tuple(x.shape), zero=True), empty(x, tuple(columns.shape), zero=True)
-    _core.matmul_grad(x, columns, v, grad, map, dx, dy, get_num_threads())
-    dv = matmul(columns, x, grad, map)  # radial and dot kernels are symmetric: K(x, y)^T = K(y, x)
-    if y is None:
-        dx += dy
-        return dx, None, dv
-    return dx, dy, dv
+    dx, dy, dp = _pair_gradients(x, y, parameters, wanted)
+    if dx is not None or dy is not None or dp is not None:
+        _core.matmul_grad(x, columns, v, grad, program, parameters, dx, dy, dp, get_num_threads())
+    dv = None
+    if "v" in wanted:  # every score is symmetric: K(x, y)^T = K(y, x)
+        dv = matmul(columns, None if y is None else x, grad, parameters, program)
+    return *_both_roles(dx, dy, y), dv, dp
 
 
 def select(x: Array, y: Array | None, map: str, normalize: bool, exclude_self: bool, k: int) -> tuple[Array, Array]:

@@ -159,16 +159,39 @@ _store_grad = _define(
     lambda grad, value, x, y, map, normalize, condensed: (_grad_like(x, True), _grad_like(y, True)),
 )
 
+_gram = _define(
+    "gram(Tensor x, Tensor? y, Tensor parameters, str program) -> Tensor",
+    operations.gram,
+    lambda x, y, parameters, program: _fake_store(x, y, program, False, False),
+)
+
+_gram_grad = _define(
+    "gram_grad(Tensor grad, Tensor x, Tensor? y, Tensor parameters, str program, str wanted) "
+    "-> (Tensor, Tensor, Tensor)",
+    operations.gram_grad,
+    lambda grad, x, y, parameters, program, wanted: (
+        _grad_like(x, "x" in wanted),
+        _grad_like(y, "y" in wanted),
+        _grad_like(parameters, "p" in wanted),
+    ),
+)
+
 _matmul = _define(
-    "matmul(Tensor x, Tensor? y, Tensor v, str map) -> Tensor",
+    "matmul(Tensor x, Tensor? y, Tensor v, Tensor parameters, str program) -> Tensor",
     operations.matmul,
-    lambda x, y, v, map: x.new_empty((x.shape[0], x.shape[1], v.shape[2]), dtype=_compute(x)),
+    lambda x, y, v, parameters, program: x.new_empty((x.shape[0], x.shape[1], v.shape[2]), dtype=_compute(x)),
 )
 
 _matmul_grad = _define(
-    "matmul_grad(Tensor grad, Tensor x, Tensor? y, Tensor v, str map) -> (Tensor, Tensor, Tensor)",
+    "matmul_grad(Tensor grad, Tensor x, Tensor? y, Tensor v, Tensor parameters, str program, str wanted) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     operations.matmul_grad,
-    lambda grad, x, y, v, map: (_grad_like(x, True), _grad_like(y, True), _grad_like(v, True)),
+    lambda grad, x, y, v, parameters, program, wanted: (
+        _grad_like(x, "x" in wanted),
+        _grad_like(y, "y" in wanted),
+        _grad_like(v, "v" in wanted),
+        _grad_like(parameters, "p" in wanted),
+    ),
 )
 
 
@@ -259,11 +282,19 @@ OPERATIONS = {
         2,
         False,
     ),
+    # A kernel's config is its program and which gradients are wanted: known when it is called, and dear to compute.
+    "gram": Operation(
+        lambda t, c, gradients: (_gram(*t, c[0]),),
+        lambda g, value, t, c: _gram_grad(g, *t, *c),
+        formulas.gram_rows,
+        3,
+        False,
+    ),
     "matmul": Operation(
-        lambda t, c, gradients: (_matmul(*t, *c),),
+        lambda t, c, gradients: (_matmul(*t, c[0]),),
         lambda g, value, t, c: _matmul_grad(g, *t, *c),
         formulas.matmul_rows,
-        3,
+        4,
         False,
     ),
 }

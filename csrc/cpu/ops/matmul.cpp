@@ -2,26 +2,32 @@
 //
 //   out_i  = sum_j k(x_i, y_j) v_j
 //   dx_i   = sum_j <g_i, v_j> pull_ij (x_i - y_j)     (of <g, K v>; v's own gradient is K(y, x) g: the same operation)
-#include "cpu/mask.hpp"
+#include "cpu/program.hpp"
 
 namespace nearfar {
 namespace {
 
-template <class T, class Map>
+template <class T>
 class Matmul {
   using P = Policy<T>;
   static constexpr int NR = P::NR;
-  static constexpr int kWide = P::MR / 3;  // columns of v taken together
+  static constexpr int kWide = P::MR;  // columns of v taken together
 
  public:
   explicit Matmul(const MatmulParams<T>& params)
-      : p(params), n(p.x.n), m(p.y.n), r(p.v.d), o(p.x, p.y, false, Map::kDistance, false, p.threads) {}
+      : p(params),
+        n(p.x.n),
+        m(p.y.n),
+        r(p.v.d),
+        scores_(*p.program, p.x, p.y, p.same, false, p.threads),
+        evaluator_(*p.program),
+        chunks_(scores_.chunks()) {}
 
   void run() {
     pack_v();
-    const int64_t strips = ceil_div(n, P::kStripRows), chunks = o.chunks.count;
+    const int64_t strips = ceil_div(n, P::kStripRows), chunks = chunks_.count;
     // Few rows: cut the columns too, by the shape alone, and add the parts in order.
-    splits_ = o.chunks.parts(strips);
+    splits_ = chunks_.parts(strips);
     const int64_t part = strips * P::kStripRows * r;
     parts_ = Buffer<T>(splits_ * part);
     parallel_for(strips * splits_, p.threads, [&](int64_t task, int) {
@@ -42,7 +48,7 @@ class Matmul {
  private:
   /// v in groups of kWide columns: [group][row][kWide], zero past the end in both directions.
   void pack_v() {
-    const int64_t rows = o.chunks.tiles * P::MR;
+    const int64_t rows = chunks_.tiles * P::MR;
     width_ = r == 1 ? 1 : kWide;
     groups_ = ceil_div(r, width_);
     v_ = Buffer<T>(groups_ * rows * width_);
@@ -60,103 +66,98 @@ class Matmul {
 
   /// One strip of rows against chunks [first, last): out[column of v][row of the strip].
   void strip(int64_t s, int64_t first, int64_t last, T* out) {
-    const int64_t d = o.d, row = s * P::kStripRows, rows_total = o.chunks.tiles * P::MR;
+    const int64_t row = s * P::kStripRows, rows_total = chunks_.tiles * P::MR;
     const int64_t panels = ceil_div(n - row < P::kStripRows ? n - row : P::kStripRows, NR);
-    Buffer<T> rows(o.row_buffer()), packed(P::kStripRows * d), block(o.chunks.tiles_each * P::MR * NR);
-    alignas(64) T squares[P::kStripRows];
-    for (int64_t p_ = 0; p_ < panels; ++p_)
-      o.pack_panel(row + p_ * NR, T(1), rows.get(), packed.get() + p_ * NR * d, squares + p_ * NR);
+    const int64_t size = chunks_.tiles_each * P::MR * NR;
+    Buffer<T> rows(scores_.row_buffer()), packed(panels * scores_.packed()), squares(panels * scores_.squares());
+    Buffer<T> blocks(scores_.count * size);
+    T* tiles[Program::kScores];
+    for (int k = 0; k < scores_.count; ++k) tiles[k] = blocks.get() + k * size;
+    T* block = tiles[0];
+    for (int64_t q = 0; q < panels; ++q)
+      scores_.pack(row + q * NR, rows.get(), packed.get() + q * scores_.packed(),
+                   squares.get() + q * scores_.squares());
     for (int64_t k = 0; k < r * P::kStripRows; ++k) out[k] = 0;
     for (int64_t chunk = first; chunk < last; ++chunk) {
-      const int64_t t0 = o.chunks.tile_begin(chunk), t1 = o.chunks.tile_end(chunk);
+      const int64_t t0 = chunks_.tile_begin(chunk), t1 = chunks_.tile_end(chunk);
       const int64_t column = t0 * P::MR, columns = (t1 - t0) * P::MR;
       for (int64_t q = 0; q < panels; ++q) {
-        o.block(t0, t1, row + q * NR, packed.get() + q * NR * d, squares + q * NR, block.get());
+        scores_.block(t0, t1, row + q * NR, packed.get() + q * scores_.packed(), squares.get() + q * scores_.squares(),
+                      tiles);
+        evaluator_.forward(tiles, columns * NR, block);
         if (width_ == 1) {
-          one_column(block.get(), columns, v_.get() + column, out + q * NR);
+          one_column(block, columns, v_.get() + column, out + q * NR);
           continue;
         }
-        for (int64_t k = 0; k < columns * NR; k += kLanes<T>) store(block.get() + k, Map::value(load(block.get() + k)));
-        for (int64_t g = 0; g < groups_; ++g)
-          wide(block.get(), columns, v_.get() + (g * rows_total + column) * kWide, r - g * kWide,
-               out + g * kWide * P::kStripRows + q * NR);
+        for (int64_t g = 0; g < groups_; ++g) {
+          const T* v = v_.get() + (g * rows_total + column) * kWide;
+          T* to = out + g * kWide * P::kStripRows + q * NR;
+          const int64_t valid = r - g * kWide;
+          if (valid > 2 * kWide / 3)
+            wide<kWide>(block, columns, v, valid, to);
+          else if (valid > kWide / 3)
+            wide<2 * kWide / 3>(block, columns, v, valid, to);
+          else
+            wide<kWide / 3>(block, columns, v, valid, to);
+        }
       }
     }
   }
 
-  /// Map and multiply in one go: the latency of the sum hides behind the map.
-  static void one_column(const T* scores, int64_t columns, const T* v, T* out) {
-    Vec<T> sum[P::kVectors];
+  /// Two sums a vector, or each addition would wait for the one before. columns is a multiple of MR, which is even.
+  static void one_column(const T* weights, int64_t columns, const T* v, T* out) {
+    Vec<T> sum[2][P::kVectors];
+    clear<T>(sum);
+    for (int64_t j = 0; j < columns; j += 2)
 #pragma GCC unroll 2
-    for (int k = 0; k < P::kVectors; ++k) sum[k] = Vec<T>{};
-    for (int64_t j = 0; j < columns; ++j) {
-      const Vec<T> factor = splat<T>(v[j]);
+      for (int u = 0; u < 2; ++u)
 #pragma GCC unroll 2
-      for (int k = 0; k < P::kVectors; ++k) sum[k] += Map::value(load(scores + j * NR + k * kLanes<T>)) * factor;
-    }
+        for (int k = 0; k < P::kVectors; ++k)
+          sum[u][k] += load(weights + (j + u) * NR + k * kLanes<T>) * splat<T>(v[j + u]);
 #pragma GCC unroll 2
-    for (int k = 0; k < P::kVectors; ++k) store(out + k * kLanes<T>, load(out + k * kLanes<T>) + sum[k]);
+    for (int k = 0; k < P::kVectors; ++k)
+      store(out + k * kLanes<T>, load(out + k * kLanes<T>) + (sum[0][k] + sum[1][k]));
   }
 
+  template <int M>
   static void wide(const T* weights, int64_t columns, const T* v, int64_t valid, T* out) {
-    Vec<T> acc[kWide][P::kVectors];
+    Vec<T> acc[M][P::kVectors];
     clear<T>(acc);
-    multiply<Dot, T, kWide, P::kVectors, 1, kWide>(columns, v, weights, acc);
-    for (int c = 0; c < kWide && c < valid; ++c)
+    multiply<Dot, T, M, P::kVectors, 1, kWide>(columns, v, weights, acc);
+#pragma GCC unroll 12
+    for (int c = 0; c < M; ++c)
+#pragma GCC unroll 2
       for (int k = 0; k < P::kVectors; ++k) {
         T* place = out + c * P::kStripRows + k * kLanes<T>;
-        store(place, load(place) + acc[c][k]);
+        if (c < valid) store(place, load(place) + acc[c][k]);
       }
   }
 
   const MatmulParams<T>& p;
   const int64_t n, m, r;
-  Operands<T> o;
+  const Scores<T> scores_;
+  const Evaluator<T> evaluator_;
+  const Chunks& chunks_;
   int64_t splits_ = 1, width_ = 1, groups_ = 1;
   Buffer<T> v_, parts_;
 };
 
-/// W_ij = <g_i, v_j> pull(k(x_i, y_j)): two blocks of scores, one of points and one of coefficients.
-template <class T, class Map>
-struct MatmulGradCell {
-  using P = Policy<T>;
-  static constexpr bool kScores = true;
-
-  void map(const Block<T>& b) {
-    const int64_t r = coefficients.d;
-    Buffer<T> rows(coefficients.row_buffer()), panel(P::NR * r), product(b.columns * P::NR);
-    for (int64_t p = 0; p < b.panels; ++p) {
-      coefficients.pack_panel(b.row + p * P::NR, T(1), rows.get(), panel.get(), nullptr);
-      coefficients.block(b.column / P::MR, (b.column + b.columns) / P::MR, 0, panel.get(), nullptr, product.get());
-      T* s = b.panel(p);
-      for (int64_t k = 0; k < b.columns * P::NR; k += kLanes<T>)
-        store(s + k, load(product.get() + k) * Map::pull(Map::value(load(s + k))));
-    }
-  }
-  void close(int64_t, int64_t, int64_t) {}
-  const T* factor(int64_t) const { return nullptr; }
-
-  const Operands<T>& coefficients;
-};
-
+/// The upstream gradient of k(x_i, y_j) is <g_i, v_j>: scores too.
 template <class T>
 void gradient(const MatmulGradParams<T>& p) {
-  with_map(p.map, [&](auto map) {
-    using Map = decltype(map);
-    Operands<T> o(p.x, p.y, false, Map::kDistance, true, p.threads);
-    const Operands<T> coefficients(p.grad, p.v, false, false, false, p.threads);
-    MatmulGradCell<T, Map> cell{coefficients};
-    StripPlan<T> plan;
-    plan.threads = p.threads;
-    plan.dx = p.dx;
-    plan.dy = p.dy;
-    StripPass<T, MatmulGradCell<T, Map>>(o, cell, plan).run();
-  });
+  using P = Policy<T>;
+  const Operands<T> coefficients(p.grad, p.v, false, false, false, p.threads);
+  auto upstream = [&](const Block<T>& b, int64_t panel, T* out) {
+    Buffer<T> rows(coefficients.row_buffer()), packed(P::NR * p.v.d);
+    coefficients.pack_panel(b.row + panel * P::NR, T(1), rows.get(), packed.get(), nullptr);
+    coefficients.block(b.column / P::MR, (b.column + b.columns) / P::MR, 0, packed.get(), nullptr, out);
+  };
+  program_gradient(*p.program, p.x, p.y, upstream, p.dx, p.dy, p.dparameters, p.threads);
 }
 
 template <class T>
 void product(const MatmulParams<T>& p) {
-  with_map(p.map, [&](auto map) { Matmul<T, decltype(map)>(p).run(); });
+  Matmul<T>(p).run();
 }
 
 }  // namespace

@@ -1,11 +1,12 @@
-// Store: the whole matrix of a map, and the gradient through it. Here, and only here, the matrix exists: it is the
-// result.
+// Store: the whole matrix of a map or of a kernel's program, and the gradient through it. Here, and only here, the
+// matrix exists: it is the result.
 //
 // The second index runs along the lanes, so that rows of the result are written in order. Where y is x, tiles on and
 // above the diagonal are computed and mirrored.
 #include <type_traits>
 
 #include "cpu/mask.hpp"
+#include "cpu/program.hpp"
 
 namespace nearfar {
 namespace {
@@ -16,36 +17,111 @@ A* row_of(A* base, int64_t i, int64_t columns, bool condensed) {
   return condensed ? base + i * (2 * columns - i - 1) / 2 - i - 1 : base + i * columns;
 }
 
+/// Blocks of a map's values: rows of the result are tiles, its columns are lanes.
 template <class T, class Map>
+struct MapTiles {
+  using P = Policy<T>;
+
+  explicit MapTiles(const StoreParams<T>& p)
+      : o(p.y, p.x, p.normalize, Map::kDistance, false, p.threads), same(p.same) {}
+
+  const Chunks& chunks() const { return o.chunks; }
+  int64_t packed() const { return P::NR * o.d; }
+  int64_t squares() const { return P::NR; }
+  int64_t row_buffer() const { return o.row_buffer(); }
+  void pack(int64_t j0, T* rows, T* panel, T* squares) const { o.pack_panel(j0, T(1), rows, panel, squares); }
+
+  void block(int64_t t0, int64_t t1, int64_t j0, const T* panel, const T* squares, T* out) const {
+    o.block(t0, t1, j0, panel, squares, out);
+    for (int64_t k = 0; k < (t1 - t0) * P::MR * P::NR; k += kLanes<T>) store(out + k, Map::value(load(out + k)));
+    if (!std::is_same_v<Map, OneMinusDotMap>) return;
+    for (int64_t i = t0 * P::MR; i < t1 * P::MR && i < o.y.n(); ++i)
+      mend_cosine(i, j0, o.x.n() - j0 < P::NR ? o.x.n() - j0 : P::NR, out + (i - t0 * P::MR) * P::NR);
+  }
+
+  /// 1 - <u, v> loses what it measures when u is near v; half the squared difference of the unit rows does not.
+  void mend_cosine(int64_t i, int64_t j0, int64_t lanes, T* s) const {
+    // A zero row is at distance 1 from every row but itself.
+    if (same && i >= j0 && i < j0 + lanes && s[i - j0] == T(1)) s[i - j0] = 0;
+    const Vec<T> limit = splat<T>(Operands<T>::kNear);
+    IVec<T> near = IVec<T>{};
+    for (int v = 0; v < P::kVectors; ++v) near |= load(s + v * kLanes<T>) <= limit;
+    if (!any(near)) return;
+    Buffer<T> rows(2 * o.d);
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      if (s[lane] <= Operands<T>::kNear) s[lane] = o.direct_distance(j0 + lane, i, rows.get()) / 2;
+  }
+
+  Operands<T> o;
+  const bool same;
+};
+
+/// The same of a program.
+template <class T>
+struct ProgramTiles {
+  using P = Policy<T>;
+
+  explicit ProgramTiles(const GramParams<T>& p)
+      : scores(*p.program, p.y, p.x, p.same, false, p.threads), evaluator(*p.program) {}
+
+  const Chunks& chunks() const { return scores.chunks(); }
+  int64_t packed() const { return scores.packed(); }
+  int64_t squares() const { return scores.squares(); }
+  int64_t row_buffer() const { return scores.row_buffer(); }
+  void pack(int64_t j0, T* rows, T* panel, T* squares) const { scores.pack(j0, rows, panel, squares); }
+
+  void block(int64_t t0, int64_t t1, int64_t j0, const T* panel, const T* squares, T* out) const {
+    const int64_t size = (t1 - t0) * P::MR * P::NR;
+    Buffer<T> others((scores.count - 1) * size);
+    T* tiles[Program::kScores] = {out};
+    for (int s = 1; s < scores.count; ++s) tiles[s] = others.get() + (s - 1) * size;
+    scores.block(t0, t1, j0, panel, squares, tiles);
+    evaluator.forward(tiles, size, out);
+  }
+
+  const Scores<T> scores;
+  const Evaluator<T> evaluator;
+};
+
+/// Where the result lies.
+template <class T>
+struct Matrix {
+  int64_t n, m;
+  bool same, condensed;
+  T* out;
+  int threads;
+};
+
+template <class T, class Tiles>
 class Store {
   using P = Policy<T>;
   static constexpr int NR = P::NR;
 
  public:
-  explicit Store(const StoreParams<T>& params)
-      : p(params), n(p.x.n), m(p.y.n), o(p.y, p.x, p.normalize, Map::kDistance, false, p.threads) {}
+  Store(const Matrix<T>& matrix, const Tiles& tiles) : p(matrix), n(p.n), m(p.m), o(tiles) {}
 
   void run() {
-    const int64_t strips = ceil_div(m, P::kStripRows), d = o.d;
+    const int64_t strips = ceil_div(m, P::kStripRows), packed = o.packed(), squares = o.squares();
+    const int64_t all_tiles = o.chunks().tiles;
     // A large result passes the caches by, where its rows keep the alignment of a vector.
     constexpr int64_t kLarge = int64_t(8) << 20;
     stream_ = !p.condensed && n * m * static_cast<int64_t>(sizeof(T)) >= kLarge && m % kLanes<T> == 0 &&
               reinterpret_cast<uintptr_t>(p.out) % kVectorBytes == 0;
-    panels_ = Buffer<T>(strips * P::kStripRows * d);
-    squares_ = Buffer<T>(strips * P::kStripRows);
+    panels_ = Buffer<T>(strips * P::kPanels * packed);
+    squares_ = Buffer<T>(strips * P::kPanels * squares);
     parallel_for(strips * P::kPanels, p.threads, [&](int64_t panel, int) {
       Buffer<T> rows(o.row_buffer());
-      o.pack_panel(panel * NR, T(1), rows.get(), panels_.get() + panel * NR * d, squares_.get() + panel * NR);
+      o.pack(panel * NR, rows.get(), panels_.get() + panel * packed, squares_.get() + panel * squares);
     });
     // A task is a run of rows of the result: short enough to balance, long enough to reuse a panel.
     constexpr int64_t kTiles = 48 / P::MR;
-    const int64_t tasks = ceil_div(o.chunks.tiles, kTiles);
+    const int64_t tasks = ceil_div(all_tiles, kTiles);
     parallel_for(tasks, p.threads, [&](int64_t task, int) {
-      const int64_t t0 = task * kTiles, t1 = t0 + kTiles < o.chunks.tiles ? t0 + kTiles : o.chunks.tiles;
+      const int64_t t0 = task * kTiles, t1 = t0 + kTiles < all_tiles ? t0 + kTiles : all_tiles;
       alignas(64) T block[48 * NR];
       const int64_t first = p.same ? t0 * P::MR / NR : 0;
       for (int64_t panel = first; panel * NR < m; ++panel) {
-        o.block(t0, t1, panel * NR, panels_.get() + panel * NR * d, squares_.get() + panel * NR, block);
+        o.block(t0, t1, panel * NR, panels_.get() + panel * packed, squares_.get() + panel * squares, block);
         write(t0 * P::MR, t1 * P::MR < n ? t1 * P::MR : n, panel * NR, block);
       }
       if (stream_) fence();
@@ -53,15 +129,10 @@ class Store {
   }
 
  private:
-  void write(int64_t row0, int64_t row1, int64_t j0, T* block) const {
+  void write(int64_t row0, int64_t row1, int64_t j0, const T* block) const {
     const int64_t lanes = m - j0 < NR ? m - j0 : NR;
     for (int64_t i = row0; i < row1; ++i) {
-      T* s = block + (i - row0) * NR;
-      for (int v = 0; v < P::kVectors; ++v) {
-        const Vec<T> value = Map::value(load(s + v * kLanes<T>));
-        store(s + v * kLanes<T>, value);
-      }
-      if (std::is_same_v<Map, OneMinusDotMap>) mend_cosine(i, j0, lanes, s);
+      const T* s = block + (i - row0) * NR;
       T* out = row_of(p.out, i, m, p.condensed) + j0;
       const int64_t begin = p.same && i >= j0 ? i - j0 + (p.condensed ? 1 : 0) : 0;
       if (begin == 0 && lanes == NR) {
@@ -101,22 +172,9 @@ class Store {
       }
   }
 
-  /// 1 - <u, v> loses what it measures when u is near v; half the squared difference of the unit rows does not.
-  void mend_cosine(int64_t i, int64_t j0, int64_t lanes, T* s) const {
-    // A zero row is at distance 1 from every row but itself.
-    if (p.same && i >= j0 && i < j0 + lanes && s[i - j0] == T(1)) s[i - j0] = 0;
-    const Vec<T> limit = splat<T>(Operands<T>::kNear);
-    IVec<T> near = IVec<T>{};
-    for (int v = 0; v < P::kVectors; ++v) near |= load(s + v * kLanes<T>) <= limit;
-    if (!any(near)) return;
-    Buffer<T> rows(2 * o.d);
-    for (int64_t lane = 0; lane < lanes; ++lane)
-      if (s[lane] <= Operands<T>::kNear) s[lane] = o.direct_distance(j0 + lane, i, rows.get()) / 2;
-  }
-
-  const StoreParams<T>& p;
+  const Matrix<T> p;
   const int64_t n, m;
-  Operands<T> o;
+  const Tiles& o;
   bool stream_ = false;
   Buffer<T> panels_, squares_;
 };
@@ -209,7 +267,30 @@ void gradient(const StoreGradParams<T>& p) {
 
 template <class T>
 void store_all(const StoreParams<T>& p) {
-  with_map(p.map, [&](auto map) { Store<T, decltype(map)>(p).run(); });
+  with_map(p.map, [&](auto map) {
+    const MapTiles<T, decltype(map)> tiles(p);
+    Store<T, MapTiles<T, decltype(map)>>({p.x.n, p.y.n, p.same, p.condensed, p.out, p.threads}, tiles).run();
+  });
+}
+
+template <class T>
+void gram_all(const GramParams<T>& p) {
+  const ProgramTiles<T> tiles(p);
+  Store<T, ProgramTiles<T>>({p.x.n, p.y.n, p.same, false, p.out, p.threads}, tiles).run();
+}
+
+template <class T>
+void gram_gradient(const GramGradParams<T>& p) {
+  using P = Policy<T>;
+  const int64_t n = p.x.n, m = p.y.n;
+  // As in the result, its columns are lanes.
+  auto upstream = [&](const Block<T>& b, int64_t panel, T* out) {
+    const int64_t j0 = b.row + panel * P::NR, lanes = m - j0 < P::NR ? m - j0 : P::NR;
+    for (int64_t c = 0; c < b.columns; ++c)
+      for (int64_t lane = 0; lane < P::NR; ++lane)
+        out[c * P::NR + lane] = b.column + c < n && lane < lanes ? p.grad[(b.column + c) * m + j0 + lane] : T(0);
+  };
+  program_gradient(*p.program, p.y, p.x, upstream, p.dy, p.dx, p.dparameters, p.threads);
 }
 
 template <class T>
@@ -224,5 +305,9 @@ void store(const StoreParams<float>& p) { store_all(p); }
 void store(const StoreParams<double>& p) { store_all(p); }
 void store_grad(const StoreGradParams<float>& p) { gradient_all(p); }
 void store_grad(const StoreGradParams<double>& p) { gradient_all(p); }
+void gram(const GramParams<float>& p) { gram_all(p); }
+void gram(const GramParams<double>& p) { gram_all(p); }
+void gram_grad(const GramGradParams<float>& p) { gram_gradient(p); }
+void gram_grad(const GramGradParams<double>& p) { gram_gradient(p); }
 }  // namespace NEARFAR_ISA
 }  // namespace nearfar

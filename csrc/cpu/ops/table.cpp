@@ -43,6 +43,10 @@ void sigmoid(SigmoidParams<float>&);
 void sigmoid(SigmoidParams<double>&);
 void triplet(TripletParams<float>&);
 void triplet(TripletParams<double>&);
+void gram(const GramParams<float>&);
+void gram(const GramParams<double>&);
+void gram_grad(const GramGradParams<float>&);
+void gram_grad(const GramGradParams<double>&);
 void matmul(const MatmulParams<float>&);
 void matmul(const MatmulParams<double>&);
 void matmul_grad(const MatmulGradParams<float>&);
@@ -56,6 +60,8 @@ double fma_peak(int threads);
 template <class T>
 constexpr OpsOf<T> kOpsOf = {store,   store_grad, softmax,     potential, alignment,  sigmoid,
                              triplet, matmul,     matmul_grad, select,    vector_math};
+constexpr OpsOf<T> kOpsOf = {store,     store_grad, softmax,     potential, alignment,  gram,
+                             gram_grad, matmul,     matmul_grad, select,    vector_math};
 
 const Ops& table() {
   static constexpr Ops kOps = {NEARFAR_NAME(NEARFAR_ISA), kVectorBytes, fma_peak, kOpsOf<float>, kOpsOf<double>};

@@ -1,0 +1,44 @@
+"""Mercer kernels: dense Gram matrices, and products with them that never store the matrix."""
+
+from __future__ import annotations
+
+from .base import Kernel, Power, Product, Scaled, Sum
+from .custom import Custom
+from .families import (
+    RBF,
+    Cosine,
+    Gaussian,
+    Laplacian,
+    Linear,
+    Matern,
+    Periodic,
+    Polynomial,
+    RationalQuadratic,
+    Sigmoid,
+    SquaredExponential,
+)
+from .mercer import MercerReport, check_mercer
+from .named import gram
+
+__all__ = [
+    "RBF",
+    "Cosine",
+    "Custom",
+    "Gaussian",
+    "Kernel",
+    "Laplacian",
+    "Linear",
+    "Matern",
+    "MercerReport",
+    "Periodic",
+    "Polynomial",
+    "Power",
+    "Product",
+    "RationalQuadratic",
+    "Scaled",
+    "Sigmoid",
+    "SquaredExponential",
+    "Sum",
+    "check_mercer",
+    "gram",
+]
