@@ -95,6 +95,24 @@ def softmax(
 ) -> tuple[float, float]:
     """Losses of a softmax over pairs and their gradients; returns (sum of losses, gradient of scale)."""
 
+def labelled_lse(
+    x: object,
+    y: object,
+    same: bool,
+    labels_x: object,
+    labels_y: object,
+    scale: float,
+    normalize: bool,
+    maps: Sequence[float],
+    power: object,
+    lse: object,
+    grad: object,
+    dx: object,
+    dy: object,
+    threads: int,
+) -> float:
+    """Log-sum-exps over the columns of a row's label and over the others, or their gradients; returns that of scale."""
+
 def potential(x: object, t: float, normalize: bool, dx: object, threads: int) -> float:
     """log of the sum over i < j of exp(-t |x_i - x_j|^2), and its gradient."""
 

@@ -52,6 +52,14 @@ def _codes(ids: Array, columns: int) -> tuple[Array, Array]:
     return rows, np.concatenate([rows, np.full(columns - len(rows), -1, np.int32)])
 
 
+def _scale(scale: Any, x: Array) -> float:
+    """The multiplier of dot products, checked here because only here its value is known."""
+    scale = float(scale)
+    if not 0 < scale <= LARGEST[compute_dtype(x)]:
+        raise ValueError(f"temperature, logit_scale: expected a positive number, got logit_scale = {scale}")
+    return scale
+
+
 def softmax(
     weights: Array | None,
     x: Array,
@@ -71,9 +79,7 @@ def softmax(
 
     ``y=None``: the columns are x itself. ``positive=None``: the positives are the first n columns, row ``i + shift``.
     """
-    scale = float(scale)
-    if not 0 < scale <= LARGEST[compute_dtype(x)]:
-        raise ValueError(f"temperature, logit_scale: expected a positive number, got logit_scale = {scale}")
+    scale = _scale(scale, x)
     n, d = x.shape
     columns = x if y is None else y
     own_positive = positive is not None
@@ -117,6 +123,60 @@ def softmax(
     gscale[...] = dscale
     dy = None if y is None or mode == "pairs" else dy
     return value, dx, dy, dpositive if own_positive else None, dpaired, gscale
+
+
+def _labels(labels: Array, x: Array, y: Array | None) -> tuple[Array, Array]:
+    """int32 codes of the labels of rows and columns; with a y, the label of a row is its number."""
+    if y is None:
+        return (_codes(labels, x.shape[0])[0],) * 2
+    codes, classes = np.asarray(labels), x.shape[0]
+    if codes.size and not 0 <= int(codes.min()) <= int(codes.max()) < classes:
+        raise ValueError(f"labels: expected values in [0, {classes}), got {codes.min()} to {codes.max()}")
+    return np.arange(classes, dtype=np.int32), np.ascontiguousarray(codes, np.int32)
+
+
+def _labelled_lse(
+    x: Array, y: Array | None, scale: Any, labels: Array, maps: Array, power: float | None, normalize: bool, *arrays: Any
+) -> float:
+    columns, codes = (x if y is None else y), _labels(labels, x, y)
+    own_scale, constants = _scale(scale, x), np.asarray(maps).reshape(-1).tolist()
+    return _core.labelled_lse(
+        x, columns, y is None, *codes, own_scale, normalize, constants, power, *arrays, get_num_threads()
+    )
+
+
+def labelled_lse(
+    x: Array, y: Array | None, scale: Any, labels: Array, maps: Array, power: float | None, normalize: bool
+) -> Array:
+    """Log-sum-exps over the columns of a row's label, over the others, and of those with `power`: (n, 2 or 3) float64.
+
+    ``y=None``: the columns are x itself, without the row. Else the labels are those of y, and the label of a row of x is
+    its number. ``maps`` (2, 4): sign, q, r, shift of each of the two maps of scores (`ScoreMap` in csrc/cpu/ops.hpp).
+    """
+    lse = empty(x, (x.shape[0], 2 if power is None else 3), "float64")
+    _labelled_lse(x, y, scale, labels, maps, power, normalize, lse, None, None, None)
+    return lse
+
+
+def labelled_lse_grad(
+    grad: Array,
+    lse: Array,
+    x: Array,
+    y: Array | None,
+    scale: Any,
+    labels: Array,
+    maps: Array,
+    power: float | None,
+    normalize: bool,
+) -> tuple[Any, ...]:
+    """Gradients of ``<grad, lse>`` with respect to x, y and scale."""
+    columns = x if y is None else y
+    dx = empty(x, tuple(x.shape), zero=True)
+    dy = dx if y is None else empty(x, tuple(columns.shape), zero=True)
+    dscale = empty(x, (), "float64")
+    grad = _contiguous(cast(grad, "float64"))
+    dscale[...] = _labelled_lse(x, y, scale, labels, maps, power, normalize, _contiguous(lse), grad, dx, dy)
+    return dx, None if y is None else dy, dscale
 
 
 def potential(x: Array, t: float, normalize: bool, gradients: bool) -> tuple[Any, ...]:

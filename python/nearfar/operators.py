@@ -75,6 +75,25 @@ _softmax = _define(
     _fake_softmax,
 )
 
+_labelled_lse = _define(
+    "labelled_lse(Tensor x, Tensor? y, Tensor scale, Tensor labels, Tensor maps, float? power, bool normalize) -> Tensor",
+    operations.labelled_lse,
+    lambda x, y, scale, labels, maps, power, normalize: x.new_empty(
+        (x.shape[0], 2 if power is None else 3), dtype=torch.float64
+    ),
+)
+
+_labelled_lse_grad = _define(
+    "labelled_lse_grad(Tensor grad, Tensor lse, Tensor x, Tensor? y, Tensor scale, Tensor labels, Tensor maps, "
+    "float? power, bool normalize) -> (Tensor, Tensor, Tensor)",
+    operations.labelled_lse_grad,
+    lambda grad, lse, x, y, scale, labels, maps, power, normalize: (
+        _grad_like(x, True),
+        _grad_like(y, True),
+        x.new_empty((), dtype=torch.float64),
+    ),
+)
+
 _potential = _define(
     "potential(Tensor x, float t, bool normalize, bool gradients) -> (Tensor, Tensor)",
     operations.potential,
@@ -160,6 +179,13 @@ def _no_rows(*_: Any) -> Tensor:
 OPERATIONS = {
     "softmax": Operation(
         lambda t, c, gradients: _softmax(None, *t, *c, gradients), _softmax_grad, formulas.softmax_rows, 5, True
+    ),
+    "labelled_lse": Operation(
+        lambda t, c, gradients: (_labelled_lse(*t, *c),),
+        lambda g, value, t, c: _labelled_lse_grad(g, value, *t, *c),
+        formulas.labelled_lse_rows,
+        3,
+        False,
     ),
     "potential": Operation(
         lambda t, c, gradients: _potential(*t, *c, gradients), _no_rows, formulas.potential_rows, 1, True

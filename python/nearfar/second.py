@@ -48,7 +48,7 @@ def second(
     operation = OPERATIONS[name]
     leaves, where = _leaves(tensors, operation.count)
     x = leaves[0]
-    rows_axis = 0 if operation.loss else 1
+    rows_axis = x.dim() - 2
     n = x.shape[rows_axis]
     upstream = g.detach().to(torch.promote_types(g.dtype, torch.float32)).requires_grad_()
     own = [leaves[k] for k in where]
@@ -59,11 +59,11 @@ def second(
         with torch.enable_grad():
             part = operation.rows(tuple(leaves), config, rows)
             if not operation.loss:
-                if value.dim() == 2:  # condensed
+                if value.dim() < x.dim():  # condensed
                     weights = upstream[:, offset : offset + part.shape[-1]]
                     offset += part.shape[-1]
                 else:
-                    weights = upstream[:, rows]
+                    weights = upstream[:, rows] if rows_axis else upstream[rows]
             elif "none" in config:
                 weights = upstream[rows]
             else:

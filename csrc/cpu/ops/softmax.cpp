@@ -384,16 +384,7 @@ class Softmax {
   }
 
   void finish_rows(const Source<T>& source, T* grad, double* along) {
-    parallel_for(source.tasks(), p.threads, [&](int64_t task, int) {
-      Buffer<T> unit(d);
-      for (int64_t i = task * Source<T>::kRowsPerTask; i < source.end(task); ++i) {
-        T* g = grad + i * d;
-        for (int64_t k = 0; k < d; ++k) g[k] *= static_cast<T>(p.scale);
-        source.get(i, unit.get());
-        const double a = normalize_backward(source, i, unit.get(), g);
-        if (along) along[i] = a;
-      }
-    });
+    finish_gradient(source, static_cast<T>(p.scale), grad, along, p.threads);
   }
 
   SoftmaxParams<T>& p;

@@ -5,18 +5,33 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from .log_sum_exp import circle_loss, hcl_loss, multi_similarity_loss, proxy_anchor_loss
 from .softmax import clip_loss, info_nce_limit, info_nce_loss, nt_xent_loss
 from .sphere import alignment, uniformity, uniformity_of_sphere
 
-MODULES = ("AlignmentLoss", "ClipLoss", "InfoNCELoss", "NTXentLoss", "UniformityLoss")
+MODULES = (
+    "AlignmentLoss",
+    "CircleLoss",
+    "ClipLoss",
+    "HCLLoss",
+    "InfoNCELoss",
+    "MultiSimilarityLoss",
+    "NTXentLoss",
+    "ProxyAnchorLoss",
+    "UniformityLoss",
+)
 
 __all__ = [
     *MODULES,
     "alignment",
+    "circle_loss",
     "clip_loss",
+    "hcl_loss",
     "info_nce_limit",
     "info_nce_loss",
+    "multi_similarity_loss",
     "nt_xent_loss",
+    "proxy_anchor_loss",
     "uniformity",
     "uniformity_of_sphere",
 ]

@@ -53,17 +53,16 @@ def scale_part(temperature: Any, logit_scale: Any, default: Any, like: Array) ->
     return Part((name,), (np.float64(scale),), slope)
 
 
-def check_ids(ids: Array | None, n: int, like: Array) -> Array | None:
-    """(n,) integers of the kind of the points, or None."""
-    if ids is None:
-        return None
-    if kind_of(ids, "ids") != kind_of(like, "query"):
-        raise TypeError(f"ids: expected a {kind_of(like, 'query')} array to match query, got {kind_of(ids, 'ids')}")
+def check_ids(ids: Array, n: int, like: Array, name: str = "ids", like_name: str = "query") -> Array:
+    """(n,) integers of the kind of the points."""
+    kind = kind_of(like, like_name)
+    if kind_of(ids, name) != kind:
+        raise TypeError(f"{name}: expected a {kind} array to match {like_name}, got {kind_of(ids, name)}")
     if tuple(ids.shape) != (n,):
-        raise ValueError(f"ids: expected shape ({n},) to match query, got {tuple(ids.shape)}")
-    dtype = str(ids.dtype).removeprefix("torch.")
+        raise ValueError(f"{name}: expected shape ({n},) to match {like_name}, got {tuple(ids.shape)}")
+    dtype = dtype_name(ids)
     if not dtype.startswith(("int", "uint")):
-        raise TypeError(f"ids: expected an integer dtype, got {dtype}")
+        raise TypeError(f"{name}: expected an integer dtype, got {dtype}")
     return ids
 
 
@@ -160,7 +159,7 @@ def info_nce_loss(
         raise ValueError("in_batch: expected True with symmetric=True, got False")
     if ids is not None and not in_batch:
         raise ValueError("ids: needs in-batch keys, got in_batch=False")
-    ids = check_ids(ids, n, query)
+    ids = None if ids is None else check_ids(ids, n, query)
     scale = scale_part(temperature, logit_scale, 0.07, query)
 
     keys = Part(("positive_key",), (positive_key,))
