@@ -33,6 +33,8 @@ struct LabelledPairs {
       r_[k] = static_cast<T>(p.maps[k].r);
       shift_[k] = static_cast<T>(p.maps[k].shift);
     }
+    common = p.normalize;
+    for (int k = 0; k < 2; ++k) set_base(k, p.maps[k], p.scale);
     for (int64_t i = 0; i < ceil_div(p.x.n, P::kStripRows) * P::kStripRows; ++i)
       x_[i] = i < p.x.n ? p.labels_x[i] : IntOf<T>(-1);
     for (int64_t j = 0; j < o.chunks.tiles * P::MR; ++j) y_[j] = j < p.y.n ? p.labels_y[j] : IntOf<T>(-1);
@@ -56,8 +58,27 @@ struct LabelledPairs {
 
   const Mask<T> mask;
   const T power;
+  bool common;  // `base` serves all rows and columns
+  T base[2];
 
  private:
+  /// Scores of unit rows are at most scale. Where the logits of all such scores are within a range whose exponentials
+  /// are all normal numbers, one base serves rows and columns alike: one exponential a pair, no maxima first.
+  void set_base(int k, const ScoreMap& map, double scale) {
+    constexpr double kSafeExponent = 60;
+    double low = kInfinity, high = -kInfinity;
+    // A map's extremes: at the ends, where its slope vanishes, where its derivative does.
+    const double places[] = {-scale, scale, -map.r / map.q, (map.q * map.shift - map.r) / (2 * map.q)};
+    for (double s : places) {
+      if (!(std::fabs(s) <= scale)) continue;
+      const double logit = map.sign * std::fmax(map.q * s + map.r, 0) * (s - map.shift);
+      low = std::fmin(low, logit);
+      high = std::fmax(high, logit);
+    }
+    base[k] = static_cast<T>((low + high) / 2);
+    common = common && high - low <= 2 * kSafeExponent;
+  }
+
   Buffer<IntOf<T>> x_, y_;
   T sign_[2], q_[2], r_[2], shift_[2];
 };
@@ -74,13 +95,18 @@ struct LabelledSums {
     top[1] = vmax(select(same, nothing(), l), top[1]);
   }
   NEARFAR_INLINE static Vec<T> base(Vec<T> top) { return select(top == nothing(), Vec<T>{}, top); }
-  NEARFAR_INLINE void add(Vec<T> l, IVec<T> same, const Vec<T> (&bases)[2], T power) {
-    const Vec<T> above = l - select(same, bases[0], bases[1]);
-    const Vec<T> e = exp_flush(above);
-    sum[0] += select(same, e, Vec<T>{});
-    sum[1] += select(same, Vec<T>{}, e);
+  /// What a pair adds to each sum.
+  NEARFAR_INLINE static void terms(Vec<T> l, IVec<T> same, const Vec<T> (&bases)[2], T power, Vec<T> (&e)[K]) {
+    const Vec<T> above = l - select(same, bases[0], bases[1]), one = exp_flush(above);
+    e[0] = select(same, one, Vec<T>{});
+    e[1] = select(same, Vec<T>{}, one);
     // Not where nothing is: a power of 0 would make a term of it.
-    if constexpr (K == 3) sum[2] += select(same | (l == nothing()), Vec<T>{}, exp_flush(splat(power) * above));
+    if constexpr (K == 3) e[2] = select(same | (l == nothing()), Vec<T>{}, exp_flush(splat(power) * above));
+  }
+  NEARFAR_INLINE void add(Vec<T> l, IVec<T> same, const Vec<T> (&bases)[2], T power) {
+    Vec<T> e[K];
+    terms(l, same, bases, power, e);
+    for (int k = 0; k < K; ++k) sum[k] += e[k];
   }
 };
 
@@ -99,17 +125,55 @@ struct LabelledLseCell {
         column_size(with_columns ? o.chunks.tiles * P::MR * P::NR : 0),
         of_rows(kStored * row_size),
         of_columns(kStored * column_size) {
-    for (int64_t k = 0; k < kStored * column_size; ++k)
-      of_columns[k] = static_cast<T>(k < 2 * column_size ? -kInfinity : 0);
+    for (int64_t k = 0; k < 2 * column_size; ++k)
+      of_columns[k] = pairs.common ? pairs.base[k / column_size] : static_cast<T>(-kInfinity);
+    for (int64_t k = 2 * column_size; k < kStored * column_size; ++k) of_columns[k] = 0;
   }
 
   void map(const Block<T>& b) {
     pairs.mask.apply(b);
+    if (pairs.common) return columns_wanted ? both<true>(b) : both<false>(b);
     rows(b);
     if (columns_wanted) columns(b);
   }
 
-  /// Scores become logits, -inf where a pair is left out; each chunk has its own state of every row.
+  NEARFAR_INLINE Vec<T> logit(Vec<T> s, IVec<T> same) const {
+    return select(s == splat(pairs.kOut), Sums::nothing(), pairs.logit(s, pairs.slope(s, same), same));
+  }
+
+  /// Each chunk has its own state of every row.
+  NEARFAR_INLINE void store_row(const Block<T>& b, int64_t row, const Vec<T> (&bases)[2], const Sums& state) {
+    T* out = &of_rows[b.chunk * P::kStripRows + row];
+    for (int k = 0; k < 2; ++k) store(out + k * row_size, bases[k]);
+    for (int k = 0; k < K; ++k) store(out + (2 + k) * row_size, state.sum[k]);
+  }
+
+  /// With a common base: rows, and columns if wanted, from the same exponentials.
+  template <bool COLUMNS>
+  void both(const Block<T>& b) {
+    const Vec<T> bases[2] = {splat(pairs.base[0]), splat(pairs.base[1])};
+    for (int64_t p = 0; p < b.panels; ++p)
+      for (int v = 0; v < P::kVectors; ++v) {
+        const T* data = b.panel(p) + v * kLanes<T>;
+        const int64_t row = p * P::NR + v * kLanes<T>;
+        const IVec<T> own = pairs.labels_of_rows(b.row + row);
+        T* column = COLUMNS ? &of_columns[2 * column_size + b.column * P::NR + v * kLanes<T>] : nullptr;
+        Sums state = {};
+        for (int64_t j = 0; j < b.columns; ++j) {
+          const IVec<T> same = own == pairs.label_of_column(b.column + j);
+          Vec<T> e[K];
+          Sums::terms(logit(load(data + j * P::NR), same), same, bases, pairs.power, e);
+          for (int k = 0; k < K; ++k) {
+            state.sum[k] += e[k];
+            T* place = column + k * column_size + j * P::NR;
+            if (COLUMNS) store(place, load(place) + e[k]);
+          }
+        }
+        store_row(b, row, bases, state);
+      }
+  }
+
+  /// Scores become logits, -inf where a pair is left out.
   void rows(const Block<T>& b) {
     for (int64_t p = 0; p < b.panels; ++p)
       for (int v = 0; v < P::kVectors; ++v) {
@@ -118,18 +182,15 @@ struct LabelledLseCell {
         Sums state = {};
         state.top[0] = state.top[1] = Sums::nothing();
         for (int64_t j = 0; j < b.columns; ++j) {
-          const Vec<T> s = load(data + j * P::NR);
           const IVec<T> same = own == pairs.label_of_column(b.column + j);
-          const Vec<T> l = select(s == splat(pairs.kOut), Sums::nothing(), pairs.logit(s, pairs.slope(s, same), same));
+          const Vec<T> l = logit(load(data + j * P::NR), same);
           store(data + j * P::NR, l);
           state.raise(l, same);
         }
         const Vec<T> bases[2] = {Sums::base(state.top[0]), Sums::base(state.top[1])};
         for (int64_t j = 0; j < b.columns; ++j)
           state.add(load(data + j * P::NR), own == pairs.label_of_column(b.column + j), bases, pairs.power);
-        T* out = &of_rows[b.chunk * P::kStripRows + p * P::NR + v * kLanes<T>];
-        for (int k = 0; k < 2; ++k) store(out + k * row_size, bases[k]);
-        for (int k = 0; k < K; ++k) store(out + (2 + k) * row_size, state.sum[k]);
+        store_row(b, p * P::NR + v * kLanes<T>, bases, state);
       }
   }
 
@@ -191,8 +252,9 @@ struct LabelledLseCell {
   Buffer<T> of_rows, of_columns;
 };
 
-/// W_ij = sum_k g_ik e^{l_ijk - lse_ik} dl_ijk/ds, and the same of columns where y is x.
-template <class T, int K, bool COLUMNS>
+/// W_ij = sum_k g_ik e^{l_ijk - lse_ik} dl_ijk/ds, and the same of columns where y is x. COMMON: bases in place of lse,
+/// so that rows and columns share their exponentials.
+template <class T, int K, bool COLUMNS, bool COMMON>
 struct LabelledWeightCell {
   using P = Policy<T>;
   static constexpr bool kScores = true;
@@ -213,15 +275,21 @@ struct LabelledWeightCell {
           const Vec<T> s = load(data + j * P::NR);
           const IVec<T> same = own == pairs.label_of_column(b.column + j);
           const Vec<T> slope = pairs.slope(s, same), l = pairs.logit(s, slope, same);
-          Vec<T> w = weights(l, same, lse, weight);
+          Vec<T> other_lse[K], other_weight[K];
           if constexpr (COLUMNS) {
             const T* c = column_terms + (b.column + j) * 2 * K;
-            Vec<T> other_lse[K], other_weight[K];
             for (int k = 0; k < K; ++k) {
               other_lse[k] = splat(c[k]);
               other_weight[k] = splat(c[K + k]);
+              if (COMMON) other_weight[k] += weight[k];
             }
-            w += weights(l, same, other_lse, other_weight);
+          }
+          Vec<T> w;
+          if constexpr (COLUMNS && COMMON) {
+            w = weights(l, same, lse, other_weight);
+          } else {
+            w = weights(l, same, lse, weight);
+            if constexpr (COLUMNS) w += weights(l, same, other_lse, other_weight);
           }
           store(data + j * P::NR, select(s == splat(pairs.kOut), Vec<T>{}, slope * w));
         }
@@ -254,11 +322,8 @@ class LabelledLse {
 
   void run() {
     if (!p.dx) return values();
-    if (p.same) {
-      gradients<true>();
-    } else {
-      gradients<false>();
-    }
+    if (pairs.common) return p.same ? gradients<true, true>() : gradients<false, true>();
+    return p.same ? gradients<true, false>() : gradients<false, false>();
   }
 
  private:
@@ -281,14 +346,21 @@ class LabelledLse {
     for (int64_t k = 0; k < p.x.n * K; ++k) p.lse[k] = states[k].value();
   }
 
-  template <bool COLUMNS>
+  template <bool COLUMNS, bool COMMON>
   void gradients() {
     const int64_t n = p.x.n, rows = ceil_div(n, P::kStripRows) * P::kStripRows, columns = o.chunks.tiles * P::MR;
     Buffer<T> row_lse(K * rows), row_weight(K * rows), column_terms(COLUMNS ? columns * 2 * K : 0);
-    // An empty sum has no terms to weigh.
+    // An empty sum has no terms to weigh. What a base is off its normaliser, by rounding or because it is a common one,
+    // its weight makes good.
     auto empty = [&](int64_t i, int k) { return i >= n || p.lse[i * K + k] == -kInfinity; };
-    auto lse = [&](int64_t i, int k) { return empty(i, k) ? T(0) : static_cast<T>(p.lse[i * K + k]); };
-    auto weight = [&](int64_t i, int k) { return empty(i, k) ? T(0) : static_cast<T>(p.grad[i * K + k]); };
+    auto lse = [&](int64_t i, int k) {
+      if (COMMON) return k == 2 ? pairs.power * pairs.base[1] : pairs.base[k];
+      return empty(i, k) ? T(0) : static_cast<T>(p.lse[i * K + k]);
+    };
+    auto weight = [&](int64_t i, int k) {
+      const double base = static_cast<double>(lse(i, k));
+      return empty(i, k) ? T(0) : static_cast<T>(p.grad[i * K + k] * std::exp(base - p.lse[i * K + k]));
+    };
     for (int k = 0; k < K; ++k) {
       for (int64_t i = 0; i < rows; ++i) {
         row_lse[k * rows + i] = lse(i, k);
@@ -299,7 +371,7 @@ class LabelledLse {
         column_terms[j * 2 * K + K + k] = weight(j, k);
       }
     }
-    using Cell = LabelledWeightCell<T, K, COLUMNS>;
+    using Cell = LabelledWeightCell<T, K, COLUMNS, COMMON>;
     Cell cell{pairs, rows, row_lse.get(), row_weight.get(), column_terms.get()};
     StripPass<T, Cell>(o, cell, plan()).run();
 
