@@ -66,8 +66,24 @@ def matmul_grad_samples():
         yield torch.randn_like(torch.ops.nearfar.matmul(x, y, v, map)), x, y, v, map
 
 
+def labelled_lse_samples():
+    maps = torch.tensor([[-1.0, 0.0, 2.0, 0.5], [1.0, 3.0, 0.5, -0.5]], dtype=torch.float64)
+    for dtype, scale in ((torch.float32, 1.0), (torch.float64, 90.0), (torch.float16, 2.0)):
+        x, y, one = torch.randn(7, 3).to(dtype), torch.randn(4, 3).to(dtype), torch.tensor(scale, dtype=torch.float64)
+        yield x, None, one, torch.tensor([0, 1, 0, 2, 1, 5, -9], dtype=torch.int16), maps, 0.5, True
+        yield y, x, one, torch.tensor([0, 1, 0, 2, 1, 3, 3]), maps, None, False
+
+
+def labelled_lse_grad_samples():
+    for sample in labelled_lse_samples():
+        lse = torch.ops.nearfar.labelled_lse(*sample)
+        yield torch.randn_like(lse), lse, *sample
+
+
 SAMPLES = {
     "softmax": softmax_samples,
+    "labelled_lse": labelled_lse_samples,
+    "labelled_lse_grad": labelled_lse_grad_samples,
     "potential": lambda: [
         (torch.randn(n, 3).to(dtype), t, normalize, gradients)
         for n, dtype, t, normalize, gradients in (
@@ -130,6 +146,16 @@ CASES = {
     "clip none": (lambda q, k: nf.clip_loss(q, k, 2.0, reduction="none"), (Q, K)),
     "nt_xent": (lambda q, k, t: nf.nt_xent_loss(q, k, temperature=t), (Q, K, TAU)),
     "nt_xent none": (lambda q, k, t: nf.nt_xent_loss(q, k, temperature=t, reduction="none"), (Q, K, TAU)),
+    "hcl": (lambda q, k, t: nf.hcl_loss(q, k, temperature=t), (Q, K, TAU)),
+    "hcl none": (lambda q, k, t: nf.hcl_loss(q, k, temperature=t, beta=0.5, reduction="none"), (Q, K, TAU)),
+    "hcl plain": (lambda q, k: nf.hcl_loss(q, k, beta=0, tau_plus=0, normalize=False, reduction="sum"), (Q, K)),
+    "multi similarity": (lambda q: nf.multi_similarity_loss(q, IDS, beta=5), (Q,)),
+    "multi similarity none": (
+        lambda q: nf.multi_similarity_loss(q, IDS, alpha=1, beta=3, reduction="none", normalize=False),
+        (Q,),
+    ),
+    "proxy anchor": (lambda q, n: nf.proxy_anchor_loss(q, IDS, n, alpha=3), (Q, NEG)),
+    "proxy anchor plain": (lambda q, n: nf.proxy_anchor_loss(q, IDS, n, alpha=1, normalize=False), (Q, NEG)),
     "limit": (lambda q, k, t: nf.info_nce_limit(q, k, t), (Q, K, TAU)),
     "uniformity": (lambda q: nf.uniformity(q), (Q,)),
     "uniformity plain": (lambda q: nf.uniformity(q, t=0.3, normalize=False), (Q,)),
@@ -376,6 +402,8 @@ def test_frozen_views_and_shared_storage():
 
 # ---- compiler --------------------------------------------------------------------------------------------------------
 
+LABELS = torch.tensor([0, 1, 0, 2, 1, 3, 0, 2, 5])
+
 COMPILED = {
     "info_nce": lambda q, k: nf.info_nce_loss(q * 2, k.sin(), temperature=0.3),
     "learnable": lambda q, k: nf.info_nce_loss(q, k, logit_scale=q.mean().exp().clamp(max=100)),
@@ -383,6 +411,9 @@ COMPILED = {
     "clip": lambda q, k: nf.clip_loss(q, k, 5.0),
     "nt_xent": lambda q, k: nf.nt_xent_loss(q, k),
     "limit": lambda q, k: nf.info_nce_limit(q, k, 0.5),
+    "hcl": lambda q, k: nf.hcl_loss(q, k, logit_scale=q.mean().exp(), reduction="none").square().sum(),
+    "by label": lambda q, k: nf.multi_similarity_loss(q * k, LABELS[: len(q)]) + nf.circle_loss(q, LABELS[: len(q)]),
+    "proxy anchor": lambda q, k: nf.proxy_anchor_loss(q, LABELS[: len(q)], k),
     "sphere": lambda q, k: nf.alignment(q, k) + nf.uniformity(q),
     "cdist": lambda q, k: nf.cdist(q, k).square().mean(),
     "pdist": lambda q, k: nf.pdist(q + k, "cosine").sum(),

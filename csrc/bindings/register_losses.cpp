@@ -116,7 +116,7 @@ double labelled_lse(py::handle x_, py::handle y_, bool same, py::handle labels_x
     p.dx = gradient<T>(dx, "dx", x);
     p.dy = gradient<T>(dy, "dy", y);
     if (p.dx) p.grad = output<double>(grad, "grad", {n, p.terms});
-    if ((p.dx == nullptr) != (p.dy == nullptr)) refuse_value("dx", "expected all gradients or none");
+    if (dx.is_none() != dy.is_none()) refuse_value("dx", "expected all gradients or none");
     p.threads = threads;
     py::gil_scoped_release release;
     of<T>(ops()).labelled_lse(p);

@@ -83,9 +83,9 @@ def labelled_lse_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: s
         sign, q, r, shift = constants.to(s.dtype)
         slope = power * sign * (q * s + r).relu().detach()
         some = members.any(1)
-        # A sum of nothing is -inf without a derivative.
+        # A sum of nothing has no derivative; its value, -inf, is not wanted here.
         logits = (slope * (s - shift)).masked_fill(~members, -torch.inf).masked_fill(~some[:, None], 0.0)
-        return torch.logsumexp(logits, 1).masked_fill(~some, -torch.inf)
+        return torch.logsumexp(logits, 1).masked_fill(~some, 0.0)
 
     sums = [lse(maps[0], same & wanted), lse(maps[1], ~same & wanted)]
     if power is not None:

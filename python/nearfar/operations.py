@@ -136,12 +136,19 @@ def _labels(labels: Array, x: Array, y: Array | None) -> tuple[Array, Array]:
 
 
 def _labelled_lse(
-    x: Array, y: Array | None, scale: Any, labels: Array, maps: Array, power: float | None, normalize: bool, *arrays: Any
+    x: Array,
+    y: Array | None,
+    scale: Any,
+    labels: Array,
+    maps: Array,
+    power: float | None,
+    normalize: bool,
+    *out: Any,
 ) -> float:
     columns, codes = (x if y is None else y), _labels(labels, x, y)
     own_scale, constants = _scale(scale, x), np.asarray(maps).reshape(-1).tolist()
     return _core.labelled_lse(
-        x, columns, y is None, *codes, own_scale, normalize, constants, power, *arrays, get_num_threads()
+        x, columns, y is None, *codes, own_scale, normalize, constants, power, *out, get_num_threads()
     )
 
 
@@ -150,8 +157,8 @@ def labelled_lse(
 ) -> Array:
     """Log-sum-exps over the columns of a row's label, over the others, and of those with `power`: (n, 2 or 3) float64.
 
-    ``y=None``: the columns are x itself, without the row. Else the labels are those of y, and the label of a row of x is
-    its number. ``maps`` (2, 4): sign, q, r, shift of each of the two maps of scores (`ScoreMap` in csrc/cpu/ops.hpp).
+    ``y=None``: the columns are x itself, without the row. Else the labels are those of y, and the label of a row of x
+    is its number. ``maps`` (2, 4): sign, q, r, shift of each map of scores (`ScoreMap` in csrc/cpu/ops.hpp).
     """
     lse = empty(x, (x.shape[0], 2 if power is None else 3), "float64")
     _labelled_lse(x, y, scale, labels, maps, power, normalize, lse, None, None, None)

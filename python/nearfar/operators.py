@@ -76,7 +76,8 @@ _softmax = _define(
 )
 
 _labelled_lse = _define(
-    "labelled_lse(Tensor x, Tensor? y, Tensor scale, Tensor labels, Tensor maps, float? power, bool normalize) -> Tensor",
+    "labelled_lse(Tensor x, Tensor? y, Tensor scale, Tensor labels, Tensor maps, float? power, bool normalize) "
+    "-> Tensor",
     operations.labelled_lse,
     lambda x, y, scale, labels, maps, power, normalize: x.new_empty(
         (x.shape[0], 2 if power is None else 3), dtype=torch.float64

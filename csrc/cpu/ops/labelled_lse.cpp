@@ -52,8 +52,11 @@ struct LabelledPairs {
     const Vec<T> other = splat(sign_[1]) * vmax(Vec<T>{}, splat(q_[1]) * s + splat(r_[1]));
     return select(same, own, other);
   }
+  /// -inf where a pair is left out. The choice also keeps the compiler from fusing this product with what is subtracted
+  /// next: both passes must see the same logit, to the last bit, or a large one may exceed its own normaliser.
   NEARFAR_INLINE Vec<T> logit(Vec<T> s, Vec<T> slope, IVec<T> same) const {
-    return slope * (s - select(same, splat(shift_[0]), splat(shift_[1])));
+    const Vec<T> l = slope * (s - select(same, splat(shift_[0]), splat(shift_[1])));
+    return select(s == splat(kOut), splat<T>(static_cast<T>(-kInfinity)), l);
   }
 
   const Mask<T> mask;
@@ -137,9 +140,7 @@ struct LabelledLseCell {
     if (columns_wanted) columns(b);
   }
 
-  NEARFAR_INLINE Vec<T> logit(Vec<T> s, IVec<T> same) const {
-    return select(s == splat(pairs.kOut), Sums::nothing(), pairs.logit(s, pairs.slope(s, same), same));
-  }
+  NEARFAR_INLINE Vec<T> logit(Vec<T> s, IVec<T> same) const { return pairs.logit(s, pairs.slope(s, same), same); }
 
   /// Each chunk has its own state of every row.
   NEARFAR_INLINE void store_row(const Block<T>& b, int64_t row, const Vec<T> (&bases)[2], const Sums& state) {

@@ -1,7 +1,8 @@
 """Losses that are functions of log-sum-exps by label: HCL, multi-similarity, circle, proxy anchor.
 
-One operation (`operations.labelled_lse`) sums, for every row, over the columns of its own label and over the others, each
-with its own map of the scores; what is left is O(N) arithmetic, the `Tail` of the call. Nothing of size N x N is stored.
+One operation (`operations.labelled_lse`) sums, for every row, over the columns of its own label and over the others,
+each with its own map of the scores; what is left is O(N) arithmetic, the `Tail` of the call. Nothing of size N x N is
+stored.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def _softplus(x: Array) -> Array:
     """log(1 + e^x), of -inf and NaN too."""
     if is_torch(x):
         return sys.modules["torch"].nn.functional.softplus(x, threshold=40)
-    return np.logaddexp(x, 0.0)
+    with np.errstate(invalid="ignore"):  # NaN is an answer here
+        return np.logaddexp(x, 0.0)
 
 
 def _sigmoid(x: Any) -> Any:
@@ -80,8 +82,8 @@ def hcl_loss(
 ) -> Call:
     """HCL: NT-Xent with hard negatives weighted up and false ones taken out (Robinson et al.).
 
-    With ``z = [z1; z2]``, ``p(i)`` the other view of i, :math:`s_{ij} = \\langle z_i, z_j\\rangle / \\tau`, ``D(i)`` all
-    rows but i and p(i), and M = 2N - 2 their number,
+    With ``z = [z1; z2]``, ``p(i)`` the other view of i, :math:`s_{ij} = \\langle z_i, z_j\\rangle / \\tau`, ``D(i)``
+    all rows but i and p(i), and M = 2N - 2 their number,
 
     .. math:: R_i = \\frac{\\sum_{j \\in D(i)} e^{(1 + \\beta) s_{ij}}}{\\frac1M \\sum_{j \\in D(i)} e^{\\beta s_{ij}}},
               \\qquad
@@ -228,7 +230,8 @@ def multi_similarity_loss(
     Returns
     -------
     scalar or array (N,)
-        float32 for half precisions, else the embeddings' dtype. No positives or no negatives: that term is 0. No rows: 0.
+        float32 for half precisions, else the embeddings' dtype. No positives or no negatives: that term is 0. No
+        rows: 0.
 
     Raises
     ------
@@ -306,8 +309,8 @@ def circle_loss(
                     \\sum_{j \\in P(i)} e^{-\\gamma \\alpha^p_{ij} (s_{ij} - 1 + m)}\\Bigr),
               \\qquad \\alpha^p = [1 + m - s]_+, \\quad \\alpha^n = [s + m]_+.
 
-    The weights :math:`\\alpha` are constants to every derivative, as in the paper: the gradient is not that of the whole
-    formula, and second derivatives are those of the formula with the weights held fixed.
+    The weights :math:`\\alpha` are constants to every derivative, as in the paper: the gradient is not that of the
+    whole formula, and second derivatives are those of the formula with the weights held fixed.
 
     Parameters
     ----------
@@ -326,8 +329,8 @@ def circle_loss(
     Returns
     -------
     scalar or array (N,)
-        float32 for half precisions, else the embeddings' dtype. An anchor without positives or without negatives has loss
-        0; no anchor with a positive: 0.
+        float32 for half precisions, else the embeddings' dtype. An anchor without positives or without negatives has
+        loss 0; no anchor with a positive: 0.
 
     Raises
     ------
@@ -338,8 +341,9 @@ def circle_loss(
 
     Notes
     -----
-    Sun, Cheng, Zhang, Zhang, Zheng, Wang, Wei: Circle Loss: A Unified Perspective of Pair Similarity Optimization, 2020.
-    pytorch-metric-learning has the same losses of anchors, but its default mean leaves out those that are exactly 0.
+    Sun, Cheng, Zhang, Zhang, Zheng, Wang, Wei: Circle Loss: A Unified Perspective of Pair Similarity Optimization,
+    2020. pytorch-metric-learning has the same losses of anchors (to 2e-9: it takes log(1 + e^x) for x from 20 on), but
+    its default mean leaves out those that are exactly 0.
 
     Examples
     --------
@@ -386,8 +390,9 @@ def proxy_anchor_loss(
 
     With :math:`s_{ip} = \\langle x_i, p\\rangle`, P the C proxies, :math:`P^+` those with embeddings of their class,
 
-    .. math:: \\frac1{|P^+|} \\sum_{p \\in P^+} \\log\\Bigl(1 + \\sum_{i: y_i = p} e^{-\\alpha (s_{ip} - \\delta)}\\Bigr)
-            + \\frac1{|P|} \\sum_{p \\in P} \\log\\Bigl(1 + \\sum_{i: y_i \\ne p} e^{\\alpha (s_{ip} + \\delta)}\\Bigr).
+    .. math:: \\frac1{|P^+|} \\sum_{p \\in P^+} \\log\\Bigl(1 + \\sum_{i: y_i = p} e^{-\\alpha (s_{ip} - \\delta)}
+              \\Bigr) +
+              \\frac1{|P|} \\sum_{p \\in P} \\log\\Bigl(1 + \\sum_{i: y_i \\ne p} e^{\\alpha (s_{ip} + \\delta)}\\Bigr).
 
     Parameters
     ----------
@@ -406,7 +411,8 @@ def proxy_anchor_loss(
     Returns
     -------
     scalar
-        float32 for half precisions, else the embeddings' dtype. No class present: the first term is 0. No embeddings: 0.
+        float32 for half precisions, else the embeddings' dtype. No class present: the first term is 0. No embeddings:
+        0.
 
     Raises
     ------

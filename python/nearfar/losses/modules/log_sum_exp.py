@@ -106,9 +106,7 @@ class CircleLoss(nn.Module):
     2.1544
     """
 
-    def __init__(
-        self, m: float = 0.4, gamma: float = 80, *, reduction: str = "mean", normalize: bool = True
-    ) -> None:
+    def __init__(self, m: float = 0.4, gamma: float = 80, *, reduction: str = "mean", normalize: bool = True) -> None:
         super().__init__()
         check_reduction(reduction)
         self.m = m
