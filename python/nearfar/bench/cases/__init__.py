@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from ..case import Case
 from .distances import CDIST, CDIST_BACKWARD
 from .kernels import GAUSSIAN_GRAM, GAUSSIAN_MATMUL
+from .log_sum_exp import HCL, MULTI_SIMILARITY
 from .losses import CLIP, INFO_NCE, INFO_NCE_MEMORY, NT_XENT, UNIFORMITY
 from .neighbors import KMEANS_ASSIGN, KNN
 
@@ -15,6 +16,8 @@ CASES: tuple[Case, ...] = (
     INFO_NCE_MEMORY,
     CLIP,
     NT_XENT,
+    HCL,
+    MULTI_SIMILARITY,
     UNIFORMITY,
     CDIST,
     CDIST_BACKWARD,
