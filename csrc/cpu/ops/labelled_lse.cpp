@@ -377,8 +377,8 @@ class LabelledLse {
     StripPass<T, Cell>(o, cell, plan()).run();
 
     Buffer<double> along(n);
-    finish_gradient(o.x, static_cast<T>(p.scale), p.dx, along.get(), p.threads);
-    if (p.dy != p.dx) finish_gradient(o.y, static_cast<T>(p.scale), p.dy, nullptr, p.threads);
+    finish_gradient(o.x, p.scale, p.threads, p.dx, along.get());
+    if (p.dy != p.dx) finish_gradient(o.y, p.scale, p.threads, p.dy);
     // sum_ij W_ij <x_i, y_j> = sum_i <x_i, dx_i> / scale; where y is x, every score counts twice.
     p.dscale = 0;
     for (int64_t i = 0; i < n; ++i) p.dscale += along[i];

@@ -6,19 +6,18 @@ import importlib
 from typing import Any
 
 from .log_sum_exp import circle_loss, hcl_loss, multi_similarity_loss, proxy_anchor_loss
-from .softmax import clip_loss, info_nce_limit, info_nce_loss, nt_xent_loss
+from .mining import mine_triplets
+from .ranking import batch_triplet_loss, contrastive_loss, triplet_margin_loss
+from .sigmoid import siglip_loss
+from .softmax import clip_loss, dcl_loss, info_nce_limit, info_nce_loss, nt_xent_loss
 from .sphere import alignment, uniformity, uniformity_of_sphere
+from .supervised import n_pairs_loss, sup_con_loss
 
 MODULES = (
-    "AlignmentLoss",
-    "CircleLoss",
-    "ClipLoss",
-    "HCLLoss",
-    "InfoNCELoss",
-    "MultiSimilarityLoss",
-    "NTXentLoss",
-    "ProxyAnchorLoss",
-    "UniformityLoss",
+    *("AlignmentLoss", "ClipLoss", "InfoNCELoss", "NTXentLoss", "UniformityLoss"),
+    *("DCLLoss", "MemoryBank", "NPairsLoss", "SigLipLoss", "SupConLoss"),
+    *("BatchTripletLoss", "ContrastiveLoss", "TripletMarginLoss"),
+    *("CircleLoss", "HCLLoss", "MultiSimilarityLoss", "ProxyAnchorLoss"),
 )
 
 __all__ = [
@@ -32,6 +31,14 @@ __all__ = [
     "multi_similarity_loss",
     "nt_xent_loss",
     "proxy_anchor_loss",
+    "batch_triplet_loss",
+    "dcl_loss",
+    "n_pairs_loss",
+    "siglip_loss",
+    "sup_con_loss",
+    "contrastive_loss",
+    "mine_triplets",
+    "triplet_margin_loss",
     "uniformity",
     "uniformity_of_sphere",
 ]

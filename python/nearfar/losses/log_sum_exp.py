@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, check_matrix, check_points, check_shape, is_torch, number
+from ..arrays import Array, check_matrix, check_points, check_shape, is_torch, kind_of, number
 from ..gradients import NOTHING, Call, Part, Tail, differentiable
-from .softmax import check_ids, check_reduction, scale_part
+from .softmax import check_labels, check_reduction, scale_part
 
 # ---- arithmetic of both kinds ----------------------------------------------------------------------------------------
 
@@ -252,7 +252,7 @@ def multi_similarity_loss(
     >>> float(round(nf.multi_similarity_loss(np.eye(2)[[0, 0, 1, 1]], np.array([0, 0, 1, 1])), 6))
     0.156631
     """
-    labels = _check_labelled(embeddings, labels)
+    _check_labelled(embeddings, labels)
     check_reduction(reduction)
     alpha = _finite(alpha, "alpha", 0.0, strict=True)
     beta = _finite(beta, "beta", 0.0, strict=True)
@@ -269,10 +269,11 @@ def multi_similarity_loss(
     return _one_set(embeddings, labels, maps, normalize, reduction, Tail(value, slopes))
 
 
-def _check_labelled(embeddings: Array, labels: Array) -> Array:
+def _check_labelled(embeddings: Array, labels: Array) -> None:
     check_points(embeddings=embeddings)
     check_matrix(embeddings, "embeddings")
-    return check_ids(labels, embeddings.shape[0], embeddings, "labels", "embeddings")
+    kind_of(labels, "labels")  # not None
+    check_labels(labels, embeddings.shape[0], embeddings, "labels", "embeddings")
 
 
 def _one_set(embeddings: Array, labels: Array, maps: Array, normalize: bool, reduction: str, tail: Tail) -> Call:
@@ -352,7 +353,7 @@ def circle_loss(
     >>> float(round(nf.circle_loss(x, np.array([0, 1, 0, 1]), gamma=1), 6))
     2.154446
     """
-    labels = _check_labelled(embeddings, labels)
+    _check_labelled(embeddings, labels)
     check_reduction(reduction)
     m = _finite(m, "m")
     gamma = _finite(gamma, "gamma", 0.0, strict=True)
@@ -432,13 +433,12 @@ def proxy_anchor_loss(
     >>> float(round(nf.proxy_anchor_loss(np.eye(3), np.arange(3), np.eye(3)), 6))
     3.893297
     """
+    _check_labelled(embeddings, labels)
     check_points(embeddings=embeddings, proxies=proxies)
-    check_matrix(embeddings, "embeddings")
     check_matrix(proxies, "proxies")
     check_shape(proxies, "proxies", (proxies.shape[0], embeddings.shape[1]), "embeddings")
     if proxies.shape[0] == 0:
         raise ValueError("proxies: expected at least one row")
-    labels = check_ids(labels, embeddings.shape[0], embeddings, "labels", "embeddings")
     margin = _finite(margin, "margin")
     alpha = _finite(alpha, "alpha", 0.0, strict=True)
 

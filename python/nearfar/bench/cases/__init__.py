@@ -10,6 +10,7 @@ from .kernels import GAUSSIAN_GRAM, GAUSSIAN_MATMUL
 from .log_sum_exp import HCL, MULTI_SIMILARITY
 from .losses import CLIP, INFO_NCE, INFO_NCE_MEMORY, NT_XENT, UNIFORMITY
 from .neighbors import KMEANS_ASSIGN, KNN
+from .supervised import DCL, SIGLIP, SUP_CON
 
 CASES: tuple[Case, ...] = (
     INFO_NCE,
@@ -18,6 +19,9 @@ CASES: tuple[Case, ...] = (
     NT_XENT,
     HCL,
     MULTI_SIMILARITY,
+    SUP_CON,
+    DCL,
+    SIGLIP,
     UNIFORMITY,
     CDIST,
     CDIST_BACKWARD,
