@@ -146,6 +146,77 @@ def nt_xent(z1, z2, *, temperature=None, logit_scale=None, reduction="mean", nor
     return _reduced(s_positive, reduction)
 
 
+def hcl(
+    z1, z2, *, temperature=None, logit_scale=None, beta=1.0, tau_plus=0.1, reduction="mean", normalize=True,
+):  # fmt: skip
+    """The authors' code in logs, without the floor's digits lost: R_i, then the estimate or the bound."""
+    z = torch.cat([z1, z2])
+    z = unit(z) if normalize else z
+    n, scale = len(z1), torch.as_tensor(_scale(temperature, logit_scale, 0.5), dtype=torch.float64)
+    s, index = scale * z @ z.T, torch.arange(2 * n)
+    other = (index + n) % max(2 * n, 1)
+    positive, m = s[index, other], 2 * n - 2
+    if n < 2:
+        return _reduced(0 * positive, reduction)
+    out = (index[:, None] == index) | (index == other[:, None])
+    r = torch.logsumexp(((1 + beta) * s).masked_fill(out, -torch.inf), 1) + np.log(m)
+    ratio = r - torch.logsumexp((beta * s).masked_fill(out, -torch.inf), 1) - np.log(m) - positive
+    some = ratio > (np.log(tau_plus) if tau_plus else -np.inf)
+    share = torch.where(some, torch.log1p(-tau_plus * torch.exp(-torch.where(some, ratio, 1.0))), 0.0)
+    estimate = torch.where(some, ratio + share - np.log1p(-tau_plus), -torch.inf)
+    log_g = np.log(m) + torch.maximum(estimate, -scale - positive)
+    return _reduced(torch.logaddexp(log_g, torch.zeros_like(log_g)), reduction)
+
+
+def by_label(embeddings, labels, normalize):
+    """Similarities, and which pairs are positives and negatives."""
+    x = unit(embeddings) if normalize else embeddings
+    same = labels[:, None] == labels
+    return x @ x.T, same & ~torch.eye(len(x), dtype=torch.bool), ~same
+
+
+def log_one_plus(logits, members, axis=1):
+    """log(1 + sum over members of e^logit): the one is a logit of 0."""
+    zero = torch.zeros_like(logits.sum(axis, keepdim=True))
+    return torch.logsumexp(torch.cat([logits.masked_fill(~members, -torch.inf), zero], axis), axis)
+
+
+def multi_similarity(embeddings, labels, *, alpha=2, beta=50, base=0.5, reduction="mean", normalize=True):
+    """Equation 15 of the paper without its mining."""
+    s, positive, negative = by_label(embeddings, labels, normalize)
+    pull, push = log_one_plus(-alpha * (s - base), positive), log_one_plus(beta * (s - base), negative)
+    return _reduced(pull / alpha + push / beta, reduction)
+
+
+def circle(embeddings, labels, *, m=0.4, gamma=80, reduction="mean", normalize=True, weights=None):
+    """Pair by pair, every positive with every negative; the weights are constants, of these similarities or as given."""
+    s, positive, negative = by_label(embeddings, labels, normalize)
+    alpha_p, alpha_n = circle_weights(s.detach(), m) if weights is None else weights
+    l_p, l_n = -gamma * alpha_p * (s - 1 + m), gamma * alpha_n * (s - m)
+    losses = []
+    for i in range(len(s)):
+        both = (l_p[i][positive[i]][:, None] + l_n[i][negative[i]]).reshape(1, -1)
+        losses.append(log_one_plus(both, torch.ones_like(both, dtype=torch.bool))[0])
+    loss = torch.stack(losses) if losses else s.sum(1)
+    if reduction == "mean":
+        return loss.sum() / max(int(positive.any(1).sum()), 1)
+    return _reduced(loss, reduction)
+
+
+def circle_weights(s, m):
+    """Of positives and of negatives."""
+    return (1 + m - s).clamp(min=0), (s + m).clamp(min=0)
+
+
+def proxy_anchor(embeddings, labels, proxies, *, margin=0.1, alpha=32, normalize=True):
+    """Equation 4 of the paper."""
+    x, p = (unit(embeddings), unit(proxies)) if normalize else (embeddings, proxies)
+    s, classes = x @ p.T, len(proxies)
+    own = labels[:, None] == torch.arange(classes)
+    pull, push = log_one_plus(-alpha * (s - margin), own, 0), log_one_plus(alpha * (s + margin), ~own, 0)
+    return pull.sum() / max(int(own.any(0).sum()), 1) + push.sum() / classes
+
+
 def dcl(z1, z2, *, temperature=None, logit_scale=None, reduction="mean", normalize=True):
     """2N anchors against the other 2N - 2 rows that are not their positive."""
     z = torch.cat([z1, z2])
@@ -226,6 +297,10 @@ REFERENCES = {
     nf.info_nce_loss: info_nce,
     nf.clip_loss: clip,
     nf.nt_xent_loss: nt_xent,
+    nf.hcl_loss: hcl,
+    nf.multi_similarity_loss: multi_similarity,
+    nf.circle_loss: circle,
+    nf.proxy_anchor_loss: proxy_anchor,
     nf.dcl_loss: dcl,
     nf.sup_con_loss: sup_con,
     nf.n_pairs_loss: n_pairs,

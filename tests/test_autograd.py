@@ -87,6 +87,20 @@ def matmul_grad_samples():
             yield grad, *sample, wanted
 
 
+def labelled_lse_samples():
+    maps = torch.tensor([[-1.0, 0.0, 2.0, 0.5], [1.0, 3.0, 0.5, -0.5]], dtype=torch.float64)
+    for dtype, scale in ((torch.float32, 1.0), (torch.float64, 90.0), (torch.float16, 2.0)):
+        x, y, one = torch.randn(7, 3).to(dtype), torch.randn(4, 3).to(dtype), torch.tensor(scale, dtype=torch.float64)
+        yield x, None, one, torch.tensor([0, 1, 0, 2, 1, 5, -9], dtype=torch.int16), maps, 0.5, True
+        yield y, x, one, torch.tensor([0, 1, 0, 2, 1, 3, 3]), maps, None, False
+
+
+def labelled_lse_grad_samples():
+    for sample in labelled_lse_samples():
+        lse = torch.ops.nearfar.labelled_lse(*sample)
+        yield torch.randn_like(lse), lse, *sample
+
+
 def sup_con_samples():
     x, scale, weights = torch.randn(6, 3), torch.tensor(3.0, dtype=torch.float64), torch.randn(6)
     labels, mask = torch.tensor([0, 1, 0, 2, 1, 0]), torch.rand(6, 6) < 0.4
@@ -119,6 +133,8 @@ def batch_triplet_samples():
 
 SAMPLES = {
     "softmax": softmax_samples,
+    "labelled_lse": labelled_lse_samples,
+    "labelled_lse_grad": labelled_lse_grad_samples,
     "sup_con": sup_con_samples,
     "sigmoid": sigmoid_samples,
     "n_pairs": lambda: [
@@ -195,6 +211,16 @@ CASES = {
     "clip none": (lambda q, k: nf.clip_loss(q, k, 2.0, reduction="none"), (Q, K)),
     "nt_xent": (lambda q, k, t: nf.nt_xent_loss(q, k, temperature=t), (Q, K, TAU)),
     "nt_xent none": (lambda q, k, t: nf.nt_xent_loss(q, k, temperature=t, reduction="none"), (Q, K, TAU)),
+    "hcl": (lambda q, k, t: nf.hcl_loss(q, k, temperature=t), (Q, K, TAU)),
+    "hcl none": (lambda q, k, t: nf.hcl_loss(q, k, temperature=t, beta=0.5, reduction="none"), (Q, K, TAU)),
+    "hcl plain": (lambda q, k: nf.hcl_loss(q, k, beta=0, tau_plus=0, normalize=False, reduction="sum"), (Q, K)),
+    "multi similarity": (lambda q: nf.multi_similarity_loss(q, IDS, beta=5), (Q,)),
+    "multi similarity none": (
+        lambda q: nf.multi_similarity_loss(q, IDS, alpha=1, beta=3, reduction="none", normalize=False),
+        (Q,),
+    ),
+    "proxy anchor": (lambda q, n: nf.proxy_anchor_loss(q, IDS, n, alpha=3), (Q, NEG)),
+    "proxy anchor plain": (lambda q, n: nf.proxy_anchor_loss(q, IDS, n, alpha=1, normalize=False), (Q, NEG)),
     "dcl": (lambda q, k, t: nf.dcl_loss(q, k, temperature=t), (Q, K, TAU)),
     "sup_con": (lambda q, k, t: nf.sup_con_loss(torch.cat([q, k]), LABELS, temperature=t), (Q, K, TAU)),
     "sup_con none": (lambda q, t: nf.sup_con_loss(q, IDS, logit_scale=t, reduction="none"), (Q, scalar(2.0))),
@@ -463,6 +489,9 @@ COMPILED = {
     "siglip": lambda q, k: nf.siglip_loss(q, k, q.mean().exp(), k.mean()),
     "n_pairs": lambda q, k: nf.n_pairs_loss(q, k, l2_reg=0.1),
     "limit": lambda q, k: nf.info_nce_limit(q, k, 0.5),
+    "hcl": lambda q, k: nf.hcl_loss(q, k, logit_scale=q.mean().exp(), reduction="none").square().sum(),
+    "by label": lambda q, k: nf.multi_similarity_loss(q * k, LABELS[: len(q)]) + nf.circle_loss(q, LABELS[: len(q)]),
+    "proxy anchor": lambda q, k: nf.proxy_anchor_loss(q, LABELS[: len(q)], k),
     "sphere": lambda q, k: nf.alignment(q, k) + nf.uniformity(q),
     "cdist": lambda q, k: nf.cdist(q, k).square().mean(),
     "pdist": lambda q, k: nf.pdist(q + k, "cosine").sum(),

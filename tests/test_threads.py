@@ -61,6 +61,12 @@ OPERATIONS = {
     "info_nce rows": with_threads(lambda: nf.info_nce_loss(X, Y, temperature=0.1, reduction="none")),
     "clip": with_threads(lambda: nf.value_and_grad(nf.clip_loss, (0, 1))(X, Y)),
     "nt_xent": with_threads(lambda: nf.value_and_grad(nf.nt_xent_loss, (0, 1))(X, Y)),
+    "hcl": with_threads(lambda: nf.value_and_grad(nf.hcl_loss, (0, 1))(X, Y)),
+    "hcl, cold": with_threads(lambda: nf.value_and_grad(nf.hcl_loss, (0, 1))(X, Y, temperature=0.01)),
+    "circle": with_threads(lambda: nf.value_and_grad(nf.circle_loss)(X, np.arange(1003) % 20)),
+    "proxy anchor": with_threads(
+        lambda: nf.value_and_grad(nf.proxy_anchor_loss, (0, 2))(X, np.arange(1003) % 300, Y[:300])
+    ),
     "uniformity": with_threads(lambda: nf.value_and_grad(nf.uniformity)(X)),
     "alignment": with_threads(lambda: nf.value_and_grad(nf.alignment, (0, 1))(X, Y)),
     "cdist": with_threads(lambda: nf.cdist(X, Y)),

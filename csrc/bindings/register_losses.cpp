@@ -1,4 +1,9 @@
 // Losses: value, and gradients into buffers the caller has allocated (and zeroed).
+#include <pybind11/stl.h>
+
+#include <tuple>
+#include <vector>
+
 #include "bindings/call.hpp"
 
 namespace nearfar {
@@ -78,6 +83,44 @@ py::tuple softmax(const std::string& mode, py::handle x_, py::handle y_, py::han
       of<T>(ops()).softmax(p);
     }
     return py::make_tuple(p.loss_sum, p.dscale);
+  });
+}
+
+double labelled_lse(py::handle x_, py::handle y_, bool same, py::handle labels_x, py::handle labels_y, double scale,
+                    bool normalize, const std::vector<double>& maps, py::object power, py::handle lse, py::handle grad,
+                    py::handle dx, py::handle dy, int threads) {
+  const Array x = input(x_, "x", 2), y = input(y_, "y", 2);
+  const auto [n, m, d] = std::tuple(x.shape[0], y.shape[0], x.shape[1]);
+  require_dtype(y, "y", x.dtype);
+  require_shape(y, "y", {same ? n : m, d});
+  const Array codes_x = input(labels_x, "labels_x", 1, {DType::i32}),
+              codes_y = input(labels_y, "labels_y", 1, {DType::i32});
+  require_shape(codes_x, "labels_x", {n});
+  require_shape(codes_y, "labels_y", {m});
+  if (!codes_x.contiguous() || !codes_y.contiguous()) refuse_value("labels", "expected contiguous codes");
+  if (maps.size() != 8) refuse_value("maps", "expected two times sign, q, r, shift");
+  return with_compute_type(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    LabelledLseParams<T> p{};
+    p.x = rows_of(x);
+    p.y = rows_of(y);
+    p.same = same;
+    p.labels_x = codes_x.as<int32_t>();
+    p.labels_y = codes_y.as<int32_t>();
+    p.scale = scale;
+    p.normalize = normalize;
+    for (int k = 0; k < 2; ++k) p.maps[k] = {maps[4 * k], maps[4 * k + 1], maps[4 * k + 2], maps[4 * k + 3]};
+    p.terms = power.is_none() ? 2 : 3;
+    p.power = power.is_none() ? 0 : power.cast<double>();
+    p.lse = output<double>(lse, "lse", {n, p.terms});
+    p.dx = gradient<T>(dx, "dx", x);
+    p.dy = gradient<T>(dy, "dy", y);
+    if (p.dx) p.grad = output<double>(grad, "grad", {n, p.terms});
+    if (dx.is_none() != dy.is_none()) refuse_value("dx", "expected all gradients or none");
+    p.threads = threads;
+    py::gil_scoped_release release;
+    of<T>(ops()).labelled_lse(p);
+    return p.dscale;
   });
 }
 
@@ -257,6 +300,10 @@ void register_losses(py::module_& m) {
         arg("normalize"), arg("weights"), arg("weight"), arg("loss"), arg("dx"), arg("dy"), arg("dpositive"),
         arg("dpaired"), arg("strip_budget"), arg("threads"),
         "Losses of a softmax over pairs and their gradients; returns (sum of losses, gradient of scale).");
+  m.def(
+      "labelled_lse", labelled_lse, arg("x"), arg("y"), arg("same"), arg("labels_x"), arg("labels_y"), arg("scale"),
+      arg("normalize"), arg("maps"), arg("power"), arg("lse"), arg("grad"), arg("dx"), arg("dy"), arg("threads"),
+      "Log-sum-exps over the columns of a row's label and over the others, or their gradients; returns that of scale.");
   m.def("sup_con", sup_con, arg("x"), arg("classes"), arg("positive_mask"), arg("views"), arg("scale"),
         arg("normalize"), arg("weights"), arg("mean"), arg("loss"), arg("dx"), arg("threads"),
         "SupCon of classes or a mask of positives; returns (sum of losses, gradient of scale, anchors).");

@@ -97,6 +97,30 @@ struct PotentialParams {
   int threads;
 };
 
+/// A map of scores: slope(s) (s - shift) with slope(s) = sign max(q s + r, 0), which is a constant to the derivative.
+struct ScoreMap {
+  double sign, q, r, shift;
+};
+
+/// lse[i, k] = log of the sums, over the columns of row i's label (k = 0) and over the others (1), of e^{map k of
+/// s_ij}, s = scale * <x, y>; and (2) over the others of e^{power * map 1}.
+template <class T>
+struct LabelledLseParams {
+  Rows x, y;
+  bool same;  // y is x: a row is not its own column
+  const int32_t *labels_x, *labels_y;
+  double scale;
+  bool normalize;
+  ScoreMap maps[2];
+  double power;
+  int terms;           // 2, or 3 with `power`
+  double* lse;         // (n, terms): the result; where dx is wanted, given
+  const double* grad;  // upstream gradient of lse, where dx is wanted
+  T *dx, *dy;          // null dx: value only; dy is dx where y is x
+  double dscale;       // out
+  int threads;
+};
+
 /// loss_i = sum_j softplus(-z_ij (scale <x_i, y_j> + bias)), z = 1 where j = i, else -1. As many rows of x as of y.
 template <class T>
 struct SigmoidParams {
@@ -217,6 +241,7 @@ struct OpsOf {
   void (*store)(const StoreParams<T>&);
   void (*store_grad)(const StoreGradParams<T>&);
   void (*softmax)(SoftmaxParams<T>&);
+  void (*labelled_lse)(LabelledLseParams<T>&);
   void (*potential)(PotentialParams<T>&);
   void (*alignment)(AlignmentParams<T>&);
   void (*sigmoid)(SigmoidParams<T>&);

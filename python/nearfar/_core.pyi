@@ -127,6 +127,24 @@ def softmax(
 ) -> tuple[float, float]:
     """Losses of a softmax over pairs and their gradients; returns (sum of losses, gradient of scale)."""
 
+def labelled_lse(
+    x: object,
+    y: object,
+    same: bool,
+    labels_x: object,
+    labels_y: object,
+    scale: float,
+    normalize: bool,
+    maps: Sequence[float],
+    power: object,
+    lse: object,
+    grad: object,
+    dx: object,
+    dy: object,
+    threads: int,
+) -> float:
+    """Log-sum-exps over the columns of a row's label and over the others, or their gradients; returns that of scale."""
+
 def sup_con(
     x: object,
     classes: object,

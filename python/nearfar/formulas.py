@@ -132,6 +132,32 @@ def softmax_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice)
     return losses(x[rows], columns)
 
 
+def labelled_lse_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
+    """Rows of `operations.labelled_lse`; the slope of a map is a constant."""
+    x, y, scale, labels, maps = tensors
+    power, normalize = config
+    prepare = unit if normalize else (lambda z: z)
+    own = prepare(x)
+    s = scale.to(x.dtype) * own[rows] @ (own if y is None else prepare(y)).T
+    index = torch.arange(x.shape[0], device=x.device)
+    labels = labels.to(torch.int64)
+    same = (labels if y is None else index)[rows, None] == labels
+    wanted = index[rows, None] != index if y is None else torch.ones_like(same)
+
+    def lse(constants: Tensor, members: Tensor, power: float = 1.0) -> Tensor:
+        sign, q, r, shift = constants.to(s.dtype)
+        slope = power * sign * (q * s + r).relu().detach()
+        some = members.any(1)
+        # A sum of nothing has no derivative; its value, -inf, is not wanted here.
+        logits = (slope * (s - shift)).masked_fill(~members, -torch.inf).masked_fill(~some[:, None], 0.0)
+        return torch.logsumexp(logits, 1).masked_fill(~some, 0.0)
+
+    sums = [lse(maps[0], same & wanted), lse(maps[1], ~same & wanted)]
+    if power is not None:
+        sums.append(lse(maps[1], ~same & wanted, power))
+    return torch.stack(sums, 1)
+
+
 def n_pairs_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
     """Losses of `operations.n_pairs`."""
     x, y = tensors

@@ -16,7 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 
 from . import operations, rowwise, triplets
-from .arrays import Array, cast, concatenate, dtype_name, is_torch
+from .arrays import Array, cast, compute_dtype, concatenate, dtype_name, is_torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -32,6 +32,11 @@ _OPERATIONS: dict[str, tuple[Callable[..., Any], bool]] = {
     "batch_triplet": (triplets.batch_triplet, True),
     "contrastive": (rowwise.contrastive, False),
     "triplet_margin": (rowwise.triplet_margin, False),
+}
+
+# Operations of rows, which a tail makes a loss of: the rows, and (upstream, rows, *inputs, *config) -> gradients.
+_ROWS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
+    "labelled_lse": (operations.labelled_lse, operations.labelled_lse_grad),
 }
 
 
@@ -54,8 +59,19 @@ NOTHING = Part((), ())
 
 
 @dataclass(frozen=True)
+class Tail:
+    """A loss as an O(N) function of an operation's rows and of the scale that is its last part.
+
+    Plain arithmetic: torch differentiates `value` by itself; `slopes` are its derivatives for NumPy, for scalar values.
+    """
+
+    value: Callable[[Any, Any], Any]
+    slopes: Callable[[Any, Any], tuple[Any, Any]]
+
+
+@dataclass(frozen=True)
 class Call:
-    """``offset + operation(parts, config)``."""
+    """``offset + operation(parts, config)``; with a tail, the tail of that."""
 
     operation: str
     parts: tuple[Part, ...]
@@ -63,12 +79,27 @@ class Call:
     scalar: bool = True  # the value is a number, so it has a gradient of its own
     offset: float = 0.0
     extra: tuple[Any, ...] = field(default=())  # inputs without gradients, after the parts
+    tail: Tail | None = None
 
 
 def _launch(call: Call, gradients: bool) -> Any:
-    operation, weighted = _OPERATIONS[call.operation]
     tensors = (*(part.value() for part in call.parts), *call.extra)
+    if call.tail is not None:
+        return _launch_rows(call, call.tail, tensors, gradients)
+    operation, weighted = _OPERATIONS[call.operation]
     return operation(*((None,) if weighted else ()), *tensors, *call.config, gradients)
+
+
+def _launch_rows(call: Call, tail: Tail, tensors: tuple[Any, ...], gradients: bool) -> Any:
+    forward, backward = _ROWS[call.operation]
+    scale = tensors[len(call.parts) - 1]
+    rows = forward(*tensors, *call.config)
+    value = cast(np.asarray(tail.value(rows, scale)), compute_dtype(tensors[0]))
+    if not gradients:
+        return (value,)
+    slopes, scale_slope = tail.slopes(rows, scale)
+    *grads, dscale = backward(slopes, rows, *tensors, *call.config)
+    return value, *grads, dscale + scale_slope
 
 
 def run(call: Call) -> Array:
@@ -78,6 +109,8 @@ def run(call: Call) -> Array:
 
         tensors = (*(part.value() for part in call.parts), *call.extra)
         value = autograd.apply(call.operation, tensors, call.config)
+        if call.tail is not None:
+            value = cast(call.tail.value(value, tensors[len(call.parts) - 1]), compute_dtype(tensors[0]))
     else:
         value = _launch(call, False)[0]
         value = value[()] if value.ndim == 0 else value

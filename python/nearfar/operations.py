@@ -210,6 +210,66 @@ def sigmoid(
     return value, dx, dy, *(_number(x, g) if gradients else None for g in scalars)
 
 
+def _labels(labels: Array, x: Array, y: Array | None) -> tuple[Array, Array]:
+    """int32 codes of the labels of rows and columns; with a y, the label of a row is its number."""
+    if y is None:
+        return (_codes(labels, x.shape[0])[0],) * 2
+    codes, classes = np.asarray(labels), x.shape[0]
+    if codes.size and not 0 <= int(codes.min()) <= int(codes.max()) < classes:
+        raise ValueError(f"labels: expected values in [0, {classes}), got {codes.min()} to {codes.max()}")
+    return np.arange(classes, dtype=np.int32), np.ascontiguousarray(codes, np.int32)
+
+
+def _labelled_lse(
+    x: Array,
+    y: Array | None,
+    scale: Any,
+    labels: Array,
+    maps: Array,
+    power: float | None,
+    normalize: bool,
+    *out: Any,
+) -> float:
+    columns, codes = (x if y is None else y), _labels(labels, x, y)
+    multiplier, constants = _multiplier(scale, x), np.asarray(maps).reshape(-1).tolist()
+    return _core.labelled_lse(
+        x, columns, y is None, *codes, multiplier, normalize, constants, power, *out, get_num_threads()
+    )
+
+
+def labelled_lse(
+    x: Array, y: Array | None, scale: Any, labels: Array, maps: Array, power: float | None, normalize: bool
+) -> Array:
+    """Log-sum-exps over the columns of a row's label, over the others, and of those with `power`: (n, 2 or 3) float64.
+
+    ``y=None``: the columns are x itself, without the row. Else the labels are those of y, and the label of a row of x
+    is its number. ``maps`` (2, 4): sign, q, r, shift of each map of scores (`ScoreMap` in csrc/cpu/ops.hpp).
+    """
+    lse = empty(x, (x.shape[0], 2 if power is None else 3), "float64")
+    _labelled_lse(x, y, scale, labels, maps, power, normalize, lse, None, None, None)
+    return lse
+
+
+def labelled_lse_grad(
+    grad: Array,
+    lse: Array,
+    x: Array,
+    y: Array | None,
+    scale: Any,
+    labels: Array,
+    maps: Array,
+    power: float | None,
+    normalize: bool,
+) -> tuple[Any, ...]:
+    """Gradients of ``<grad, lse>`` with respect to x, y and scale."""
+    columns = x if y is None else y
+    dx = empty(x, tuple(x.shape), zero=True)
+    dy = dx if y is None else empty(x, tuple(columns.shape), zero=True)
+    grad = _contiguous(cast(grad, "float64"))
+    dscale = _labelled_lse(x, y, scale, labels, maps, power, normalize, _contiguous(lse), grad, dx, dy)
+    return dx, None if y is None else dy, _number(x, dscale)
+
+
 def potential(x: Array, t: float, normalize: bool, gradients: bool) -> tuple[Any, ...]:
     """log mean over i < j of exp(-t |x_i - x_j|^2): value and gradient."""
     n = x.shape[0]

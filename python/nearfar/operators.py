@@ -79,6 +79,26 @@ _softmax = _define(
     _fake_softmax,
 )
 
+_labelled_lse = _define(
+    "labelled_lse(Tensor x, Tensor? y, Tensor scale, Tensor labels, Tensor maps, float? power, bool normalize) "
+    "-> Tensor",
+    operations.labelled_lse,
+    lambda x, y, scale, labels, maps, power, normalize: x.new_empty(
+        (x.shape[0], 2 if power is None else 3), dtype=torch.float64
+    ),
+)
+
+_labelled_lse_grad = _define(
+    "labelled_lse_grad(Tensor grad, Tensor lse, Tensor x, Tensor? y, Tensor scale, Tensor labels, Tensor maps, "
+    "float? power, bool normalize) -> (Tensor, Tensor, Tensor)",
+    operations.labelled_lse_grad,
+    lambda grad, lse, x, y, scale, labels, maps, power, normalize: (
+        _grad_like(x, True),
+        _grad_like(y, True),
+        x.new_empty((), dtype=torch.float64),
+    ),
+)
+
 _n_pairs = _define(
     "n_pairs(Tensor? weights, Tensor x, Tensor y, float l2_reg, str reduction, bool gradients) "
     "-> (Tensor, Tensor, Tensor)",
@@ -234,6 +254,13 @@ def _no_rows(*_: Any) -> Tensor:
 OPERATIONS = {
     "softmax": Operation(
         lambda t, c, gradients: _softmax(None, *t, *c, gradients), _softmax_grad, formulas.softmax_rows, 5, True
+    ),
+    "labelled_lse": Operation(
+        lambda t, c, gradients: (_labelled_lse(*t, *c),),
+        lambda g, value, t, c: _labelled_lse_grad(g, value, *t, *c),
+        formulas.labelled_lse_rows,
+        3,
+        False,
     ),
     "n_pairs": Operation(
         lambda t, c, gradients: _n_pairs(None, *t, *c, gradients),

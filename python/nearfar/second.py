@@ -46,7 +46,9 @@ def second(
     name: str, g: Tensor, value: Tensor, tensors: tuple[Any, ...], config: tuple[Any, ...], vectors: tuple[Any, ...]
 ) -> tuple[Tensor, list[Any]]:
     operation = OPERATIONS[name]
-    terms = n = tensors[0].shape[0 if operation.loss else 1]
+    x = tensors[0]
+    rows_axis = 0 if operation.loss or x.dim() == 2 else 1
+    terms = n = x.shape[rows_axis]
     if operation.prepare:
         extra, terms = operation.prepare(tensors, config)
         tensors = (*tensors, *extra)
@@ -60,11 +62,11 @@ def second(
         with torch.enable_grad():
             part = operation.rows(tuple(leaves), config, rows)
             if not operation.loss:
-                if value.dim() == 2:  # condensed
+                if value.dim() < x.dim():  # condensed
                     weights = upstream[:, offset : offset + part.shape[-1]]
                     offset += part.shape[-1]
                 else:
-                    weights = upstream[:, rows]
+                    weights = upstream[:, rows] if rows_axis else upstream[rows]
             elif "none" in config:
                 weights = upstream[rows]
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from .log_sum_exp import circle_loss, hcl_loss, multi_similarity_loss, proxy_anchor_loss
 from .mining import mine_triplets
 from .ranking import batch_triplet_loss, contrastive_loss, triplet_margin_loss
 from .sigmoid import siglip_loss
@@ -16,18 +17,23 @@ MODULES = (
     *("AlignmentLoss", "ClipLoss", "InfoNCELoss", "NTXentLoss", "UniformityLoss"),
     *("DCLLoss", "MemoryBank", "NPairsLoss", "SigLipLoss", "SupConLoss"),
     *("BatchTripletLoss", "ContrastiveLoss", "TripletMarginLoss"),
+    *("CircleLoss", "HCLLoss", "MultiSimilarityLoss", "ProxyAnchorLoss"),
 )
 
 __all__ = [
     *MODULES,
     "alignment",
-    "batch_triplet_loss",
+    "circle_loss",
     "clip_loss",
-    "dcl_loss",
+    "hcl_loss",
     "info_nce_limit",
     "info_nce_loss",
-    "n_pairs_loss",
+    "multi_similarity_loss",
     "nt_xent_loss",
+    "proxy_anchor_loss",
+    "batch_triplet_loss",
+    "dcl_loss",
+    "n_pairs_loss",
     "siglip_loss",
     "sup_con_loss",
     "contrastive_loss",

@@ -14,6 +14,7 @@ from .kernels import (
     MATERN_MATMUL,
     RATIONAL_QUADRATIC_MATMUL,
 )
+from .log_sum_exp import HCL, MULTI_SIMILARITY
 from .losses import CLIP, INFO_NCE, INFO_NCE_MEMORY, NT_XENT, UNIFORMITY
 from .neighbors import KMEANS_ASSIGN, KNN
 from .ranking import BATCH_TRIPLET_HARD, BATCH_TRIPLET_SEMIHARD
@@ -24,6 +25,8 @@ CASES: tuple[Case, ...] = (
     INFO_NCE_MEMORY,
     CLIP,
     NT_XENT,
+    HCL,
+    MULTI_SIMILARITY,
     SUP_CON,
     DCL,
     SIGLIP,

@@ -1,5 +1,6 @@
 """The losses as torch.nn.Modules: the same mathematics, parameters held by the module. Imports torch."""
 
+from .log_sum_exp import CircleLoss, HCLLoss, MultiSimilarityLoss, ProxyAnchorLoss
 from .memory import MemoryBank
 from .ranking import BatchTripletLoss, ContrastiveLoss, TripletMarginLoss
 from .sigmoid import SigLipLoss
@@ -10,16 +11,19 @@ from .supervised import NPairsLoss, SupConLoss
 __all__ = [
     "AlignmentLoss",
     "BatchTripletLoss",
+    "CircleLoss",
     "ClipLoss",
     "ContrastiveLoss",
     "DCLLoss",
+    "HCLLoss",
     "InfoNCELoss",
     "MemoryBank",
+    "MultiSimilarityLoss",
     "NPairsLoss",
     "NTXentLoss",
+    "ProxyAnchorLoss",
     "SigLipLoss",
     "SupConLoss",
     "TripletMarginLoss",
     "UniformityLoss",
 ]
-__all__ = ["AlignmentLoss", "ClipLoss", "InfoNCELoss", "NTXentLoss", "UniformityLoss"]
