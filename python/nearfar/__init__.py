@@ -11,6 +11,7 @@ from typing import Any
 from . import kernels, losses
 from .clustering import kmeans_assign
 from .distances import cdist, pdist
+from .evaluation import Report, evaluate
 from .gradients import value_and_grad
 from .kernels import gram
 from .losses import (
@@ -20,8 +21,10 @@ from .losses import (
     info_nce_loss,
     nt_xent_loss,
     uniformity,
+    uniformity_gap,
     uniformity_of_sphere,
 )
+from .mutual_information import mi_lower_bound
 from .neighbors import knn
 from .psd import PSDReport, is_psd, psd_report
 from .runtime import build_info, get_num_threads, set_num_threads
@@ -31,10 +34,12 @@ __version__ = "0.1.0"
 __all__ = [
     *losses.MODULES,
     "PSDReport",
+    "Report",
     "alignment",
     "build_info",
     "cdist",
     "clip_loss",
+    "evaluate",
     "get_num_threads",
     "gram",
     "info_nce_limit",
@@ -44,11 +49,13 @@ __all__ = [
     "kmeans_assign",
     "knn",
     "losses",
+    "mi_lower_bound",
     "nt_xent_loss",
     "pdist",
     "psd_report",
     "set_num_threads",
     "uniformity",
+    "uniformity_gap",
     "uniformity_of_sphere",
     "value_and_grad",
 ]

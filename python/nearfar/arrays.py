@@ -146,6 +146,17 @@ def cast(array: Array, dtype: str) -> Array:
     return array.astype(dtype, copy=False)
 
 
+def to_numpy(array: Array) -> np.ndarray[Any, Any]:
+    """The values in memory of NumPy, halves as float32; shared where they can be."""
+    if isinstance(array, np.ndarray):
+        return cast(array, "float32") if dtype_name(array) in ("float16", "bfloat16") else array
+    if is_torch(array):
+        array = array.detach()
+        array = cast(array, compute_dtype(array)) if array.is_floating_point() else array
+        return np.asarray(array.cpu())
+    return np.asarray(array.get())
+
+
 def concatenate(arrays: Sequence[Array]) -> Array:
     """Along the first axis; one array is returned as it is."""
     if len(arrays) == 1:

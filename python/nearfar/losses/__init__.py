@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 from .softmax import clip_loss, info_nce_limit, info_nce_loss, nt_xent_loss
-from .sphere import alignment, uniformity, uniformity_of_sphere
+from .sphere import alignment, uniformity, uniformity_gap, uniformity_of_sphere
 
 MODULES = ("AlignmentLoss", "ClipLoss", "InfoNCELoss", "NTXentLoss", "UniformityLoss")
 
@@ -18,6 +18,7 @@ __all__ = [
     "info_nce_loss",
     "nt_xent_loss",
     "uniformity",
+    "uniformity_gap",
     "uniformity_of_sphere",
 ]
 
