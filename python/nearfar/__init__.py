@@ -6,6 +6,7 @@ NumPy arrays and PyTorch tensors, with gradients.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from . import kernels, losses
@@ -31,8 +32,12 @@ from .runtime import build_info, get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 
+# What is imported when it is asked for, not before: name -> module.
+_LATER = dict.fromkeys(("ITML", "LMNN", "MMC", "NCA"), ".metric_learning")
+
 __all__ = [
     *losses.MODULES,
+    *_LATER,
     "PSDReport",
     "Report",
     "alignment",
@@ -65,4 +70,6 @@ def __getattr__(name: str) -> Any:
     # torch is imported when a module that needs it is asked for, not before.
     if name in losses.MODULES:
         return getattr(losses, name)
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -108,7 +108,7 @@ class Report:
 
     def lines(self) -> list[tuple[str, str, str]]:
         """The table: (quantity, value, what to compare it with)."""
-        chance = "" if self.majority is None else f"; {self.majority:.3f} if all got the largest class"
+        chance = "" if self.majority is None else f"; largest class {self.majority:.3f}"
         largest = math.log(min(self.rows, BOUND_ROWS))
         at = "" if self.mi_temperature is None else f", at temperature {self.mi_temperature:.3g}"
         notes = {
@@ -120,7 +120,7 @@ class Report:
             "knn_accuracy": f"{NEIGHBORS} neighbours, leave-one-out{chance}",
             "linear_probe_accuracy": f"{HELD_OUT:.0%} held out, seed {self.seed}{chance}",
             "silhouette": "of the classes, between -1 and 1",
-            "mi_lower_bound": f"nats, of at most log N = {largest:.3f}{at}",
+            "mi_lower_bound": f"nats, at most {largest:.3f}{at}",
         }
         found = []
         for name, note in notes.items():
@@ -396,9 +396,9 @@ def silhouette(x: NDArray[Any], codes: NDArray[np.int64], *, seed: int = 0) -> f
 
 
 def _best_bound(x: NDArray[Any], y: NDArray[Any], seed: int) -> tuple[float, float]:
-    """The largest InfoNCE bound over temperatures, and where: the loss is convex in 1 / temperature, so there is one peak.
+    """The largest InfoNCE bound over temperatures, and where.
 
-    Golden section in the logarithm.
+    The loss is convex in 1 / temperature, so the bound has one peak: golden section in the logarithm.
     """
     chosen = _some(len(x), BOUND_ROWS, seed)
     x, y = x[chosen], y[chosen]
