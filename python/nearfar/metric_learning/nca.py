@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..operations import exponential
 from .base import MetricLearner, Numbers, laplacian, minimise, square_blocks
 
 TAIL = 20.0  # neighbours whose weights add up to less than exp(-20) = 2e-9 of the nearest one's are left out
 ROUNDING = 1e-3  # of squared distances: weights right to a thousandth, whose errors have both signs and average out
-DENSE = 0.08  # share of pairs with weight from which a block is cheaper as a matrix
+# A block is cheaper as a matrix where it is small or a larger share of its pairs has weight.
+SMALL, DENSE = 1 << 16, 0.04
 
 
 class NCA(MetricLearner):
@@ -118,7 +120,7 @@ def objective(z: Numbers, codes: NDArray[np.int64]) -> tuple[float, Numbers]:
     for rows, square in square_blocks(z, ROUNDING):
         square -= square.min(1, keepdims=True)
         near = square <= cut
-        if np.count_nonzero(near) < DENSE * near.size:
+        if near.size > SMALL and np.count_nonzero(near) < DENSE * near.size:
             part, weights = _sparse_weights(square, near, codes, rows)
         else:
             part, weights = _dense_weights(square, codes, rows)
@@ -147,7 +149,7 @@ def _sparse_weights(
 
 
 def _dense_weights(square: NDArray[Any], codes: NDArray[np.int64], rows: slice) -> tuple[Any, Any]:
-    p = np.exp(np.negative(square, out=square), out=square)
+    p = exponential(np.negative(square, out=square))
     p /= p.sum(1, keepdims=True)
     same = codes[rows, None] == codes
     right = np.einsum("ij,ij->i", p, same.astype(p.dtype))

@@ -8,6 +8,7 @@ from ..case import Case
 from .distances import CDIST, CDIST_BACKWARD
 from .kernels import GAUSSIAN_GRAM, GAUSSIAN_MATMUL
 from .losses import CLIP, INFO_NCE, INFO_NCE_MEMORY, NT_XENT, UNIFORMITY
+from .metric import NCA
 from .neighbors import KMEANS_ASSIGN, KNN
 
 CASES: tuple[Case, ...] = (
@@ -22,6 +23,7 @@ CASES: tuple[Case, ...] = (
     GAUSSIAN_MATMUL,
     KMEANS_ASSIGN,
     KNN,
+    NCA,
 )
 
 
