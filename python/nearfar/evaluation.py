@@ -72,6 +72,15 @@ class Report:
         Share of the largest class: the accuracy of a constant answer.
     missing : dict of str to str
         What is None, and why.
+
+    Examples
+    --------
+    >>> import numpy as np, nearfar as nf
+    >>> print(nf.evaluate(np.eye(8)))  # doctest: +ELLIPSIS
+    8 x 8 embeddings
+    ...
+      effective rank ...8.0000   of 8 dimensions
+    ...
     """
 
     rows: int

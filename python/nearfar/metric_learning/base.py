@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ Numbers = NDArray[np.float64]
 _BLOCK = 1 << 22  # distances at a time
 
 
+Learner = TypeVar("Learner", bound="MetricLearner")
+
+
 class MetricLearner(Estimator):
     """A linear map ``components_`` (K, D) whose Euclidean distance is the learned one."""
 
@@ -28,9 +31,38 @@ class MetricLearner(Estimator):
         tags.target_tags.required = True
         return tags
 
+    def fit(self: Learner, X: Any, y: Any = None) -> Learner:
+        """Learn the metric.
+
+        Parameters
+        ----------
+        X : array (N, D); for `MMC` and `ITML` also (P, 2, D)
+            Points; or pairs of points.
+        y : array (N,); (P,)
+            Classes, at least two: all pairs of one class are similar, all others dissimilar. For pairs 1 (similar) or
+            -1 (dissimilar), at least one of these.
+
+        Returns
+        -------
+        self
+
+        Raises
+        ------
+        ValueError
+            One class, no dissimilar pair, or none whose points differ; NaN or infinity; shapes that do not match; a
+            parameter out of range.
+        ModuleNotFoundError
+            Without SciPy.
+        """
+        self._fit(X, y)
+        return self
+
+    def _fit(self, X: Any, y: Any) -> None:
+        raise NotImplementedError
+
     def fit_transform(self, X: Any, y: Any = None) -> Array:
         """`fit`, then `transform` of the same points."""
-        return self.fit(X, y).transform(X)  # type: ignore[attr-defined]
+        return self.fit(X, y).transform(X)
 
     def transform(self, X: Any) -> Array:
         """The points in the learned space: ``X @ components_.T``.

@@ -83,25 +83,7 @@ class ITML(MetricLearner):
         self.random_state = random_state
         self.verbose = verbose
 
-    def fit(self, X: Any, y: Any = None) -> ITML:
-        """Learn the metric.
-
-        Parameters
-        ----------
-        X : array (N, D), or (P, 2, D)
-            Points; or pairs of points.
-        y : array (N,), or (P,)
-            Classes, at least two. For pairs 1 (similar) or -1.
-
-        Returns
-        -------
-        self
-
-        Raises
-        ------
-        ValueError
-            No dissimilar pair; NaN or infinity; shapes that do not match; a parameter out of range.
-        """
+    def _fit(self, X: Any, y: Any) -> None:
         if not self.gamma > 0:
             raise ValueError(f"gamma: expected a positive number, got {self.gamma}")
         if getattr(X, "ndim", 2) == 3:
@@ -126,7 +108,6 @@ class ITML(MetricLearner):
         if remaining > self.tol:
             text = f"ITML: the gradient is {remaining:.1e}, not {self.tol:.1e}; raise max_iter"
             warnings.warn(text, convergence_warning(), stacklevel=2)
-        return self
 
 
 def draw_pairs(

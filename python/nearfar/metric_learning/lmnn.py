@@ -82,24 +82,7 @@ class LMNN(MetricLearner):
         self.tol = tol
         self.verbose = verbose
 
-    def fit(self, X: Any, y: Any = None) -> LMNN:
-        """Learn the metric.
-
-        Parameters
-        ----------
-        X : array (N, D)
-        y : array (N,)
-            Classes, at least two.
-
-        Returns
-        -------
-        self
-
-        Raises
-        ------
-        ValueError
-            One class; NaN or infinity; shapes that do not match; a parameter out of range.
-        """
+    def _fit(self, X: Any, y: Any) -> None:
         points, codes = self._labelled(X, y)
         if not 0 < self.push < 1:
             raise ValueError(f"push: expected a number between 0 and 1, got {self.push}")
@@ -115,7 +98,6 @@ class LMNN(MetricLearner):
         self.components_, self.objective_, self.n_iter_ = minimise(
             loss, start, max_iter=self.max_iter, tol=self.tol, name="LMNN", verbose=self.verbose
         )
-        return self
 
 
 def target_neighbors(x: Numbers, codes: NDArray[np.int64], k: int) -> NDArray[np.int64]:

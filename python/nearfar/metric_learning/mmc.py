@@ -88,25 +88,7 @@ class MMC(MetricLearner):
         self.tol = tol
         self.verbose = verbose
 
-    def fit(self, X: Any, y: Any = None) -> MMC:
-        """Learn the metric.
-
-        Parameters
-        ----------
-        X : array (N, D), or (P, 2, D)
-            Points; or pairs of points.
-        y : array (N,), or (P,)
-            Classes, at least two: pairs of one class are similar, all others dissimilar. For pairs 1 (similar) or -1.
-
-        Returns
-        -------
-        self
-
-        Raises
-        ------
-        ValueError
-            No dissimilar pair, or none whose points differ; NaN or infinity; shapes that do not match.
-        """
+    def _fit(self, X: Any, y: Any) -> None:
         dissimilar: _OfPairs | _OfClasses
         if getattr(X, "ndim", 2) == 3:
             differences, similar = self._paired(X, y)
@@ -145,7 +127,6 @@ class MMC(MetricLearner):
             components = sizes[:, None] * axes
             components = components[sizes > 1e-6 * sizes[0]]
         self.components_ = components @ root.T / (total * unit)
-        return self
 
     def _solve(self, dissimilar: _OfPairs | _OfClasses, d: int) -> Numbers:
         """The factor of the best M of trace 1, in coordinates where tr(A M) is the trace."""

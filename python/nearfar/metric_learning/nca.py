@@ -78,24 +78,7 @@ class NCA(MetricLearner):
         self.tol = tol
         self.verbose = verbose
 
-    def fit(self, X: Any, y: Any = None) -> NCA:
-        """Learn the metric.
-
-        Parameters
-        ----------
-        X : array (N, D)
-        y : array (N,)
-            Classes, at least two.
-
-        Returns
-        -------
-        self
-
-        Raises
-        ------
-        ValueError
-            One class; NaN or infinity; shapes that do not match.
-        """
+    def _fit(self, X: Any, y: Any) -> None:
         points, codes = self._labelled(X, y)
         start = self._initial(points, self.n_components)
 
@@ -107,7 +90,6 @@ class NCA(MetricLearner):
             loss, start, max_iter=self.max_iter, tol=self.tol, name="NCA", verbose=self.verbose
         )
         self.objective_ = -value / len(points)
-        return self
 
 
 def objective(z: Numbers, codes: NDArray[np.int64]) -> tuple[float, Numbers]:
