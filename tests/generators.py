@@ -146,6 +146,60 @@ def nt_xent(z1, z2, *, temperature=None, logit_scale=None, reduction="mean", nor
     return _reduced(s_positive, reduction)
 
 
+def dcl(z1, z2, *, temperature=None, logit_scale=None, reduction="mean", normalize=True):
+    """2N anchors against the other 2N - 2 rows that are not their positive."""
+    z = torch.cat([z1, z2])
+    z = unit(z) if normalize else z
+    n = len(z1)
+    if n < 2:
+        return _reduced(z.sum(1) * 0, reduction)
+    s = _scale(temperature, logit_scale, 0.1) * z @ z.T
+    index = torch.arange(2 * n)
+    other = (index + n) % (2 * n)
+    out = (index[:, None] == index) | (other[:, None] == index)
+    return _reduced(torch.logsumexp(s.masked_fill(out, -torch.inf), 1) - s[index, other], reduction)
+
+
+def sup_con(
+    embeddings, labels=None, *, positive_mask=None, temperature=None, logit_scale=None, reduction="mean", normalize=True
+):
+    """Minus the mean over the positives of the log of their softmax among all other rows."""
+    views = embeddings.shape[1] if embeddings.ndim == 3 else 1
+    z = embeddings.reshape(-1, embeddings.shape[-1])
+    z = unit(z) if normalize else z
+    item = torch.arange(len(z)) // views
+    if labels is not None:
+        positive = labels[item][:, None] == labels[item]
+    else:
+        positive = item[:, None] == item
+        if positive_mask is not None:
+            positive = positive | torch.as_tensor(positive_mask)[item][:, item]
+    positive = positive.clone().fill_diagonal_(False)
+    count = positive.sum(1)
+    s = _scale(temperature, logit_scale, 0.1) * z @ z.T
+    if len(z) > 1:
+        s = s - torch.logsumexp(s.clone().fill_diagonal_(-torch.inf), 1, keepdim=True)
+    loss = -torch.where(positive, s, 0.0).sum(1) / count.clamp(min=1)
+    if reduction == "none":
+        return loss.reshape(embeddings.shape[:-1])
+    return loss.sum() if reduction == "sum" else loss.sum() / max(int((count > 0).sum()), 1)
+
+
+def n_pairs(anchor, positive, *, l2_reg=0.0, reduction="mean"):
+    """Cross entropy of plain dot products, and the norms."""
+    norms = (anchor**2).sum(1) + (positive**2).sum(1)
+    rows = info_nce(anchor, positive, logit_scale=1.0, normalize=False, reduction="none")
+    return _reduced(rows + l2_reg / 2 * norms, reduction)
+
+
+def siglip(image_features, text_features, logit_scale=10.0, logit_bias=-10.0, *, reduction="mean", normalize=True):
+    """-log sigmoid of every pair, the sign of the diagonal turned."""
+    own = unit if normalize else (lambda z: z)
+    logits = logit_scale * own(image_features) @ own(text_features).T + logit_bias
+    sign = 2 * torch.eye(len(logits), dtype=logits.dtype) - 1
+    return _reduced(-torch.nn.functional.logsigmoid(sign * logits).sum(1), reduction)
+
+
 def info_nce_limit(x, y, temperature):
     """Theorem 1 of Wang & Isola as it stands."""
     x, y = unit(x), unit(y)
@@ -172,6 +226,10 @@ REFERENCES = {
     nf.info_nce_loss: info_nce,
     nf.clip_loss: clip,
     nf.nt_xent_loss: nt_xent,
+    nf.dcl_loss: dcl,
+    nf.sup_con_loss: sup_con,
+    nf.n_pairs_loss: n_pairs,
+    nf.siglip_loss: siglip,
     nf.info_nce_limit: info_nce_limit,
     nf.alignment: alignment,
     nf.uniformity: uniformity,
@@ -238,12 +296,12 @@ def compare(f, wanted, dtype="float64", *, value_floor=0.0, floor=0.0, weights=N
     expected, expected_grads = reference(f, wanted, weights, **arguments)
     assert_value(value, expected, VALUE[dtype], value_floor)
     for name, grad, expected_grad in zip(wanted, grads, expected_grads, strict=True):
-        if name not in ("temperature", "logit_scale"):
+        if name not in ("temperature", "logit_scale", "logit_bias"):
             assert grad.dtype == arguments[name].dtype
             assert_gradient(grad, expected_grad, GRADIENT[dtype], STEP[dtype], floor)
         else:
             # The slope of a scalar can be the small difference of two large means of cosines.
-            scalar_floor = 1.0 if name == "logit_scale" else 1.0 / float(arguments[name]) ** 2
+            scalar_floor = 1.0 / float(arguments[name]) ** 2 if name == "temperature" else 1.0
             if arguments.get("reduction") in ("sum", "none"):
                 scalar_floor *= len(arguments[wanted[0]])
             assert_gradient(grad, expected_grad, GRADIENT[dtype], floor=0.1 * scalar_floor)

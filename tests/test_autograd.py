@@ -66,8 +66,47 @@ def matmul_grad_samples():
         yield torch.randn_like(torch.ops.nearfar.matmul(x, y, v, map)), x, y, v, map
 
 
+def sup_con_samples():
+    x, scale, weights = torch.randn(6, 3), torch.tensor(3.0, dtype=torch.float64), torch.randn(6)
+    labels, mask = torch.tensor([0, 1, 0, 2, 1, 0]), torch.rand(6, 6) < 0.4
+    for gradients in (False, True):
+        yield None, x, scale, labels, None, "mean", True, gradients
+        yield None, x.double(), scale, None, mask, "sum", False, gradients
+        yield None, x.reshape(3, 2, 3).half(), scale, None, None, "none", True, gradients
+        yield None, x.reshape(2, 3, 3), scale, labels[:2], None, "mean", True, gradients
+    yield weights, x, scale, labels, None, "none", True, True
+    yield weights.reshape(3, 2), x.reshape(3, 2, 3), scale, None, mask[:3, :3], "none", True, True
+
+
+def sigmoid_samples():
+    x, y, weights = torch.randn(5, 3), torch.randn(5, 3), torch.randn(5)
+    scale, bias = torch.tensor(3.0, dtype=torch.float64), torch.tensor(-1.0)
+    for gradients in (False, True):
+        yield None, x, y, scale, bias, "mean", True, gradients
+        yield None, x.double(), y.double(), scale, bias, "sum", False, gradients
+        yield None, x.bfloat16(), y.bfloat16(), scale, bias, "none", True, gradients
+    yield weights, x, y, scale, bias, "none", True, True
+
+
+def batch_triplet_samples():
+    x, labels = torch.randn(7, 3), torch.tensor([0, 1, 0, 2, 1, 0, 2])
+    for dtype, mining, gradients in ((torch.float32, "hard", True), (torch.float64, "semihard", False)):
+        yield None, x.to(dtype), labels, mining, 0.2, False, False, "mean", True, gradients
+    yield None, x.half(), labels.int(), "all", 0.2, True, False, "sum", False, True
+    yield torch.randn(7), x, labels, "all", 0.2, False, True, "none", True, True
+
+
 SAMPLES = {
     "softmax": softmax_samples,
+    "sup_con": sup_con_samples,
+    "sigmoid": sigmoid_samples,
+    "n_pairs": lambda: [
+        (weights, torch.randn(5, 3).to(dtype), torch.randn(5, 3).to(dtype), l2_reg, reduction, gradients)
+        for weights, dtype, l2_reg, reduction, gradients in (
+            (None, torch.float32, 0.1, "mean", True), (torch.randn(5), torch.float64, 0.1, "none", True),
+            (None, torch.float16, 0.0, "sum", False),
+        )
+    ],
     "potential": lambda: [
         (torch.randn(n, 3).to(dtype), t, normalize, gradients)
         for n, dtype, t, normalize, gradients in (
@@ -82,6 +121,7 @@ SAMPLES = {
             (None, torch.float64, 3.0, "sum", False, True), (None, torch.float16, 2.0, "none", True, False),
         )
     ],
+    "batch_triplet": batch_triplet_samples,
     "store": store_samples,
     "store_grad": store_grad_samples,
     "matmul": matmul_samples,
@@ -109,6 +149,8 @@ def test_opcheck(name):
 
 Q, K, NEG, OWN, TAU = leaf(5, 3), leaf(5, 3, seed=1), leaf(4, 3), leaf(5, 2, 3), scalar(0.3)
 IDS = torch.tensor([0, 1, 0, 2, 1])
+LABELS = torch.tensor([0, 1, 0, 2, 1, 0, 0, 3, 3, 3])
+MASK = torch.arange(100).reshape(10, 10) % 3 == 1
 ARD = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64, requires_grad=True)
 
 CASES = {
@@ -130,6 +172,14 @@ CASES = {
     "clip none": (lambda q, k: nf.clip_loss(q, k, 2.0, reduction="none"), (Q, K)),
     "nt_xent": (lambda q, k, t: nf.nt_xent_loss(q, k, temperature=t), (Q, K, TAU)),
     "nt_xent none": (lambda q, k, t: nf.nt_xent_loss(q, k, temperature=t, reduction="none"), (Q, K, TAU)),
+    "dcl": (lambda q, k, t: nf.dcl_loss(q, k, temperature=t), (Q, K, TAU)),
+    "sup_con": (lambda q, k, t: nf.sup_con_loss(torch.cat([q, k]), LABELS, temperature=t), (Q, K, TAU)),
+    "sup_con none": (lambda q, t: nf.sup_con_loss(q, IDS, logit_scale=t, reduction="none"), (Q, scalar(2.0))),
+    "sup_con mask": (lambda q, k: nf.sup_con_loss(torch.cat([q, k]), positive_mask=MASK, normalize=False), (Q, K)),
+    "sup_con views": (lambda q, k: nf.sup_con_loss(torch.stack([q, k, -q], 1), IDS, reduction="none"), (Q, K)),
+    "n_pairs": (lambda q, k: nf.n_pairs_loss(q, k, l2_reg=0.1), (Q, K)),
+    "siglip": (lambda q, k, t, b: nf.siglip_loss(q, k, 1 / t, b), (Q, K, TAU, scalar(-2.0))),
+    "siglip none": (lambda q, k, b: nf.siglip_loss(q, k, 3.0, b, reduction="none"), (Q, K, scalar(0.5))),
     "limit": (lambda q, k, t: nf.info_nce_limit(q, k, t), (Q, K, TAU)),
     "uniformity": (lambda q: nf.uniformity(q), (Q,)),
     "uniformity plain": (lambda q: nf.uniformity(q, t=0.3, normalize=False), (Q,)),
@@ -209,6 +259,8 @@ def test_second_derivative_in_blocks(monkeypatch):
     functions = [
         lambda: nf.info_nce_loss(q, k, negatives, in_batch=True, temperature=0.4),
         lambda: nf.nt_xent_loss(q, k),
+        lambda: nf.sup_con_loss(torch.stack([q, k], 1), torch.arange(23) % 5),
+        lambda: nf.siglip_loss(q, k, 2.0, -1.0),
         lambda: nf.clip_loss(q, k, 2.0, reduction="none").square().sum(),
         lambda: nf.uniformity(q),
         lambda: nf.pdist(q).square().sum(),
@@ -382,6 +434,11 @@ COMPILED = {
     "negatives": lambda q, k: nf.info_nce_loss(q, k, k.flip(0), in_batch=True, reduction="none").square().mean(),
     "clip": lambda q, k: nf.clip_loss(q, k, 5.0),
     "nt_xent": lambda q, k: nf.nt_xent_loss(q, k),
+    "dcl": lambda q, k: nf.dcl_loss(q, k),
+    "sup_con": lambda q, k: nf.sup_con_loss(torch.stack([q, k], 1), torch.arange(q.shape[0]) % 3),
+    "sup_con mask": lambda q, k: nf.sup_con_loss(q + k, positive_mask=q @ k.T > 0, reduction="none").square().sum(),
+    "siglip": lambda q, k: nf.siglip_loss(q, k, q.mean().exp(), k.mean()),
+    "n_pairs": lambda q, k: nf.n_pairs_loss(q, k, l2_reg=0.1),
     "limit": lambda q, k: nf.info_nce_limit(q, k, 0.5),
     "sphere": lambda q, k: nf.alignment(q, k) + nf.uniformity(q),
     "cdist": lambda q, k: nf.cdist(q, k).square().mean(),
@@ -459,7 +516,10 @@ def test_inductor():
 # ---- autocast --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("f", [nf.info_nce_loss, nf.nt_xent_loss, nf.clip_loss, lambda x, y: nf.uniformity(x + y)])
+@pytest.mark.parametrize("f", [
+    nf.info_nce_loss, nf.nt_xent_loss, nf.clip_loss, lambda x, y: nf.uniformity(x + y), nf.dcl_loss, nf.siglip_loss,
+    lambda x, y: nf.sup_con_loss(torch.stack([x, y], 1)), nf.n_pairs_loss,
+])  # fmt: skip
 def test_autocast(f):
     """Losses of bfloat16 features are float32 and those of the features as they are; gradients reach the weights."""
     torch.manual_seed(0)
@@ -502,7 +562,7 @@ def test_autocast_does_not_lower_what_is_computed():
 
 
 def test_func_grad():
-    for name in ("info_nce", "nt_xent", "clip", "uniformity", "alignment"):
+    for name in ("info_nce", "nt_xent", "clip", "uniformity", "alignment", "dcl", "sup_con", "siglip", "n_pairs"):
         f, arguments = CASES[name]
         detached = tuple(a.detach() for a in arguments)
         grads = torch.func.grad(f, argnums=tuple(range(len(arguments))))(*detached)
@@ -533,6 +593,8 @@ VMAPPED = {
     "info_nce": lambda q, k: nf.info_nce_loss(q, k, temperature=0.3),
     "none": lambda q, k: nf.nt_xent_loss(q, k, reduction="none"),
     "sphere": lambda q, k: nf.alignment(q, k) + nf.uniformity(k),
+    "sup_con": lambda q, k: nf.sup_con_loss(q + k, torch.tensor([0, 1, 0, 2, 1]), reduction="none"),
+    "siglip": lambda q, k: nf.siglip_loss(q, k, 3.0, -1.0) + nf.n_pairs_loss(q, k, l2_reg=0.1),
     "cdist": lambda q, k: nf.cdist(q, k),
     "matmul": lambda q, k: nf.kernels.Gaussian().matmul(q, k, k),
 }
@@ -601,6 +663,15 @@ def test_modules_are_the_functions():
     assert torch.equal(
         nf.NTXentLoss(0.1, reduction="none")(x, y), nf.nt_xent_loss(x, y, logit_scale=10, reduction="none")
     )
+    assert nf.DCLLoss(0.2)(x, y) == nf.dcl_loss(x, y, temperature=0.2)
+    assert nf.SupConLoss(0.2)(x, ids) == nf.sup_con_loss(x, ids, temperature=0.2)
+    assert nf.SupConLoss()(x, positive_mask=ids[:, None] == ids) == nf.sup_con_loss(
+        x, positive_mask=ids[:, None] == ids
+    )
+    assert nf.SupConLoss(reduction="sum", normalize=False)(torch.stack([x, y], 1)) == nf.sup_con_loss(
+        torch.stack([x, y], 1), reduction="sum", normalize=False
+    )
+    assert nf.NPairsLoss(0.1, reduction="sum")(x, y) == nf.n_pairs_loss(x, y, l2_reg=0.1, reduction="sum")
     assert nf.ClipLoss()(x, y) == nf.clip_loss(x, y)
     assert nf.ClipLoss()(x, y, 20.0) == nf.clip_loss(x, y, 20.0)
     assert nf.ClipLoss(0.2, normalize=False)(x, y) == nf.clip_loss(x, y, 5.0, normalize=False)
@@ -611,7 +682,7 @@ def test_modules_are_the_functions():
 
 
 LEARNABLE = pytest.mark.parametrize(
-    ("module", "default"), [(nf.InfoNCELoss, 0.07), (nf.NTXentLoss, 0.5), (nf.ClipLoss, 0.07)]
+    ("module", "default"), [(nf.InfoNCELoss, 0.07), (nf.NTXentLoss, 0.5), (nf.ClipLoss, 0.07), (nf.DCLLoss, 0.1)]
 )
 
 
@@ -626,7 +697,10 @@ def test_learned_temperature(module, default):
     loss(x, y).backward()
     # d L / d log s = s d L / d s
     scale = torch.tensor(1 / default, requires_grad=True)
-    name = {nf.InfoNCELoss: nf.info_nce_loss, nf.NTXentLoss: nf.nt_xent_loss, nf.ClipLoss: nf.clip_loss}[module]
+    name = {
+        nf.InfoNCELoss: nf.info_nce_loss, nf.NTXentLoss: nf.nt_xent_loss, nf.ClipLoss: nf.clip_loss,
+        nf.DCLLoss: nf.dcl_loss,
+    }[module]  # fmt: skip
     name(x, y, logit_scale=scale).backward()
     assert loss.log_logit_scale.grad.item() == pytest.approx(scale.grad.item() / default, rel=1e-5)
 
@@ -638,7 +712,8 @@ def test_clamp(module, default):
     loss = module(0.001, learnable_temperature=True)
     assert loss.log_logit_scale.item() == pytest.approx(math.log(1000))
     assert loss.logit_scale.item() == pytest.approx(100, rel=1e-6)
-    assert_value(loss(x, y), module(0.01)(x, y).double().numpy(), 1e-6)
+    floor = 100.0 if module is nf.DCLLoss else 0.0  # a difference of two scores
+    assert_value(loss(x, y), module(0.01)(x, y).double().numpy(), 1e-6, floor)
     loss(x, y).backward()
     assert loss.log_logit_scale.grad == 0
     assert loss.log_logit_scale.item() == pytest.approx(math.log(1000))

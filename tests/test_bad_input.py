@@ -17,6 +17,9 @@ SETS = {
     nf.info_nce_loss: ("query", "positive_key"),
     nf.clip_loss: ("image_features", "text_features"),
     nf.nt_xent_loss: ("z1", "z2"),
+    nf.dcl_loss: ("z1", "z2"),
+    nf.n_pairs_loss: ("anchor", "positive"),
+    nf.siglip_loss: ("image_features", "text_features"),
     nf.info_nce_limit: ("x", "y"),
     nf.alignment: ("x", "y"),
     nf.uniformity: ("x",),
@@ -139,6 +142,8 @@ SCALED = [
     (nf.nt_xent_loss, "logit_scale"),
     (nf.clip_loss, "logit_scale"),
     (nf.info_nce_limit, "temperature"),
+    (nf.dcl_loss, "temperature"),
+    (nf.siglip_loss, "logit_scale"),
 ]
 scaled = pytest.mark.parametrize(("f", "name"), SCALED, ids=[f"{f.__name__}-{name}" for f, name in SCALED])
 

@@ -95,7 +95,8 @@ def test_losses_run_without_torch(monkeypatch):
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
     monkeypatch.setattr("nearfar.bench.case.load", missing)
-    for name in ("info_nce", "clip", "nt_xent", "uniformity"):
+    monkeypatch.setattr("nearfar.bench.cases.ranking.load", missing)
+    for name in ("info_nce", "clip", "nt_xent", "uniformity", "batch_triplet_hard"):
         case = select(name)[0]
         problem = case.problem(case.quick)
         result = case.ours(problem)()

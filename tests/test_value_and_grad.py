@@ -29,12 +29,21 @@ CASES = {
     "sum": (nf.info_nce_loss, {"query": X, "positive_key": Y, "temperature": 0.3, "reduction": "sum"}),
     "clip": (nf.clip_loss, {"image_features": X, "text_features": Y, "logit_scale": 4.0}),
     "nt_xent": (nf.nt_xent_loss, {"z1": X, "z2": Y, "temperature": 0.3}),
+    "dcl": (nf.dcl_loss, {"z1": X, "z2": Y, "temperature": 0.3}),
+    "sup_con": (nf.sup_con_loss, {"embeddings": X, "labels": np.arange(40) % 7, "temperature": 0.3}),
+    "sup_con mask": (nf.sup_con_loss, {"embeddings": X, "positive_mask": X @ Y.T > 1, "logit_scale": 3.0}),
+    "sup_con views": (nf.sup_con_loss, {"embeddings": OWN, "temperature": 0.3}),
+    "n_pairs": (nf.n_pairs_loss, {"anchor": X / 4, "positive": Y / 4, "l2_reg": 0.2}),
+    "siglip": (
+        nf.siglip_loss,
+        {"image_features": X, "text_features": Y, "logit_scale": 4.0, "logit_bias": -2.0},
+    ),
     "limit": (nf.info_nce_limit, {"x": X, "y": Y, "temperature": 0.3}),
     "alignment": (nf.alignment, {"x": X, "y": Y, "alpha": 3}),
     "uniformity": (nf.uniformity, {"x": X, "t": 1.5}),
 }
-OPTIONS = ("symmetric", "in_batch", "normalize", "reduction", "alpha", "t")
-SCALARS = ("temperature", "logit_scale")
+OPTIONS = ("symmetric", "in_batch", "normalize", "reduction", "alpha", "t", "labels", "positive_mask", "l2_reg")
+SCALARS = ("temperature", "logit_scale", "logit_bias")
 cases = pytest.mark.parametrize(("f", "arguments"), CASES.values(), ids=CASES)
 
 
@@ -54,7 +63,8 @@ def test_every_argument(f, arguments):
 @cases
 def test_equals_torch(f, arguments):
     wanted = [name for name in arguments if name not in OPTIONS]
-    own = {name: torch.tensor(a, dtype=torch.float64) if name in wanted else a for name, a in arguments.items()}
+    own = {name: torch.from_numpy(a) if isinstance(a, np.ndarray) else a for name, a in arguments.items()}
+    own |= {name: torch.tensor(arguments[name], dtype=torch.float64) for name in wanted}
     value, grads = nf.value_and_grad(f, argnums_of(f, wanted))(**arguments)
     torch_value, torch_grads = nf.value_and_grad(f, argnums_of(f, wanted))(**own)
     assert isinstance(value, np.float64)

@@ -11,10 +11,12 @@ from nearfar import _core
 pytestmark = pytest.mark.isa
 
 # Largest error allowed, in units in the last place of the result: the contract in the header of vector.hpp.
-MAX_ULP = {"exp": 2, "log": 2, "expm1": 3, "log1p": 3, "exp_flush": 2}
+MAX_ULP = {"exp": 2, "log": 2, "expm1": 3, "log1p": 3, "exp_flush": 2, "softplus": 3, "sigmoid": 3}
 REFERENCE = {"exp": np.exp, "log": np.log, "expm1": np.expm1, "log1p": np.log1p, "exp_flush": np.exp}
+REFERENCE["softplus"] = lambda x: np.maximum(x, 0) + np.log1p(np.exp(-np.abs(x)))
+REFERENCE["sigmoid"] = lambda x: np.where(x < 0, np.exp(x), 1) / (1 + np.exp(-np.abs(x)))
 WIDER = {np.float32: np.float64, np.float64: np.longdouble}
-# exp_flush is 0 below 2^FLUSH.
+# exp_flush is 0 below 2^FLUSH, and so are softplus and sigmoid, which take it for their exponential.
 FLUSH = {np.float32: -125, np.float64: -1021}
 
 functions = pytest.mark.parametrize("name", MAX_ULP)
@@ -42,7 +44,7 @@ def reference(name, x):
     """The function in the next wider type."""
     with np.errstate(all="ignore"):
         exact = REFERENCE[name](x.astype(WIDER[x.dtype.type]))
-        if name == "exp_flush":
+        if name in ("exp_flush", "softplus", "sigmoid"):
             exact = np.where(exact < np.ldexp(exact.dtype.type(1), FLUSH[x.dtype.type]), 0, exact)
     return exact
 
@@ -109,6 +111,8 @@ def test_ulp_where_exp_underflows(dtype):
         ("expm1", [0.0, -0.0, -np.inf, np.inf, -1e30, 1e30, 1e-30], [0.0, -0.0, -1, np.inf, -1, np.inf, 1e-30]),
         ("log1p", [0.0, -0.0, -1.0, np.inf, 1e-30, -1e-30], [0.0, -0.0, -np.inf, np.inf, 1e-30, -1e-30]),
         ("log1p", [-1.0000002, -2, -1e30, -np.inf], [np.nan] * 4),
+        ("softplus", [-np.inf, np.inf, -1e30, 1e30, -800, 800], [0, np.inf, 0, 1e30, 0, 800]),
+        ("sigmoid", [0.0, -0.0, -np.inf, np.inf, -1e30, 1e30, -800, 800], [0.5, 0.5, 0, 1, 0, 1, 0, 1]),
     ],
 )
 def test_special_values(name, x, expected, dtype):

@@ -16,6 +16,7 @@ static constexpr DTypeInfo kDTypeInfo[] = {
     // in the order of DType
     {"float16", {kDLFloat, 16, 1}}, {"bfloat16", {kDLBfloat, 16, 1}}, {"float32", {kDLFloat, 32, 1}},
     {"float64", {kDLFloat, 64, 1}}, {"int32", {kDLInt, 32, 1}},       {"int64", {kDLInt, 64, 1}},
+    {"uint8", {kDLUInt, 8, 1}},
 };
 
 static const DTypeInfo& info_of(DType type) { return kDTypeInfo[static_cast<int>(type)]; }
@@ -222,7 +223,8 @@ static bool from_buffer(Array& a, py::handle obj, const char* name, DTypes allow
   std::string format = view.format ? view.format : "B";
   if (format[0] == '@' || format[0] == '=' || format[0] == native) format.erase(0, 1);
   const bool is_float = format == "e" || format == "f" || format == "d";
-  if (!is_float && format != "i" && format != "l" && format != "q")
+  const bool is_byte = format == "B" && std::find(allowed.begin(), allowed.end(), DType::u8) != allowed.end();
+  if (!is_float && !is_byte && format != "i" && format != "l" && format != "q")
     refuse_type(name, "expected " + text_of(allowed) + ", got " + text_of(obj) + " (buffer format '" + format + "')");
   int64_t shape[4] = {}, strides[4] = {};
   for (int i = 0; i < std::min(view.ndim, 4); ++i) {
@@ -231,7 +233,8 @@ static bool from_buffer(Array& a, py::handle obj, const char* name, DTypes allow
     if (view.strides[i] % view.itemsize || view.suboffsets)
       refuse_value(name, "expected strides in whole items, got an array of fields or pointers; pass a copy");
   }
-  const DLDataType dtype = {is_float ? kDLFloat : kDLInt, static_cast<uint8_t>(8 * view.itemsize), 1};
+  const DLDataTypeCode code = is_float ? kDLFloat : is_byte ? kDLUInt : kDLInt;
+  const DLDataType dtype = {code, static_cast<uint8_t>(8 * view.itemsize), 1};
   describe(a, {view.buf, {kDLCPU, 0}, view.ndim, dtype, shape, strides, 0}, name, allowed);
   a.readonly = view.readonly;
   a.path = "buffer";

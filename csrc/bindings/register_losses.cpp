@@ -81,6 +81,81 @@ py::tuple softmax(const std::string& mode, py::handle x_, py::handle y_, py::han
   });
 }
 
+py::tuple sup_con(py::handle x_, py::handle classes_, py::handle mask_, int64_t views, double scale, bool normalize,
+                  py::handle weights, bool mean, py::handle loss, py::handle dx, int threads) {
+  const Array x = input(x_, "x", 2);
+  const int64_t n = x.shape[0];
+  Array classes, mask;
+  if (!classes_.is_none()) {
+    classes = input(classes_, "classes", 1, {DType::i32});
+    require_shape(classes, "classes", {n});
+    if (!classes.contiguous()) refuse_value("classes", "expected contiguous codes");
+    for (int64_t i = 0; i < n; ++i)
+      if (const int32_t code = classes.as<int32_t>()[i]; code < 0 || code >= n)
+        refuse_value("classes", "expected codes from 0 to the number of rows, got " + std::to_string(code));
+  } else {
+    if (views < 1 || n % views) refuse_value("views", "expected a divisor of the number of rows");
+    mask = input(mask_, "positive_mask", 2, {DType::u8});
+    require_shape(mask, "positive_mask", {n / views, n / views});
+  }
+  return with_compute_type(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    SoftmaxParams<T> p{};
+    p.mode = SoftmaxMode::pairs;
+    p.x = p.y = p.positive = rows_of(x);
+    p.positive_is_column = true;
+    if (classes.ndim) {
+      p.positives.classes = classes.as<int32_t>();
+    } else {
+      p.positives.mask = mask.as<uint8_t>();
+      p.positives.mask_row_stride = mask.strides[0];
+      p.positives.mask_col_stride = mask.strides[1];
+      p.positives.views = views;
+    }
+    p.scale = scale;
+    p.normalize = normalize;
+    p.weights = weights_of<T>(weights, n);
+    p.weight = 1;
+    p.weight_of_mean = mean;
+    p.loss = output<T>(loss, "loss", {n});
+    p.dx = p.dy = p.dpositive = gradient<T>(dx, "dx", x);
+    p.threads = threads;
+    {
+      py::gil_scoped_release release;
+      of<T>(ops()).softmax(p);
+    }
+    return py::make_tuple(p.loss_sum, p.dscale, p.anchors);
+  });
+}
+
+py::tuple sigmoid(py::handle x_, py::handle y_, double scale, double bias, bool normalize, py::handle weights,
+                  double weight, py::handle loss, py::handle dx, py::handle dy, int threads) {
+  const Array x = input(x_, "x", 2), y = input(y_, "y", 2);
+  require_dtype(y, "y", x.dtype);
+  require_shape(y, "y", {x.shape[0], x.shape[1]});
+  return with_compute_type(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    SigmoidParams<T> p{};
+    p.x = rows_of(x);
+    p.y = rows_of(y);
+    p.scale = scale;
+    p.bias = bias;
+    p.normalize = normalize;
+    p.weights = weights_of<T>(weights, x.shape[0]);
+    p.weight = weight;
+    p.loss = output<T>(loss, "loss", {x.shape[0]});
+    p.dx = gradient<T>(dx, "dx", x);
+    p.dy = gradient<T>(dy, "dy", y);
+    if (dx.is_none() != dy.is_none()) refuse_value("dx", "expected all gradients or none");
+    p.threads = threads;
+    {
+      py::gil_scoped_release release;
+      of<T>(ops()).sigmoid(p);
+    }
+    return py::make_tuple(p.loss_sum, p.dscale, p.dbias);
+  });
+}
+
 double potential(py::handle x_, double t, bool normalize, py::handle dx, int threads) {
   const Array x = input(x_, "x", 2);
   return with_compute_type(x.dtype, [&](auto zero) {
@@ -116,6 +191,63 @@ double alignment(py::handle x_, py::handle y_, double alpha, bool normalize, py:
   });
 }
 
+Mining mining_of(const std::string& name) {
+  if (name == "hard") return Mining::hard;
+  if (name == "semihard") return Mining::semihard;
+  if (name == "all") return Mining::all;
+  refuse_value("mining", "unknown mining " + name);
+}
+
+/// One triplet an anchor, or one for every ordered pair of a class.
+int64_t places_of(Mining mining, const int32_t* codes, int64_t n, int64_t classes) {
+  if (mining == Mining::hard) return n;
+  Buffer<int64_t> sizes(classes);
+  int64_t pairs = 0;
+  for (int64_t c = 0; c < classes; ++c) sizes[c] = 0;
+  for (int64_t i = 0; i < n; ++i) pairs += 2 * sizes[codes[i]]++;
+  return pairs;
+}
+
+py::tuple triplet(py::handle x_, py::handle codes_, int64_t classes, const std::string& mining, double margin,
+                  bool squared, bool soft, bool normalize, py::handle weights, bool mean, py::handle value,
+                  py::handle dx, py::handle positive, py::handle negative, int64_t triplets, int threads) {
+  const Array x = input(x_, "x", 2), codes = input(codes_, "codes", 1, {DType::i32});
+  const int64_t n = x.shape[0];
+  require_shape(codes, "codes", {n});
+  if (!codes.contiguous()) refuse_value("codes", "expected contiguous codes");
+  for (int64_t i = 0; i < n; ++i)
+    if (codes.as<int32_t>()[i] < 0 || codes.as<int32_t>()[i] >= classes)
+      refuse_value("codes", "expected 0 to " + std::to_string(classes - 1));
+  return with_compute_type(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    TripletParams<T> p{};
+    p.x = rows_of(x);
+    p.codes = codes.as<int32_t>();
+    p.classes = classes;
+    p.mining = mining_of(mining);
+    p.margin = margin;
+    p.squared = squared;
+    p.soft = soft;
+    p.normalize = normalize;
+    p.weights = weights_of<T>(weights, n);
+    p.mean = mean;
+    p.value = output<T>(value, "value", {n});
+    p.dx = gradient<T>(dx, "dx", x);
+    if (!positive.is_none()) {
+      if (p.mining == Mining::all || triplets != places_of(p.mining, p.codes, n, classes))
+        refuse_value("triplets", "expected as many places as triplets are mined");
+      p.positive = output<int64_t>(positive, "positive", {triplets});
+      p.negative = output<int64_t>(negative, "negative", {triplets});
+    }
+    p.threads = threads;
+    {
+      py::gil_scoped_release release;
+      of<T>(ops()).triplet(p);
+    }
+    return py::make_tuple(p.value_sum, p.count);
+  });
+}
+
 }  // namespace
 
 void register_losses(py::module_& m) {
@@ -125,10 +257,20 @@ void register_losses(py::module_& m) {
         arg("normalize"), arg("weights"), arg("weight"), arg("loss"), arg("dx"), arg("dy"), arg("dpositive"),
         arg("dpaired"), arg("strip_budget"), arg("threads"),
         "Losses of a softmax over pairs and their gradients; returns (sum of losses, gradient of scale).");
+  m.def("sup_con", sup_con, arg("x"), arg("classes"), arg("positive_mask"), arg("views"), arg("scale"),
+        arg("normalize"), arg("weights"), arg("mean"), arg("loss"), arg("dx"), arg("threads"),
+        "SupCon of classes or a mask of positives; returns (sum of losses, gradient of scale, anchors).");
+  m.def("sigmoid", sigmoid, arg("x"), arg("y"), arg("scale"), arg("bias"), arg("normalize"), arg("weights"),
+        arg("weight"), arg("loss"), arg("dx"), arg("dy"), arg("threads"),
+        "Sigmoid loss over pairs; returns (sum of losses, gradient of scale, gradient of bias).");
   m.def("potential", potential, arg("x"), arg("t"), arg("normalize"), arg("dx"), arg("threads"),
         "log of the sum over i < j of exp(-t |x_i - x_j|^2), and its gradient.");
   m.def("alignment", alignment, arg("x"), arg("y"), arg("alpha"), arg("normalize"), arg("weights"), arg("weight"),
         arg("value"), arg("dx"), arg("dy"), arg("threads"), "|x_i - y_i|^alpha, its sum and gradients.");
+  m.def("triplet", triplet, arg("x"), arg("codes"), arg("classes"), arg("mining"), arg("margin"), arg("squared"),
+        arg("soft"), arg("normalize"), arg("weights"), arg("mean"), arg("value"), arg("dx"), arg("positive"),
+        arg("negative"), arg("triplets"), arg("threads"),
+        "Triplet losses of a labelled batch, gradient and mined indices; returns (sum of losses, number of triplets).");
 }
 
 }  // namespace nearfar

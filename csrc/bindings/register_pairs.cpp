@@ -107,8 +107,11 @@ void matmul_grad(py::handle x, py::handle y, py::handle v, py::handle grad, cons
 }
 
 void select(py::handle x, py::handle y, const std::string& map, bool normalize, bool exclude_self, int64_t k,
-            py::handle value, py::handle index, int threads) {
+            py::handle value, py::handle index, const std::string& screening, int threads) {
   const PairInputs in(x, y);
+  const Screening mode = screening == "always"  ? Screening::always
+                         : screening == "never" ? Screening::never
+                                                : Screening::automatic;
   if (k < 1 || k > in.m() - (exclude_self ? 1 : 0))
     refuse_value("k",
                  "expected 1 to " + std::to_string(in.m() - (exclude_self ? 1 : 0)) + ", got " + std::to_string(k));
@@ -120,7 +123,7 @@ void select(py::handle x, py::handle y, const std::string& map, bool normalize, 
     py::gil_scoped_release release;
     for_batches(in.batches(), in.work(), threads, [&](int64_t b, int t) {
       of<T>(ops()).select({rows_of(in.x, b), rows_of(in.y, b), pair_map, normalize, exclude_self, k,
-                           values + b * in.n() * k, indices + b * in.n() * k, t});
+                           values + b * in.n() * k, indices + b * in.n() * k, mode, t});
     });
   });
 }
@@ -137,7 +140,7 @@ void register_pairs(py::module_& m) {
   m.def("matmul_grad", matmul_grad, arg("x"), arg("y"), arg("v"), arg("grad"), arg("map"), arg("dx"), arg("dy"),
         arg("threads"), "Adds the gradient of <grad, K(x, y) v> to dx and dy.");
   m.def("select", select, arg("x"), arg("y"), arg("map"), arg("normalize"), arg("exclude_self"), arg("k"), arg("value"),
-        arg("index"), arg("threads"), "The k best columns of every row, best first.");
+        arg("index"), arg("screening"), arg("threads"), "The k best columns of every row, best first.");
 }
 
 }  // namespace nearfar

@@ -38,10 +38,12 @@ py::dict build_info() {
 }
 
 void vector_math(const std::string& function, py::handle x, py::handle out) {
-  constexpr const char* kNames[] = {"exp", "log", "expm1", "log1p", "exp_flush"};
+  constexpr const char* kNames[] = {"exp", "log", "expm1", "log1p", "exp_flush", "softplus", "sigmoid"};
+  constexpr int kCount = sizeof(kNames) / sizeof(kNames[0]);
   int which = 0;
-  while (which < 5 && function != kNames[which]) ++which;
-  if (which == 5) refuse_value("function", "expected exp, log, expm1, log1p or exp_flush, got " + function);
+  while (which < kCount && function != kNames[which]) ++which;
+  if (which == kCount)
+    refuse_value("function", "expected exp, log, expm1, log1p, exp_flush, softplus or sigmoid, got " + function);
   const Array a = input(x, "x", 1, {DType::f32, DType::f64});
   if (!a.contiguous()) refuse_value("x", "expected a contiguous array");
   with_compute_type(a.dtype, [&](auto zero) {
@@ -73,7 +75,7 @@ void register_system(py::module_& m) {
   set_interrupt_check(check_signals);
   m.def("build_info", build_info, "Instruction set, compiler and CUDA of this build.");
   m.def("vector_math", vector_math, py::arg("function"), py::arg("x"), py::arg("out"),
-        "exp, log, expm1 or log1p of a contiguous array, by the kernels' own code.");
+        "exp, log, softplus and the like of a contiguous array, by the kernels' own code.");
   m.def("fma_peak", fma_peak, py::arg("threads"), "Measured float32 multiply-add rate in GFLOP/s.");
   m.def("task_trace", task_trace, py::arg("tasks"), py::arg("threads"), "The worker that ran each task.");
 }

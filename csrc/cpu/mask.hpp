@@ -15,9 +15,9 @@ template <class T>
 struct Mask {
   using P = Policy<T>;
   const Operands<T>& o;
-  double out;               // the score of a pair that is left out: -inf, or +inf for distances
-  bool triangle;            // keep column < row only
-  int64_t skip_shift = -1;  // leave out column (row + shift) % n; -1: none
+  double out;                        // the score of a pair that is left out: -inf, or +inf for distances
+  bool triangle;                     // keep column < row only
+  const int64_t* partner = nullptr;  // leave out column partner[row]; in a triangle that pair, whichever row names it
   const int32_t *ids_x = nullptr, *ids_y = nullptr;
 
   void apply(const Block<T>& b) const {
@@ -34,10 +34,15 @@ struct Mask {
       if (triangle && b.column + b.columns > row)
         for (int64_t j = row > b.column ? row - b.column : 0; j < b.columns; ++j)
           for (int64_t lane = 0; lane < P::NR && row + lane <= b.column + j; ++lane) s[j * P::NR + lane] = out;
-      if (skip_shift >= 0)
+      if (partner)
         for (int64_t lane = 0; lane < lanes; ++lane) {
-          const int64_t j = (row + lane + skip_shift) % n - b.column;
+          const int64_t j = partner[row + lane] - b.column;
           if (j >= 0 && j < b.columns) s[j * P::NR + lane] = out;
+        }
+      if (partner && triangle)
+        for (int64_t j = 0; j < b.columns && b.column + j < m; ++j) {
+          const int64_t lane = partner[b.column + j] - row;
+          if (lane >= 0 && lane < lanes) s[j * P::NR + lane] = out;
         }
       if (ids_x) mask_ids(b, row, lanes, s);
     }

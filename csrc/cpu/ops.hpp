@@ -51,6 +51,14 @@ enum class SoftmaxMode : int {
   pairs,  // y is x: every row against all others, each unordered pair computed once (NT-Xent)
 };
 
+/// Sets of positives among the rows of x (pairs only): neither, classes, or a mask.
+struct Positives {
+  const int32_t* classes = nullptr;  // (n) codes below n: rows of one code are positives of each other
+  const uint8_t* mask = nullptr;     // (n / views)^2: nonzero where items are positives; strides count elements
+  int64_t mask_row_stride = 0, mask_col_stride = 0;
+  int64_t views = 1;  // row i of x is a view of item i / views; the views of an item are positives of each other
+};
+
 template <class T>
 struct SoftmaxParams {
   SoftmaxMode mode;
@@ -59,6 +67,7 @@ struct SoftmaxParams {
   int64_t positive_shift;
   bool positive_is_column;  // that row is column i (rows, both) of y: it is masked there and enters by itself
   bool positive_in_sum;     // the denominator contains the positive
+  Positives positives;      // instead of one positive a row: the mean over a set, denominators hold all but the row
   Rows paired;              // (n * per_row) own negatives of each query, or empty
   int64_t paired_per_row;
   const int32_t *ids_x, *ids_y;  // null, or codes: equal codes are left out of the denominator
@@ -66,8 +75,10 @@ struct SoftmaxParams {
   bool normalize;
   const T* weights;  // upstream gradient of each loss_i; null: `weight` for all
   double weight;
+  bool weight_of_mean;               // `weight` is divided by the number of anchors
   T* loss;                           // (n)
   double loss_sum;                   // out: sum_i loss_i
+  int64_t anchors;                   // out: rows that have a positive
   T *dx, *dy, *dpositive, *dpaired;  // null dx: value only. May alias where the inputs are the same array
   double dscale;                     // out
   int64_t strip_budget;              // bytes of workspace for exp(s), so that the gradient needs no second product
@@ -85,6 +96,21 @@ struct PotentialParams {
   int threads;
 };
 
+/// loss_i = sum_j softplus(-z_ij (scale <x_i, y_j> + bias)), z = 1 where j = i, else -1. As many rows of x as of y.
+template <class T>
+struct SigmoidParams {
+  Rows x, y;
+  double scale, bias;
+  bool normalize;
+  const T* weights;  // upstream gradient of each loss_i; null: `weight` for all
+  double weight;
+  T* loss;               // (n)
+  double loss_sum;       // out
+  T *dx, *dy;            // null: value only
+  double dscale, dbias;  // out
+  int threads;
+};
+
 /// mean-free alignment: value_i = |x_i - y_i|^alpha, from the differences.
 template <class T>
 struct AlignmentParams {
@@ -96,6 +122,33 @@ struct AlignmentParams {
   T* value;          // (n)
   double value_sum;  // out
   T *dx, *dy;        // null: value only
+  int threads;
+};
+
+/// Which triplets (anchor, positive, negative) of a labelled batch count.
+enum class Mining : int {
+  hard,      // per anchor its farthest positive and nearest negative
+  semihard,  // per anchor and positive the closest negative that is farther, or else the farthest negative
+  all,       // every one
+};
+
+/// Sum over triplets of max(0, v_ap - v_an + margin), or softplus(v_ap - v_an); v is the distance or its square.
+template <class T>
+struct TripletParams {
+  Rows x;
+  const int32_t* codes;  // (n) classes, in [0, classes)
+  int64_t classes;
+  Mining mining;
+  double margin;
+  bool squared, soft, normalize;
+  const T* weights;  // upstream gradient of each anchor's sum; null: 1
+  bool mean;         // divide the gradient by count
+  T* value;          // (n) each anchor's sum
+  double value_sum;  // out
+  int64_t count;     // out: triplets; of all of them, without `soft`, those with positive loss
+  T* dx;             // null: value only
+  // Null, or what was mined: (n) for hard; for semihard the pairs of one class, by anchor, then by positive. -1: none.
+  int64_t *positive, *negative;
   int threads;
 };
 
@@ -117,6 +170,9 @@ struct MatmulGradParams {
   int threads;
 };
 
+/// Whether columns are screened with bfloat16 products first (cpu/screen.hpp): time, never results.
+enum class Screening : int { automatic, always, never };
+
 /// The k best columns of every row: smallest distance, or largest dot; ties by lower index.
 template <class T>
 struct SelectParams {
@@ -127,6 +183,7 @@ struct SelectParams {
   int64_t k;
   T* value;        // (n, k)
   int64_t* index;  // (n, k)
+  Screening screening;
   int threads;
 };
 
@@ -137,6 +194,8 @@ struct OpsOf {
   void (*softmax)(SoftmaxParams<T>&);
   void (*potential)(PotentialParams<T>&);
   void (*alignment)(AlignmentParams<T>&);
+  void (*sigmoid)(SigmoidParams<T>&);
+  void (*triplet)(TripletParams<T>&);
   void (*matmul)(const MatmulParams<T>&);
   void (*matmul_grad)(const MatmulGradParams<T>&);
   void (*select)(const SelectParams<T>&);

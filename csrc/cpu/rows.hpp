@@ -155,5 +155,22 @@ double normalize_backward(const Source<T>& source, int64_t i, const T* unit, T* 
   return along;
 }
 
+/// The last step of a gradient by scores `scale` <x_i, .>: times scale, through the normalisation. `along` takes
+/// <x_i, dx_i>, which sum to scale times the gradient of scale.
+template <class T>
+void finish_gradient(const Source<T>& source, double scale, int threads, T* grad, double* along = nullptr) {
+  const int64_t d = source.d();
+  parallel_for(source.tasks(), threads, [&](int64_t task, int) {
+    Buffer<T> unit(d);
+    for (int64_t i = task * Source<T>::kRowsPerTask; i < source.end(task); ++i) {
+      T* g = grad + i * d;
+      for (int64_t k = 0; k < d; ++k) g[k] *= static_cast<T>(scale);
+      source.get(i, unit.get());
+      const double a = normalize_backward(source, i, unit.get(), g);
+      if (along) along[i] = a;
+    }
+  });
+}
+
 }  // namespace
 }  // namespace nearfar

@@ -36,7 +36,7 @@ struct Block {
 template <class T>
 struct StripPlan {
   bool triangle = false;   // y is x and only pairs with column < row are wanted
-  bool two_phase = false;  // weights are scaled by cell.factor, known after cell.close
+  bool two_phase = false;  // the strip is kept: weights, or their factors, are known after cell.close only
   T scale = 1;             // on x, for the scores only
   T* dx = nullptr;         // (n, d) and (m, d), added to; both or none. For dot products dy may be dx (y is x);
   T* dy = nullptr;         // for distances it may not, because dy turns its sign at the end
@@ -67,17 +67,17 @@ class StripPass {
     rows_ = Buffer<T>(P::kStripRows * row_stride_);
     panels_ = Buffer<T>(P::kStripRows * d_);
     squares_ = Buffer<T>(P::kStripRows);
-    const int64_t block = P::kPanels * panel_stride_;
-    blocks_ = Buffer<T>(block * (plan.two_phase ? c.count : workers_));
+    const int64_t block = P::kPanels * panel_stride_, slots = plan.two_phase ? c.count : workers_;
+    blocks_ = Buffer<T>(block * slots);
     if (products_) {
       x_rows_ = Buffer<T>(depth_panels_ * P::kStripRows * NR);
       partial_ = Buffer<T>(groups_ * partial);
       if (plan.two_phase) scaled_ = Buffer<T>(workers_ * depth_panels_ * P::kStripRows * NR);
       if (o_.distance()) {
         row_sums_ = Buffer<T>((groups_ + 1) * P::kStripRows);
-        near_ = Buffer<int32_t>(workers_ * block);
-        places_ = Buffer<Places>(workers_);
-        for (int w = 0; w < workers_; ++w) places_[w] = Places{near_.get() + w * block};
+        near_ = Buffer<int32_t>(slots * block);
+        places_ = Buffer<Places>(slots);
+        for (int64_t s = 0; s < slots; ++s) places_[s] = Places{near_.get() + s * block};
         column_sums_ = Buffer<double>(o_.y.n());
         for (int64_t j = 0; j < o_.y.n(); ++j) column_sums_[j] = 0;
       }
@@ -110,7 +110,7 @@ class StripPass {
       });
     });
     cell_.close(row, rows, count);
-    if (plan_.two_phase)
+    if (plan_.two_phase && products_)
       parallel_for(groups, plan_.threads, [&](int64_t group, int worker) {
         open_group(group, panels);
         for_chunks(group, count, [&](int64_t chunk) {
@@ -141,8 +141,9 @@ class StripPass {
   Block<T> view(int64_t row, int64_t panels, int64_t chunk, int64_t group, int worker) const {
     const Chunks& c = o_.chunks;
     const int64_t t0 = c.tile_begin(chunk), t1 = c.tile_end(chunk);
-    T* data = blocks_.get() + (plan_.two_phase ? chunk : worker) * P::kPanels * panel_stride_;
-    Places* near = products_ && o_.distance() ? const_cast<Places*>(&places_[worker]) : nullptr;
+    const int64_t slot = plan_.two_phase ? chunk : worker;
+    T* data = blocks_.get() + slot * P::kPanels * panel_stride_;
+    Places* near = products_ && o_.distance() ? const_cast<Places*>(&places_[slot]) : nullptr;
     return {chunk, group, row, panels, t0 * P::MR, (t1 - t0) * P::MR, data, panel_stride_, squares_.get(), near};
   }
 

@@ -5,10 +5,10 @@
 // + - * / and comparisons on any target as plain expressions; the few operations they lack are intrinsics below.
 // csrc/README.md, "Vector layer", has the comparison with std::experimental::simd and Highway.
 //
-// Accuracy contract (tests/test_vector.py): exp, log within 2 ulp and expm1, log1p within 3 ulp, float and double, for
-// every argument: overflow to inf, gradual underflow, denormal arguments, +-0, +-inf; NaN in gives NaN out in that
-// lane. Needs -ffp-contract=fast at most, never -ffast-math: rounding by a magic number, NaN and -0 rely on IEEE
-// semantics.
+// Accuracy contract (tests/test_vector.py): exp, log within 2 ulp and expm1, log1p, softplus, sigmoid within 3 ulp,
+// float and double, for every argument: overflow to inf, gradual underflow, denormal arguments, +-0, +-inf; NaN in
+// gives NaN out in that lane. Needs -ffp-contract=fast at most, never -ffast-math: rounding by a magic number, NaN and
+// -0 rely on IEEE semantics.
 //
 //   exp, expm1:  x = n ln2 + r, |r| <= ln2/2;  e^x = 2^n P(r)              P minimax (Sollya fpminimax)
 //   log, log1p:  x = 2^k (1 + f), f in [sqrt(1/2) - 1, sqrt(2) - 1];       log x = k ln2 + log(1 + f)
@@ -428,6 +428,21 @@ NEARFAR_INLINE Vec<T> log1p_of(Vec<T> x) {
   return select((x > T(-1)) & (x < M::infinity) & (x != T(0)), y, edge);
 }
 
+template <class T>
+struct SoftplusSigmoid {
+  Vec<T> softplus, sigmoid;
+};
+
+// log(1 + e^x) and its derivative from one exponential, e = exp(-|x|) in [0, 1]; flushed to 0 as exp_flush is.
+template <class T>
+NEARFAR_INLINE SoftplusSigmoid<T> softplus_sigmoid_of(Vec<T> x) {
+  const Vec<T> e = exp_of<T, true>(vmin(x, -x)), one = splat<T>(T(1));
+  const IVec<T> high = e > T(0.41421356237309503);  // 1 + e = 2 (1 + f) there, else 1 + f
+  const Vec<T> f = select(high, (e - T(1)) * T(0.5), e);
+  const Vec<T> log1p = log_of_parts<T>(select(high, one, Vec<T>{}), f);
+  return {vmax(Vec<T>{}, x) + log1p, select(x < T(0), e, one) / (one + e)};
+}
+
 NEARFAR_INLINE Vec<float> exp(Vec<float> x) { return exp_of<float, false>(x); }
 NEARFAR_INLINE Vec<double> exp(Vec<double> x) { return exp_of<double, false>(x); }
 
@@ -444,6 +459,8 @@ NEARFAR_INLINE Vec<float> expm1(Vec<float> x) { return expm1_of<float>(x); }
 NEARFAR_INLINE Vec<double> expm1(Vec<double> x) { return expm1_of<double>(x); }
 NEARFAR_INLINE Vec<float> log1p(Vec<float> x) { return log1p_of<float>(x); }
 NEARFAR_INLINE Vec<double> log1p(Vec<double> x) { return log1p_of<double>(x); }
+NEARFAR_INLINE SoftplusSigmoid<float> softplus_sigmoid(Vec<float> x) { return softplus_sigmoid_of<float>(x); }
+NEARFAR_INLINE SoftplusSigmoid<double> softplus_sigmoid(Vec<double> x) { return softplus_sigmoid_of<double>(x); }
 
 }  // namespace
 }  // namespace nearfar

@@ -20,7 +20,7 @@ def build_info() -> dict[str, Any]:
     """Instruction set, compiler and CUDA of this build."""
 
 def vector_math(function: str, x: object, out: object) -> None:
-    """exp, log, expm1 or log1p of a contiguous array, by the kernels' own code."""
+    """exp, log, softplus and the like of a contiguous array, by the kernels' own code."""
 
 def fma_peak(threads: int) -> float:
     """Measured float32 multiply-add rate in GFLOP/s."""
@@ -64,6 +64,7 @@ def select(
     k: int,
     value: object,
     index: object,
+    screening: str,
     threads: int,
 ) -> None:
     """The k best columns of every row, best first."""
@@ -95,6 +96,36 @@ def softmax(
 ) -> tuple[float, float]:
     """Losses of a softmax over pairs and their gradients; returns (sum of losses, gradient of scale)."""
 
+def sup_con(
+    x: object,
+    classes: object,
+    positive_mask: object,
+    views: int,
+    scale: float,
+    normalize: bool,
+    weights: object,
+    mean: bool,
+    loss: object,
+    dx: object,
+    threads: int,
+) -> tuple[float, float, int]:
+    """SupCon of classes or a mask of positives; returns (sum of losses, gradient of scale, anchors)."""
+
+def sigmoid(
+    x: object,
+    y: object,
+    scale: float,
+    bias: float,
+    normalize: bool,
+    weights: object,
+    weight: float,
+    loss: object,
+    dx: object,
+    dy: object,
+    threads: int,
+) -> tuple[float, float, float]:
+    """Sigmoid loss over pairs; returns (sum of losses, gradient of scale, gradient of bias)."""
+
 def potential(x: object, t: float, normalize: bool, dx: object, threads: int) -> float:
     """log of the sum over i < j of exp(-t |x_i - x_j|^2), and its gradient."""
 
@@ -111,3 +142,23 @@ def alignment(
     threads: int,
 ) -> float:
     """|x_i - y_i|^alpha, its sum and gradients."""
+
+def triplet(
+    x: object,
+    codes: object,
+    classes: int,
+    mining: str,
+    margin: float,
+    squared: bool,
+    soft: bool,
+    normalize: bool,
+    weights: object,
+    mean: bool,
+    value: object,
+    dx: object,
+    positive: object,
+    negative: object,
+    triplets: int,
+    threads: int,
+) -> tuple[float, int]:
+    """Triplet losses of a labelled batch, gradient and mined indices; returns (sum of losses, number of triplets)."""

@@ -157,6 +157,11 @@ def to_numpy(array: Array) -> np.ndarray[Any, Any]:
     return np.asarray(array.get())
 
 
+def as_bytes(mask: Array) -> Array:
+    """A boolean array seen as uint8, without a copy."""
+    return mask.view(sys.modules["torch"].uint8 if is_torch(mask) else np.uint8)
+
+
 def concatenate(arrays: Sequence[Array]) -> Array:
     """Along the first axis; one array is returned as it is."""
     if len(arrays) == 1:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from .formulas import PLAIN
 from .operators import OPERATIONS, is_absent, pad
 from .second import potential_second, second
 
@@ -175,6 +176,8 @@ def _requires_grad(tensor: Tensor | None, transformed: bool) -> bool:
 
 def apply(name: str, tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tensor:
     """The value of an operation, connected to the graph if any input requires a gradient."""
+    if name in PLAIN:
+        return PLAIN[name](tensors, config)
     operation = OPERATIONS[name]
     transformed = _transformed()
     gradients = torch.is_grad_enabled() and any(_requires_grad(t, transformed) for t in tensors[: operation.count])

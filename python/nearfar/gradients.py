@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from . import operations
+from . import operations, rowwise, triplets
 from .arrays import Array, cast, concatenate, dtype_name, is_torch
 
 P = ParamSpec("P")
@@ -26,6 +26,12 @@ _OPERATIONS: dict[str, tuple[Callable[..., Any], bool]] = {
     "softmax": (operations.softmax, True),
     "potential": (operations.potential, False),
     "alignment": (operations.alignment, True),
+    "n_pairs": (operations.n_pairs, True),
+    "sup_con": (operations.sup_con, True),
+    "sigmoid": (operations.sigmoid, True),
+    "batch_triplet": (triplets.batch_triplet, True),
+    "contrastive": (rowwise.contrastive, False),
+    "triplet_margin": (rowwise.triplet_margin, False),
 }
 
 

@@ -14,21 +14,26 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .arrays import Array, cast, compute_dtype, empty
+from .arrays import Array, as_bytes, cast, compute_dtype, empty
 from .runtime import get_num_threads
 
 # Workspace for exp(scores) of a strip of 128 rows. Beyond it (more than 64 Ki columns in float32) scores are computed
 # twice: four matrix products instead of three.
 STRIP_BUDGET = 32 << 20
 
+# Whether searches screen columns with bfloat16 products: "automatic" (where the CPU is faster at them), "always" or
+# "never". Results are the same.
+SCREENING = "automatic"
+
 # The largest multiplier of dot products.
 LARGEST = {name: float(np.finfo(name).max) for name in ("float32", "float64")}
 
 
-def _reduced(like: Array, rows: Array, total: float, reduction: str) -> Array:
+def _reduced(like: Array, rows: Array, total: float, reduction: str, anchors: int | None = None) -> Array:
+    """The value of a loss; the mean is over `anchors`, or all rows."""
     if reduction == "none":
         return rows
-    n = rows.shape[0]
+    n = rows.shape[0] if anchors is None else anchors
     value = empty(like, (), compute_dtype(like))
     value[...] = total if reduction == "sum" else (total / n if n else 0.0)
     return value
@@ -43,6 +48,21 @@ def _row_weights(weights: Array | None, x: Array, reduction: str) -> tuple[float
     if weights is not None:
         return 0.0, _contiguous(cast(weights, compute_dtype(x)))
     return (1.0 / max(x.shape[0], 1) if reduction == "mean" else 1.0), None
+
+
+def _multiplier(scale: Any, like: Array) -> float:
+    """The multiplier of dot products, checked where its value is known."""
+    multiplier = float(scale)
+    if not 0 < multiplier <= LARGEST[compute_dtype(like)]:
+        raise ValueError(f"temperature, logit_scale: expected a positive number, got logit_scale = {multiplier}")
+    return multiplier
+
+
+def _number(like: Array, value: float) -> Array:
+    """A gradient of a scalar: always in double."""
+    number = empty(like, (), "float64")
+    number[...] = value
+    return number
 
 
 def _codes(ids: Array, columns: int) -> tuple[Array, Array]:
@@ -71,9 +91,7 @@ def softmax(
 
     ``y=None``: the columns are x itself. ``positive=None``: the positives are the first n columns, row ``i + shift``.
     """
-    scale = float(scale)
-    if not 0 < scale <= LARGEST[compute_dtype(x)]:
-        raise ValueError(f"temperature, logit_scale: expected a positive number, got logit_scale = {scale}")
+    scale = _multiplier(scale, x)
     n, d = x.shape
     columns = x if y is None else y
     own_positive = positive is not None
@@ -113,10 +131,83 @@ def softmax(
     value = _reduced(x, rows, total, reduction)
     if not gradients:
         return value, None, None, None, None, None
-    gscale = empty(x, (), "float64")
-    gscale[...] = dscale
     dy = None if y is None or mode == "pairs" else dy
-    return value, dx, dy, dpositive if own_positive else None, dpaired, gscale
+    return value, dx, dy, dpositive if own_positive else None, dpaired, _number(x, dscale)
+
+
+def n_pairs(
+    weights: Array | None, x: Array, y: Array, l2_reg: float, reduction: str, gradients: bool
+) -> tuple[Any, ...]:
+    """Softmax over dot products plus l2_reg times half the squared norms of a pair: value, gradients of x and y."""
+    options = (None, "rows", reduction, False, True, 0, gradients)
+    value, dx, dy, *_ = softmax(weights, x, y, None, None, 1.0, *options)
+    if l2_reg:
+        weight, weights = _row_weights(weights, x, reduction)
+        x, y = cast(x, compute_dtype(x)), cast(y, compute_dtype(x))
+        penalty = ((x * x).sum(1) + (y * y).sum(1)) * (l2_reg / 2)
+        value += penalty if reduction == "none" else weight * penalty.sum()
+        if gradients:
+            factor = l2_reg * (weight if weights is None else weights[:, None])
+            dx += factor * x
+            dy += factor * y
+    return value, dx, dy
+
+
+def sup_con(
+    weights: Array | None,
+    x: Array,
+    scale: Any,
+    labels: Array | None,
+    positive_mask: Array | None,
+    reduction: str,
+    normalize: bool,
+    gradients: bool,
+) -> tuple[Any, ...]:
+    """Supervised contrastive loss of (n, d), or (n, v, d) for v views: value, gradients of x and scale.
+
+    Positives: the rows of a label, or what the mask of items says; without both, the views of an item.
+    """
+    d = x.shape[-1]
+    views = x.shape[1] if x.ndim == 3 else 1
+    rows = empty(x, tuple(x.shape[:-1]))
+    dx = empty(x, tuple(x.shape), zero=True) if gradients else None
+    classes = None
+    if positive_mask is None:
+        _, codes = np.unique(np.arange(len(x)) if labels is None else np.asarray(labels), return_inverse=True)
+        classes = np.repeat(codes.reshape(-1).astype(np.int32), views)
+    _, weights = _row_weights(weights, x, reduction)
+    total, dscale, anchors = _core.sup_con(
+        x.reshape(-1, d),
+        classes,
+        None if positive_mask is None else as_bytes(positive_mask),
+        views,
+        _multiplier(scale, x),
+        normalize,
+        None if weights is None else weights.reshape(-1),
+        reduction == "mean",
+        rows.reshape(-1),
+        None if dx is None else dx.reshape(-1, d),
+        get_num_threads(),
+    )
+    value = _reduced(x, rows, total, reduction, anchors)
+    return value, dx, _number(x, dscale) if gradients else None
+
+
+def sigmoid(
+    weights: Array | None, x: Array, y: Array, scale: Any, bias: Any, reduction: str, normalize: bool, gradients: bool
+) -> tuple[Any, ...]:
+    """Sigmoid loss over pairs: value and gradients of x, y, scale and bias."""
+    n = x.shape[0]
+    bias = float(bias)
+    if not math.isfinite(bias):
+        raise ValueError(f"logit_bias: expected a finite number, got {bias}")
+    rows = empty(x, (n,))
+    dx, dy = (empty(x, tuple(x.shape), zero=True) if gradients else None for _ in range(2))
+    weight, weights = _row_weights(weights, x, reduction)
+    scale = _multiplier(scale, x)
+    total, *scalars = _core.sigmoid(x, y, scale, bias, normalize, weights, weight, rows, dx, dy, get_num_threads())
+    value = _reduced(x, rows, total, reduction)
+    return value, dx, dy, *(_number(x, g) if gradients else None for g in scalars)
 
 
 def potential(x: Array, t: float, normalize: bool, gradients: bool) -> tuple[Any, ...]:
@@ -203,5 +294,5 @@ def select(x: Array, y: Array | None, map: str, normalize: bool, exclude_self: b
     value = empty(x, (x.shape[0], x.shape[1], k))
     index = empty(x, (x.shape[0], x.shape[1], k), "int64")
     columns = x if y is None else y
-    _core.select(x, columns, map, normalize, exclude_self, k, value, index, get_num_threads())
+    _core.select(x, columns, map, normalize, exclude_self, k, value, index, SCREENING, get_num_threads())
     return value, index

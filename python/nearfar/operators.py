@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import formulas, operations
+from . import formulas, operations, triplets
 
 _library = torch.library.Library("nearfar", "DEF")
 
@@ -43,7 +43,7 @@ def _compute(x: Tensor) -> torch.dtype:
 
 
 def _value_like(x: Tensor, reduction: str) -> Tensor:
-    return x.new_empty((x.shape[0],) if reduction == "none" else (), dtype=_compute(x))
+    return x.new_empty(x.shape[:-1] if reduction == "none" else (), dtype=_compute(x))
 
 
 def _grad_like(x: Tensor | None, wanted: bool) -> Tensor:
@@ -51,6 +51,10 @@ def _grad_like(x: Tensor | None, wanted: bool) -> Tensor:
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
+
+
+def _number_like(x: Tensor, wanted: bool) -> Tensor:
+    return x.new_empty((), dtype=torch.float64) if wanted else torch.empty(0)
 
 
 def _fake_softmax(
@@ -63,7 +67,7 @@ def _fake_softmax(
         _grad_like(y if mode != "pairs" else None, gradients),
         _grad_like(positive, gradients),
         _grad_like(paired, gradients),
-        x.new_empty((), dtype=torch.float64) if gradients else torch.empty(0),
+        _number_like(x, gradients),
     )
 
 
@@ -73,6 +77,41 @@ _softmax = _define(
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     operations.softmax,
     _fake_softmax,
+)
+
+_n_pairs = _define(
+    "n_pairs(Tensor? weights, Tensor x, Tensor y, float l2_reg, str reduction, bool gradients) "
+    "-> (Tensor, Tensor, Tensor)",
+    operations.n_pairs,
+    lambda weights, x, y, l2_reg, reduction, gradients: (
+        _value_like(x, reduction),
+        _grad_like(x, gradients),
+        _grad_like(y, gradients),
+    ),
+)
+
+_sup_con = _define(
+    "sup_con(Tensor? weights, Tensor x, Tensor scale, Tensor? labels, Tensor? positive_mask, str reduction, "
+    "bool normalize, bool gradients) -> (Tensor, Tensor, Tensor)",
+    operations.sup_con,
+    lambda weights, x, scale, labels, positive_mask, reduction, normalize, gradients: (
+        _value_like(x, reduction),
+        _grad_like(x, gradients),
+        _number_like(x, gradients),
+    ),
+)
+
+_sigmoid = _define(
+    "sigmoid(Tensor? weights, Tensor x, Tensor y, Tensor scale, Tensor bias, str reduction, bool normalize, "
+    "bool gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    operations.sigmoid,
+    lambda weights, x, y, scale, bias, reduction, normalize, gradients: (
+        _value_like(x, reduction),
+        _grad_like(x, gradients),
+        _grad_like(y, gradients),
+        _number_like(x, gradients),
+        _number_like(x, gradients),
+    ),
 )
 
 _potential = _define(
@@ -89,6 +128,16 @@ _alignment = _define(
         _value_like(x, reduction),
         _grad_like(x, gradients),
         _grad_like(y, gradients),
+    ),
+)
+
+_batch_triplet = _define(
+    "batch_triplet(Tensor? weights, Tensor x, Tensor labels, str mining, float margin, bool squared, bool soft, "
+    "str reduction, bool normalize, bool gradients) -> (Tensor, Tensor)",
+    triplets.batch_triplet,
+    lambda weights, x, labels, mining, margin, squared, soft, reduction, normalize, gradients: (
+        _value_like(x, reduction),
+        _grad_like(x, gradients),
     ),
 )
 
@@ -130,7 +179,8 @@ _matmul_grad = _define(
 class Operation:
     """One operation: ``forward(tensors, config, gradients) -> (value, *gradients)`` and what differentiates it.
 
-    `grad` computes gradients from the upstream one where the forward pass did not; `rows` is the plain formula.
+    `grad` computes gradients from the upstream one where the forward pass did not; `rows` is the plain formula, which
+    is also given the tensors that `prepare` made, beside what a mean divides by where that is not the number of rows.
     """
 
     forward: Callable[..., Any]
@@ -138,6 +188,7 @@ class Operation:
     rows: Callable[..., Tensor]
     count: int  # tensors that may require a gradient: the first `count` inputs
     loss: bool
+    prepare: Callable[..., tuple[tuple[Tensor, ...], int]] | None = None
 
 
 def is_absent(grad: Tensor) -> bool:
@@ -161,6 +212,28 @@ OPERATIONS = {
     "softmax": Operation(
         lambda t, c, gradients: _softmax(None, *t, *c, gradients), _softmax_grad, formulas.softmax_rows, 5, True
     ),
+    "n_pairs": Operation(
+        lambda t, c, gradients: _n_pairs(None, *t, *c, gradients),
+        lambda g, value, t, c: _n_pairs(g, *t, *c, True)[1:],
+        formulas.n_pairs_rows,
+        2,
+        True,
+    ),
+    "sup_con": Operation(
+        lambda t, c, gradients: _sup_con(None, *t, *c, gradients),
+        lambda g, value, t, c: _sup_con(g, *t, *c, True)[1:],
+        formulas.sup_con_rows,
+        2,
+        True,
+        lambda tensors, config: ((), formulas.sup_con_anchors(tensors, config)),
+    ),
+    "sigmoid": Operation(
+        lambda t, c, gradients: _sigmoid(None, *t, *c, gradients),
+        lambda g, value, t, c: _sigmoid(g, *t, *c, True)[1:],
+        formulas.sigmoid_rows,
+        4,
+        True,
+    ),
     "potential": Operation(
         lambda t, c, gradients: _potential(*t, *c, gradients), _no_rows, formulas.potential_rows, 1, True
     ),
@@ -170,6 +243,14 @@ OPERATIONS = {
         formulas.alignment_rows,
         2,
         True,
+    ),
+    "batch_triplet": Operation(
+        lambda t, c, gradients: _batch_triplet(None, *t, *c, gradients),
+        lambda g, value, t, c: _batch_triplet(g, *t, *c, True)[1:],
+        formulas.batch_triplet_rows,
+        1,
+        True,
+        triplets.prepare,
     ),
     "store": Operation(
         lambda t, c, gradients: (_store(*t, *c),),

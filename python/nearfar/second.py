@@ -46,10 +46,11 @@ def second(
     name: str, g: Tensor, value: Tensor, tensors: tuple[Any, ...], config: tuple[Any, ...], vectors: tuple[Any, ...]
 ) -> tuple[Tensor, list[Any]]:
     operation = OPERATIONS[name]
+    terms = n = tensors[0].shape[0 if operation.loss else 1]
+    if operation.prepare:
+        extra, terms = operation.prepare(tensors, config)
+        tensors = (*tensors, *extra)
     leaves, where = _leaves(tensors, operation.count)
-    x = leaves[0]
-    rows_axis = 0 if operation.loss else 1
-    n = x.shape[rows_axis]
     upstream = g.detach().to(torch.promote_types(g.dtype, torch.float32)).requires_grad_()
     own = [leaves[k] for k in where]
     along = [vectors[k] for k in where]
@@ -67,7 +68,7 @@ def second(
             elif "none" in config:
                 weights = upstream[rows]
             else:
-                weights = upstream / n if "mean" in config else upstream
+                weights = upstream / max(terms, 1) if "mean" in config else upstream
             pieces = _twice((part * weights).sum(), own, [upstream], along)
         for total, piece in zip(totals, pieces, strict=True):
             total += piece

@@ -2,7 +2,10 @@
 //
 // Columns are scanned in ascending order and replace a kept one only when strictly better, so ties go to the lower
 // index. The kept candidates are then measured again from the original rows and sorted by (value, index).
+#include <type_traits>
+
 #include "cpu/mask.hpp"
+#include "cpu/screen.hpp"
 
 namespace nearfar {
 namespace {
@@ -16,11 +19,13 @@ class Select {
   using P = Policy<T>;
   static constexpr int NR = P::NR;
   static constexpr bool kDistance = KEY == Key::direct || KEY == Key::expanded;
+  static constexpr bool kScreens = std::is_same_v<T, float> && KEY != Key::direct;
   static constexpr bool kMends = KEY == Key::expanded || KEY == Key::cosine;  // small keys are computed again
 
  public:
-  Select(const SelectParams<T>& params, const Operands<T>& operands)
-      : p(params), n(p.x.n), m(p.y.n), k(p.k), o(operands) {}
+  /// screen: null where every column is scored in full.
+  Select(const SelectParams<T>& params, const Operands<T>& operands, const Screen* screen)
+      : p(params), n(p.x.n), m(p.y.n), k(p.k), o(operands), screen_(screen) {}
 
   void run() {
     // Few rows: cut the columns too, by the shape alone; parts are merged in order.
@@ -50,18 +55,31 @@ class Select {
     const int64_t d = o.d, row = s * P::kStripRows;
     const int64_t panels = ceil_div(n - row < P::kStripRows ? n - row : P::kStripRows, NR);
     Buffer<T> rows(o.row_buffer()), packed(P::kStripRows * d), block(o.chunks.tiles_each * P::MR * NR);
-    alignas(64) T squares[P::kStripRows], worst[P::kStripRows];
-    for (int64_t q = 0; q < panels; ++q)
+    Buffer<uint32_t> pairs(screen_ ? panels * screen_->panel_size() : 0);
+    alignas(64) T squares[P::kStripRows], worst[P::kStripRows], norm[P::kStripRows], lost[P::kStripRows];
+    for (int64_t q = 0; q < panels; ++q) {
       o.pack_panel(row + q * NR, T(1), rows.get(), packed.get() + q * NR * d, squares + q * NR);
+      if constexpr (kScreens)
+        if (screen_)
+          screen_->pack_panel(packed.get() + q * NR * d, pairs.get() + q * screen_->panel_size(), norm + q * NR,
+                              lost + q * NR);
+    }
     for (int64_t at = 0; at < P::kStripRows * k; ++at) kept[at] = static_cast<T>(kInfinity), index[at] = -1;
     for (int64_t i = 0; i < P::kStripRows; ++i) worst[i] = static_cast<T>(kInfinity);
     for (int64_t chunk = first; chunk < last; ++chunk) {
       const int64_t t0 = o.chunks.tile_begin(chunk), t1 = o.chunks.tile_end(chunk);
       for (int64_t q = 0; q < panels; ++q) {
-        o.raw_block(t0, t1, packed.get() + q * NR * d, block.get());
         const Panel panel{row + q * NR, squares + q * NR, worst + q * NR, kept + q * NR * k, index + q * NR * k};
+        // Nothing can be screened out before something is kept.
+        if constexpr (kScreens)
+          if (screen_ && (best_only() || chunk > first)) {
+            screened(chunk, packed.get() + q * NR * d, pairs.get() + q * screen_->panel_size(), norm + q * NR,
+                     lost + q * NR, block.get(), panel);
+            continue;
+          }
+        o.raw_block(t0, t1, packed.get() + q * NR * d, block.get());
         const int64_t end = t1 * P::MR < m ? t1 * P::MR : m;
-        if (k == 1 && !p.exclude_self) {
+        if (best_only()) {
           scan_best(block.get(), t0 * P::MR, end, panel);
         } else {
           scan(block.get(), t0 * P::MR, end, panel);
@@ -69,6 +87,8 @@ class Select {
       }
     }
   }
+
+  bool best_only() const { return k == 1 && !p.exclude_self; }
 
   NEARFAR_INLINE static Vec<T> squares(const Panel& panel, int v) {
     return KEY == Key::expanded ? load(panel.squares + v * kLanes<T>) : Vec<T>{};
@@ -161,6 +181,70 @@ class Select {
     }
   }
 
+  /// Approximate keys of a chunk, and exact ones only for the columns that may be better than what is kept. `norm` and
+  /// `lost` are those of Screen::pack_panel.
+  void screened(int64_t chunk, const T* packed, const uint32_t* pairs, const T* norm, const T* lost, T* scores,
+                const Panel& panel) const {
+    constexpr int64_t kAtOnce = 8;
+    const int64_t column = o.chunks.tile_begin(chunk) * P::MR, last = o.chunks.tile_end(chunk) * P::MR;
+    const int64_t end = last < m ? last : m;
+    screen_->block(chunk, pairs, scores);
+    Vec<T> bound[P::kVectors], limit[P::kVectors];
+    IVec<T> near = IVec<T>{};  // approximate keys are not mended
+    for (int v = 0; v < P::kVectors; ++v) {
+      const Vec<T> own = squares(panel, v), own_norm = load(norm + v * kLanes<T>);
+      bound[v] = key_bound(chunk, own, screen_->bound(chunk, own_norm, load(lost + v * kLanes<T>)));
+      Vec<T> worst = load(panel.worst + v * kLanes<T>);
+      if (best_only()) {
+        Vec<T> least = splat<T>(static_cast<T>(kInfinity));
+        for (int64_t j = column; j < end; ++j)
+          least = vmin(key(scores + (j - column) * NR + v * kLanes<T>, j, own, near), least);
+        worst = vmin(least + bound[v], worst);
+      }
+      limit[v] = worst + bound[v];
+      // Lanes without a row, and rows that are at no distance from anything, look at nothing.
+      IVec<T> idle = isplat<T>(static_cast<IntOf<T>>(v * kLanes<T>)) + iota<T>() >=
+                     isplat<T>(static_cast<IntOf<T>>(n - panel.row < NR ? n - panel.row : NR));
+      if (KEY != Key::negative_dot) idle |= ~(own_norm < splat<T>(static_cast<T>(kInfinity)));
+      limit[v] = select(idle, splat<T>(static_cast<T>(-kInfinity)), limit[v]);
+    }
+    // Not above the limit, so that NaN, which no bound covers, is looked at.
+    auto looks = [&](int64_t j, int v) {
+      return ~(key(scores + (j - column) * NR + v * kLanes<T>, j, squares(panel, v), near) > limit[v]);
+    };
+    int64_t found[Screen::kColumns];
+    int count = 0;
+    auto settle = [&] {
+      alignas(64) T exact[Screen::kColumns * NR];
+      screen_->exact(found, count, packed, exact);
+      for (int c = 0; c < count; ++c) insert(exact + c * NR, found[c], panel);
+      for (int v = 0; v < P::kVectors; ++v) limit[v] = vmin(load(panel.worst + v * kLanes<T>) + bound[v], limit[v]);
+      count = 0;
+    };
+    for (int64_t j0 = column; j0 < end; j0 += kAtOnce) {
+      const int64_t j1 = j0 + kAtOnce < end ? j0 + kAtOnce : end;
+      IVec<T> look = IVec<T>{};
+      for (int v = 0; v < P::kVectors; ++v)
+        for (int64_t j = j0; j < j1; ++j) look |= looks(j, v);
+      if (!any(look)) continue;
+      for (int64_t j = j0; j < j1; ++j) {
+        look = IVec<T>{};
+        for (int v = 0; v < P::kVectors; ++v) look |= looks(j, v);
+        if (!any(look)) continue;
+        found[count++] = j;
+        if (count == Screen::kColumns) settle();
+      }
+    }
+    if (count) settle();
+  }
+
+  /// From the bound of a dot product to that of a key; a mended key differs from the expansion by its rounding.
+  NEARFAR_INLINE Vec<T> key_bound(int64_t chunk, Vec<T> own, Vec<T> bound) const {
+    const T rounding = static_cast<T>(2 * o.d + 16) * 0x1p-24f, norm = screen_->norm(chunk);
+    if (KEY == Key::expanded) return T(2) * bound + (own + norm * norm) * rounding;
+    return KEY == Key::cosine ? bound + rounding : bound;
+  }
+
   void insert(const T* scores, int64_t j, const Panel& panel) const {
     alignas(64) T keys[NR];
     IVec<T> near = IVec<T>{};
@@ -234,19 +318,32 @@ class Select {
   const SelectParams<T>& p;
   const int64_t n, m, k;
   const Operands<T>& o;
+  const Screen* screen_;
   int64_t splits_ = 1;
   Buffer<T> kept_;
   Buffer<int64_t> index_;
 };
 
+template <class T, Key KEY>
+void run(const SelectParams<T>& p, const Operands<T>& o) {
+  if constexpr (std::is_same_v<T, float> && KEY != Key::direct) {
+    const bool wanted = p.screening == Screening::always || (p.screening == Screening::automatic && screening_pays());
+    if (wanted && o.d >= Screen::kLeastDims) {
+      const Screen screen(o, p.threads);
+      return Select<T, KEY>(p, o, &screen).run();
+    }
+  }
+  Select<T, KEY>(p, o, nullptr).run();
+}
+
 template <class T>
 void run(const SelectParams<T>& p) {
   const bool distance = p.map == PairMap::euclidean || p.map == PairMap::sqeuclidean;
   const Operands<T> o(p.x, p.y, p.normalize, distance, false, p.threads);
-  if (p.map == PairMap::one_minus_dot) return Select<T, Key::cosine>(p, o).run();
-  if (!distance) return Select<T, Key::negative_dot>(p, o).run();
-  if (o.expanded()) return Select<T, Key::expanded>(p, o).run();
-  Select<T, Key::direct>(p, o).run();
+  if (p.map == PairMap::one_minus_dot) return run<T, Key::cosine>(p, o);
+  if (!distance) return run<T, Key::negative_dot>(p, o);
+  if (o.expanded()) return run<T, Key::expanded>(p, o);
+  run<T, Key::direct>(p, o);
 }
 
 }  // namespace

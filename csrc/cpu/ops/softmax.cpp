@@ -1,4 +1,4 @@
-// Softmax over pairs: InfoNCE, CLIP, NT-Xent.
+// Softmax over pairs: InfoNCE, CLIP, NT-Xent, DCL, SupCon.
 //
 //   loss_i = log( e^{s_i+} + sum_{j in D(i)} e^{s_ij} ) - s_i+       s_ij = scale <x_i, y_j>
 //
@@ -6,9 +6,11 @@
 // loss_i = softplus(z_i), z_i = log sum_{D(i)} e^{s_ij} - s_i+, and its slope -1 / (1 + e^{-z_i}) by the positive keep
 // their digits when they are small. The gradient weights are dL/ds_ij = w_i e^{s_ij - lse_i} (and the same of columns),
 // so both gradients are products with exp(s), which a strip keeps until its log-sum-exp is known: three matrix products
-// in all. Where columns have a normaliser too (CLIP, NT-Xent) it is known only after a whole pass, so scores are
-// computed twice.
+// in all. SupCon's anchors have a set of positives (positives.hpp), whose mean score takes the place of s_i+, and the
+// denominator holds every column but their own; those with one positive are as above. Where columns have a normaliser
+// too (CLIP, NT-Xent) it is known only after a whole pass, so scores are computed twice.
 #include "cpu/mask.hpp"
+#include "cpu/positives.hpp"
 #include "cpu/strip.hpp"
 #include "pairwise/reduce.hpp"
 
@@ -202,9 +204,15 @@ class Softmax {
         o(params.x, params.y, params.normalize, false, false, params.threads),
         positive(params.positive),
         paired(params.paired),
-        mask{o, -kInfinity, params.mode == SoftmaxMode::pairs, skip_shift(params), params.ids_x, params.ids_y} {
+        sets(params.positives, o.x, params.threads),
+        mask{o, -kInfinity, params.mode == SoftmaxMode::pairs, nullptr, params.ids_x, params.ids_y} {
     if (p.normalize && positive.n() > 0) positive.normalize(p.threads);
     if (p.normalize && paired.n() > 0) paired.normalize(p.threads);
+    partner_ = Buffer<int64_t>(n);
+    for (int64_t i = 0; i < n; ++i) partner_[i] = sets.given() ? sets.partner(i) : (i + p.positive_shift) % n;
+    if (p.positive_is_column) mask.partner = partner_.get();
+    p.anchors = sets.given() ? sets.anchors() : n;
+    if (p.weight_of_mean && p.anchors > 0) p.weight /= static_cast<double>(p.anchors);
   }
 
   void run() {
@@ -227,9 +235,12 @@ class Softmax {
   }
 
  private:
-  static int64_t skip_shift(const SoftmaxParams<T>& p) { return p.positive_is_column ? p.positive_shift : -1; }
-  int64_t positive_row(int64_t i) const { return (i + p.positive_shift) % n; }
+  /// Whether the positive of row i is one row that is in the denominator but not in its state.
+  bool apart(int64_t i) const { return sets.given() ? partner_[i] >= 0 : p.positive_in_sum; }
+  /// Whether the only positive of row i does not see in row i its own: their pair is masked for both.
+  bool one_sided(int64_t i) const { return sets.given() && partner_[i] >= 0 && partner_[partner_[i]] != i; }
   double weight_of(int64_t i) const {
+    if (sets.given() && sets.count(i) == 0) return 0;
     return (p.weights ? static_cast<double>(p.weights[i]) : p.weight) * (p.mode == SoftmaxMode::both ? 0.5 : 1.0);
   }
 
@@ -243,9 +254,11 @@ class Softmax {
         o.x.get(i, own);
         LogSumExp state;
         positive_score_[i] = 0;
-        if (positive.n() > 0) {
-          positive.get(positive_row(i), other);
+        if (positive.n() > 0 && partner_[i] >= 0) {
+          positive.get(partner_[i], other);
           positive_score_[i] = p.scale * Source<T>::dot(own, other, d);
+        } else if (sets.given()) {
+          positive_score_[i] = p.scale * sets.mean(i);
         }
         for (int64_t k = 0; k < p.paired_per_row; ++k) {
           paired.get(i * p.paired_per_row + k, other);
@@ -256,6 +269,8 @@ class Softmax {
         states_[i] = state;
       }
     });
+    for (int64_t i = 0; i < n; ++i)
+      if (one_sided(i)) states_[partner_[i]].add(positive_score_[i], 1);
   }
 
   StripPlan<T> plan(bool products, bool two_phase) const {
@@ -291,17 +306,23 @@ class Softmax {
   }
   /// Log of a whole denominator, the positive of row i included.
   double denominator(LogSumExp state, int64_t i) const {
-    if (p.positive_in_sum) state.add(positive_score_[i], 1);
+    if (apart(i)) state.add(positive_score_[i], 1);
     return state.value();
   }
+  /// An anchor without a positive, or with nothing to tell it from, counts as 0.
+  bool nothing(const LogSumExp& state, int64_t i) const {
+    return sets.given() ? sets.count(i) == 0 : !apart(i) && state.s == 0;
+  }
   double loss_of(const LogSumExp& state, int64_t i) const {
+    if (nothing(state, i)) return 0;
     const double z = state.value() - positive_score_[i];
-    if (!p.positive_in_sum) return z;
+    if (!apart(i)) return z;
     return z > 0 ? z + std::log1p(std::exp(-z)) : std::log1p(std::exp(z));
   }
   /// d loss_of / d positive_score_.
   double slope_of(const LogSumExp& state, int64_t i) const {
-    return p.positive_in_sum ? -1 / (1 + std::exp(positive_score_[i] - state.value())) : -1;
+    if (nothing(state, i)) return 0;
+    return apart(i) ? -1 / (1 + std::exp(positive_score_[i] - state.value())) : -1;
   }
 
   template <bool COLUMNS>
@@ -336,20 +357,28 @@ class Softmax {
     if (!p.dx) return;
     add_positives();
     Buffer<double> along(n);
-    finish_rows(o.x, p.dx, along.get());
+    if (sets.given()) sets.add_gradient([&](int64_t i) { return -weight_of(i); }, p.dx);
+    finish_gradient(o.x, p.scale, p.threads, p.dx, along.get());
     // sum_ij (dL/ds_ij) s_ij = sum_i <x_i, dx_i> for unit rows before the projection; with pairs every score counts
     // twice.
     for (int64_t i = 0; i < n; ++i) p.dscale += along[i];
     p.dscale /= p.mode == SoftmaxMode::pairs ? 2 * p.scale : p.scale;
-    if (p.dy != p.dx) finish_rows(o.y, p.dy, nullptr);
-    if (p.dpositive && p.dpositive != p.dy && p.dpositive != p.dx) finish_rows(positive, p.dpositive, nullptr);
-    if (p.dpaired) finish_rows(paired, p.dpaired, nullptr);
+    if (p.dy != p.dx) finish_gradient(o.y, p.scale, p.threads, p.dy);
+    if (p.dpositive && p.dpositive != p.dy && p.dpositive != p.dx)
+      finish_gradient(positive, p.scale, p.threads, p.dpositive);
+    if (p.dpaired) finish_gradient(paired, p.scale, p.threads, p.dpaired);
   }
 
   /// dL/ds of the positive of row i.
   double positive_weight(int64_t i) const {
     const double slope = slope_of(states_[i], i);
     return weight_of(i) * (p.mode == SoftmaxMode::both ? slope + slope_of(column_states_[i], i) : slope);
+  }
+
+  /// dL/ds of that score in the denominator of the positive itself.
+  double weight_in_other(int64_t i) const {
+    const int64_t row = partner_[i];
+    return weight_of(row) * std::exp(positive_score_[i] - denominator(states_[row], row));
   }
 
   void add_positives() {
@@ -362,9 +391,8 @@ class Softmax {
       for (int64_t i = task * Source<T>::kRowsPerTask; i < o.x.end(task); ++i) {
         o.x.get(i, own);
         T* dx = p.dx + i * d;
-        if (positive.n() > 0) {
-          const T w = static_cast<T>(positive_weight(i));
-          const int64_t row = positive_row(i);
+        if (const int64_t row = partner_[i]; positive.n() > 0 && row >= 0) {
+          const T w = static_cast<T>(positive_weight(i) + (one_sided(i) ? weight_in_other(i) : 0));
           positive.get(row, other);
           for (int64_t k = 0; k < d; ++k) dx[k] += w * other[k];
           if (T* out = p.dpositive ? p.dpositive + row * d : nullptr)
@@ -383,24 +411,13 @@ class Softmax {
     });
   }
 
-  void finish_rows(const Source<T>& source, T* grad, double* along) {
-    parallel_for(source.tasks(), p.threads, [&](int64_t task, int) {
-      Buffer<T> unit(d);
-      for (int64_t i = task * Source<T>::kRowsPerTask; i < source.end(task); ++i) {
-        T* g = grad + i * d;
-        for (int64_t k = 0; k < d; ++k) g[k] *= static_cast<T>(p.scale);
-        source.get(i, unit.get());
-        const double a = normalize_backward(source, i, unit.get(), g);
-        if (along) along[i] = a;
-      }
-    });
-  }
-
   SoftmaxParams<T>& p;
   const int64_t n, m, d;
   Operands<T> o;
   Source<T> positive, paired;
+  PositiveSets<T> sets;
   Mask<T> mask;
+  Buffer<int64_t> partner_;
   Buffer<LogSumExp> states_, column_states_;
   Buffer<double> positive_score_;
   Buffer<T> paired_score_;

@@ -1,10 +1,32 @@
-// The table of this instruction set's kernels. Adding an operation adds a line here.
+// The table of this instruction set's kernels. Adding an operation adds a line here. A level with NEARFAR_BASE is that
+// level with some kernels replaced.
 #include "cpu/ops.hpp"
 #include "cpu/vector.hpp"
 
 #define NEARFAR_STRING(x) #x
 #define NEARFAR_NAME(x) NEARFAR_STRING(x)
 
+#if defined(NEARFAR_BASE)
+namespace nearfar::NEARFAR_BASE {
+const Ops& table();
+}
+
+namespace nearfar::NEARFAR_ISA {
+
+void select(const SelectParams<float>&);
+
+const Ops& table() {
+  static const Ops kOps = [] {
+    Ops ops = NEARFAR_BASE::table();
+    ops.isa = NEARFAR_NAME(NEARFAR_ISA);
+    ops.f32.select = select;
+    return ops;
+  }();
+  return kOps;
+}
+
+}  // namespace nearfar::NEARFAR_ISA
+#else
 namespace nearfar::NEARFAR_ISA {
 
 void store(const StoreParams<float>&);
@@ -17,6 +39,10 @@ void potential(PotentialParams<float>&);
 void potential(PotentialParams<double>&);
 void alignment(AlignmentParams<float>&);
 void alignment(AlignmentParams<double>&);
+void sigmoid(SigmoidParams<float>&);
+void sigmoid(SigmoidParams<double>&);
+void triplet(TripletParams<float>&);
+void triplet(TripletParams<double>&);
 void matmul(const MatmulParams<float>&);
 void matmul(const MatmulParams<double>&);
 void matmul_grad(const MatmulGradParams<float>&);
@@ -28,8 +54,8 @@ void vector_math(int, const double*, double*, int64_t);
 double fma_peak(int threads);
 
 template <class T>
-constexpr OpsOf<T> kOpsOf = {store,  store_grad,  softmax, potential,  alignment,
-                             matmul, matmul_grad, select,  vector_math};
+constexpr OpsOf<T> kOpsOf = {store,   store_grad, softmax,     potential, alignment,  sigmoid,
+                             triplet, matmul,     matmul_grad, select,    vector_math};
 
 const Ops& table() {
   static constexpr Ops kOps = {NEARFAR_NAME(NEARFAR_ISA), kVectorBytes, fma_peak, kOpsOf<float>, kOpsOf<double>};
@@ -37,3 +63,4 @@ const Ops& table() {
 }
 
 }  // namespace nearfar::NEARFAR_ISA
+#endif

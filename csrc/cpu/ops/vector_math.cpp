@@ -1,5 +1,5 @@
-// exp, log, expm1, log1p and exp_flush (0 to 4) of cpu/vector.hpp over whole arrays: the door through which the tests
-// reach every instruction set's versions. No kernel calls this.
+// exp, log, expm1, log1p, exp_flush, softplus and sigmoid (0 to 6) of cpu/vector.hpp over whole arrays: the door
+// through which the tests reach every instruction set's versions. No kernel calls this.
 #include <cstdint>
 #include <cstring>
 
@@ -33,6 +33,10 @@ NEARFAR_INLINE void apply(int function, const T* x, T* y, int64_t n) {
       return map_array(x, y, n, [](Vec<T> v) { return log1p(v); });
     case 4:
       return map_array(x, y, n, [](Vec<T> v) { return exp_flush(v); });
+    case 5:
+      return map_array(x, y, n, [](Vec<T> v) { return softplus_sigmoid(v).softplus; });
+    case 6:
+      return map_array(x, y, n, [](Vec<T> v) { return softplus_sigmoid(v).sigmoid; });
   }
 }
 

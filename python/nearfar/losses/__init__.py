@@ -7,16 +7,34 @@ from typing import Any
 
 from .softmax import clip_loss, info_nce_limit, info_nce_loss, nt_xent_loss
 from .sphere import alignment, uniformity, uniformity_gap, uniformity_of_sphere
+from .mining import mine_triplets
+from .ranking import batch_triplet_loss, contrastive_loss, triplet_margin_loss
+from .sigmoid import siglip_loss
+from .softmax import clip_loss, dcl_loss, info_nce_limit, info_nce_loss, nt_xent_loss
+from .sphere import alignment, uniformity, uniformity_of_sphere
+from .supervised import n_pairs_loss, sup_con_loss
 
-MODULES = ("AlignmentLoss", "ClipLoss", "InfoNCELoss", "NTXentLoss", "UniformityLoss")
+MODULES = (
+    *("AlignmentLoss", "ClipLoss", "InfoNCELoss", "NTXentLoss", "UniformityLoss"),
+    *("DCLLoss", "MemoryBank", "NPairsLoss", "SigLipLoss", "SupConLoss"),
+    *("BatchTripletLoss", "ContrastiveLoss", "TripletMarginLoss"),
+)
 
 __all__ = [
     *MODULES,
     "alignment",
+    "batch_triplet_loss",
     "clip_loss",
+    "dcl_loss",
     "info_nce_limit",
     "info_nce_loss",
+    "n_pairs_loss",
     "nt_xent_loss",
+    "siglip_loss",
+    "sup_con_loss",
+    "contrastive_loss",
+    "mine_triplets",
+    "triplet_margin_loss",
     "uniformity",
     "uniformity_gap",
     "uniformity_of_sphere",

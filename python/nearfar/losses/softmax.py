@@ -1,4 +1,4 @@
-"""Losses over a softmax of negatives: InfoNCE, CLIP, NT-Xent.
+"""Losses over a softmax of negatives: InfoNCE, CLIP, NT-Xent, DCL.
 
 All are one operation, a masked log-sum-exp of scaled dot products with the positive as its first term, in three modes:
 rows of one set against another, both directions at once, and one set against itself with every unordered pair once.
@@ -27,8 +27,13 @@ def scale_part(temperature: Any, logit_scale: Any, default: Any, like: Array) ->
     """The multiplier of dot products as an operation's input, from whichever of the two was given."""
     if temperature is not None and logit_scale is not None:
         raise ValueError("temperature: give temperature or logit_scale, not both")
-    name, given = ("temperature", temperature) if logit_scale is None else ("logit_scale", logit_scale)
-    given = default if given is None else given
+    if logit_scale is not None:
+        return scalar_part(logit_scale, "logit_scale", like)
+    return scalar_part(default if temperature is None else temperature, "temperature", like, inverse=True)
+
+
+def scalar_part(given: Any, name: str, like: Array, *, inverse: bool = False, positive: bool = True) -> Part:
+    """A number or 0-d array as an operation's input, or its inverse; finite, and positive unless told otherwise."""
     if is_torch(given):
         if not is_torch(like):
             raise TypeError(f"{name}: expected a number or a NumPy 0-d array to match the points, got a torch.Tensor")
@@ -38,33 +43,32 @@ def scale_part(temperature: Any, logit_scale: Any, default: Any, like: Array) ->
             raise TypeError(f"{name}: expected a real number, got {dtype_name(given)}")
         # The value is checked where it is known without stopping a compiled graph: in the operation. In double, so that
         # a temperature in a low precision is not rounded once more.
-        return Part((name,), (1 / given.double() if name == "temperature" else given,))
+        return Part((name,), (1 / given.double() if inverse else given,))
     if getattr(given, "ndim", 0) != 0:
         raise ValueError(f"{name}: expected a number or a 0-d array, got shape {given.shape}")
     value = number(given, name)
-    if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{name}: expected a positive number, got {value}")
-    scale = 1 / value if name == "temperature" else value
-    slope = -scale * scale if name == "temperature" else 1.0
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name}: expected a {'positive' if positive else 'finite'} number, got {value}")
+    used = 1 / value if inverse else value
+    slope = -used * used if inverse else 1.0
     if is_torch(like):
         import torch
 
-        return Part((name,), (torch.tensor(scale, dtype=torch.float64),))
-    return Part((name,), (np.float64(scale),), slope)
+        return Part((name,), (torch.tensor(used, dtype=torch.float64),))
+    return Part((name,), (np.float64(used),), slope)
 
 
-def check_ids(ids: Array | None, n: int, like: Array) -> Array | None:
+def check_labels(labels: Array | None, n: int, like: Array, name: str, like_name: str) -> Array | None:
     """(n,) integers of the kind of the points, or None."""
-    if ids is None:
+    if labels is None:
         return None
-    if kind_of(ids, "ids") != kind_of(like, "query"):
-        raise TypeError(f"ids: expected a {kind_of(like, 'query')} array to match query, got {kind_of(ids, 'ids')}")
-    if tuple(ids.shape) != (n,):
-        raise ValueError(f"ids: expected shape ({n},) to match query, got {tuple(ids.shape)}")
-    dtype = str(ids.dtype).removeprefix("torch.")
-    if not dtype.startswith(("int", "uint")):
-        raise TypeError(f"ids: expected an integer dtype, got {dtype}")
-    return ids
+    kind, wanted = kind_of(labels, name), kind_of(like, like_name)
+    if kind != wanted:
+        raise TypeError(f"{name}: expected a {wanted} array to match {like_name}, got {kind}")
+    check_shape(labels, name, (n,), like_name)
+    if not dtype_name(labels).startswith(("int", "uint")):
+        raise TypeError(f"{name}: expected an integer dtype, got {dtype_name(labels)}")
+    return labels
 
 
 @differentiable
@@ -160,7 +164,7 @@ def info_nce_loss(
         raise ValueError("in_batch: expected True with symmetric=True, got False")
     if ids is not None and not in_batch:
         raise ValueError("ids: needs in-batch keys, got in_batch=False")
-    ids = check_ids(ids, n, query)
+    ids = check_labels(ids, n, query, "ids", "query")
     scale = scale_part(temperature, logit_scale, 0.07, query)
 
     keys = Part(("positive_key",), (positive_key,))
@@ -242,6 +246,31 @@ def clip_loss(
     )
 
 
+def _two_views(
+    z1: Array,
+    z2: Array,
+    temperature: Any,
+    logit_scale: Any,
+    default: float,
+    reduction: str,
+    normalize: bool,
+    in_sum: bool,
+) -> Call:
+    """One set of 2N rows against itself, the positive of a row its other view."""
+    check_points(z1=z1, z2=z2)
+    check_matrix(z1, "z1")
+    check_shape(z2, "z2", tuple(z1.shape), "z1")
+    check_reduction(reduction)
+    scale = scale_part(temperature, logit_scale, default, z1)
+    return Call(
+        "softmax",
+        (Part(("z1", "z2"), (z1, z2)), NOTHING, NOTHING, NOTHING, scale),
+        ("pairs", reduction, normalize, in_sum, z1.shape[0]),
+        scalar=reduction != "none",
+        extra=(None,),
+    )
+
+
 @differentiable
 def nt_xent_loss(
     z1: Array,
@@ -294,18 +323,62 @@ def nt_xent_loss(
     >>> float(round(nf.nt_xent_loss(np.eye(16), np.eye(16)), 6))
     1.621378
     """
-    check_points(z1=z1, z2=z2)
-    check_matrix(z1, "z1")
-    check_shape(z2, "z2", tuple(z1.shape), "z1")
-    check_reduction(reduction)
-    scale = scale_part(temperature, logit_scale, 0.5, z1)
-    return Call(
-        "softmax",
-        (Part(("z1", "z2"), (z1, z2)), NOTHING, NOTHING, NOTHING, scale),
-        ("pairs", reduction, normalize, True, z1.shape[0]),
-        scalar=reduction != "none",
-        extra=(None,),
-    )
+    return _two_views(z1, z2, temperature, logit_scale, 0.5, reduction, normalize, in_sum=True)
+
+
+@differentiable
+def dcl_loss(
+    z1: Array,
+    z2: Array,
+    *,
+    temperature: Any = None,
+    logit_scale: Any = None,
+    reduction: str = "mean",
+    normalize: bool = True,
+) -> Call:
+    """Decoupled contrastive loss: NT-Xent with the positive left out of the denominator.
+
+    With ``z = [z1; z2]``, ``p(i)`` the other view of i and :math:`s_{ij} = \\langle z_i, z_j\\rangle / \\tau`,
+
+    .. math:: L_i = -s_{i\\,p(i)} + \\log\\sum_{j \\ne i,\\, j \\ne p(i)} e^{s_{ij}}.
+
+    Not bounded below by 0, and no bound on mutual information.
+
+    Parameters
+    ----------
+    z1, z2 : array (N, D)
+        Two views of the same N items.
+    temperature : positive number or 0-d array, optional
+        Default 0.1.
+    logit_scale : positive number or 0-d array, optional
+        1 / temperature, instead of `temperature`.
+    reduction : {"mean", "sum", "none"}
+        Over the 2N anchors; "none" gives (2N,): the anchors of `z1`, then those of `z2`.
+    normalize : bool
+        Bring rows to unit norm first.
+
+    Returns
+    -------
+    scalar or array (2N,)
+        No rows: 0. One item, which has no negatives: 0 with zero gradient.
+
+    Raises
+    ------
+    ValueError, TypeError
+        As `info_nce_loss`.
+
+    Notes
+    -----
+    Yeh et al.: Decoupled Contrastive Learning, 2022. Both views are anchors; the authors' code takes those of `z1`
+    only, and masks by a finite -103.6, which shows at low temperatures.
+
+    Examples
+    --------
+    >>> import numpy as np, nearfar as nf
+    >>> float(round(nf.dcl_loss(np.eye(16), np.eye(16), temperature=0.5), 6))
+    1.401197
+    """
+    return _two_views(z1, z2, temperature, logit_scale, 0.1, reduction, normalize, in_sum=False)
 
 
 @differentiable

@@ -10,13 +10,20 @@ from .kernels import GAUSSIAN_GRAM, GAUSSIAN_MATMUL
 from .losses import CLIP, INFO_NCE, INFO_NCE_MEMORY, NT_XENT, UNIFORMITY
 from .metric import NCA
 from .neighbors import KMEANS_ASSIGN, KNN
+from .ranking import BATCH_TRIPLET_HARD, BATCH_TRIPLET_SEMIHARD
+from .supervised import DCL, SIGLIP, SUP_CON
 
 CASES: tuple[Case, ...] = (
     INFO_NCE,
     INFO_NCE_MEMORY,
     CLIP,
     NT_XENT,
+    SUP_CON,
+    DCL,
+    SIGLIP,
     UNIFORMITY,
+    BATCH_TRIPLET_HARD,
+    BATCH_TRIPLET_SEMIHARD,
     CDIST,
     CDIST_BACKWARD,
     GAUSSIAN_GRAM,

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..softmax import clip_loss, info_nce_loss, nt_xent_loss
+from ..softmax import clip_loss, dcl_loss, info_nce_loss, nt_xent_loss
 from .temperature import TemperatureLoss
 
 
@@ -90,6 +90,34 @@ class NTXentLoss(TemperatureLoss):
     def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
         """The loss of two views."""
         loss: Tensor = nt_xent_loss(
+            z1, z2, logit_scale=self.logit_scale, reduction=self.reduction, normalize=self.normalize
+        )
+        return loss
+
+
+class DCLLoss(TemperatureLoss):
+    """`nearfar.dcl_loss` as a module; parameters as `InfoNCELoss`, temperature 0.1 by default.
+
+    Examples
+    --------
+    >>> import torch, nearfar as nf
+    >>> round(nf.DCLLoss(0.5)(torch.eye(16), torch.eye(16)).item(), 4)
+    1.4012
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.1,
+        *,
+        learnable_temperature: bool = False,
+        reduction: str = "mean",
+        normalize: bool = True,
+    ) -> None:
+        super().__init__(temperature, learnable_temperature, reduction, normalize)
+
+    def forward(self, z1: Tensor, z2: Tensor) -> Tensor:
+        """The loss of two views."""
+        loss: Tensor = dcl_loss(
             z1, z2, logit_scale=self.logit_scale, reduction=self.reduction, normalize=self.normalize
         )
         return loss

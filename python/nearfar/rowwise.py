@@ -1,0 +1,128 @@
+"""Losses of paired rows, O(N D): NumPy formulas with their gradients, in float64 throughout.
+
+For torch the same are compositions of torch's own operations (`nearfar.formulas.PLAIN`), which differentiates them.
+Each function returns ``(value, *gradients)`` as `nearfar.operations` does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .arrays import compute_dtype
+
+_Rows = NDArray[np.float64]
+
+
+def _unit(x: _Rows) -> tuple[_Rows, _Rows]:
+    """Rows of unit norm (a zero row stays zero), and the inverse norms (n, 1)."""
+    norm = np.linalg.norm(x, axis=1, keepdims=True)
+    inverse = np.divide(1.0, norm, out=np.zeros_like(norm), where=norm != 0)
+    return x * inverse, inverse
+
+
+def _prepared(arrays: tuple[Any, ...], normalize: bool) -> tuple[list[_Rows], list[_Rows | None]]:
+    wide = [np.asarray(a, np.float64) for a in arrays]
+    if not normalize:
+        return wide, [None] * len(wide)
+    rows, inverses = zip(*map(_unit, wide), strict=True)
+    return list(rows), list(inverses)
+
+
+def _result(
+    like: Any, loss: _Rows, reduction: str, rows: list[_Rows], inverses: list[_Rows | None], grads: list[_Rows]
+) -> tuple[Any, ...]:
+    """Reduced value and gradients, through the normalisation, in the compute dtype."""
+    dtype = compute_dtype(like)
+    n = max(len(loss), 1)
+    value = loss if reduction == "none" else loss.sum() / (n if reduction == "mean" else 1)
+    made = []
+    for u, inverse, grad in zip(rows, inverses, grads, strict=True):
+        own = grad / n if reduction == "mean" else grad
+        if inverse is not None:
+            own = inverse * (own - u * (u * own).sum(1, keepdims=True))
+        made.append(own.astype(dtype))
+    return (np.asarray(value, dtype), *made)
+
+
+def contrastive(
+    x1: Any, x2: Any, same: Any, margin: float, reduction: str, normalize: bool, gradients: bool
+) -> tuple[Any, ...]:
+    """d^2 of pairs that are the same, max(0, margin - d)^2 of those that are not."""
+    (u, v), inverses = _prepared((x1, x2), normalize)
+    same = np.asarray(same) != 0
+    difference = u - v
+    square = (difference * difference).sum(1)
+    distance = np.sqrt(square)
+    short = np.where(same, 0.0, np.maximum(margin - distance, 0.0))
+    loss = np.where(same, square, short * short)
+    if not gradients:
+        return _result(x1, loss, reduction, [], [], [])
+    # d loss / d distance over the distance, which is 0 at distance 0.
+    pull = np.where(same, 2.0, np.divide(-2 * short, distance, out=np.zeros_like(distance), where=distance != 0))
+    pull = np.where(np.isnan(square), np.nan, pull)
+    grad = pull[:, None] * difference
+    return _result(x1, loss, reduction, [u, v], inverses, [grad, -grad])
+
+
+def _norm(difference: _Rows, p: float) -> _Rows:
+    size = np.abs(difference)
+    # Powers leave the range of floats long before norms do.
+    largest = size.max(1, initial=0.0)
+    scale = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
+    norm: _Rows = largest if np.isinf(p) else scale * ((size / scale[:, None]) ** p).sum(1) ** (1 / p)
+    return norm
+
+
+def _norm_slope(difference: _Rows, norm: _Rows, p: float) -> _Rows:
+    """d norm / d difference, 0 where the norm is; for p = inf shared evenly by the largest entries."""
+    size, norm = np.abs(difference), norm[:, None]
+    if np.isinf(p):
+        largest = size == norm
+        slope = largest / np.maximum(largest.sum(1, keepdims=True), 1)
+    else:
+        ratio = np.divide(size, norm, out=np.zeros_like(size), where=norm != 0)
+        with np.errstate(divide="ignore"):
+            slope = np.where(size > 0, ratio ** (p - 1), 0.0)
+    slope = np.where(np.isnan(norm), np.nan, np.sign(difference) * slope * (norm != 0))
+    return slope
+
+
+def triplet_margin(
+    anchor: Any,
+    positive: Any,
+    negative: Any,
+    margin: float,
+    p: float,
+    swap: bool,
+    eps: float,
+    reduction: str,
+    normalize: bool,
+    gradients: bool,
+) -> tuple[Any, ...]:
+    """`torch.nn.functional.triplet_margin_loss`."""
+    rows, inverses = _prepared((anchor, positive, negative), normalize)
+    a, b, c = rows
+    near, far, other = a - b + eps, a - c + eps, b - c + eps
+    d_near, d_far = _norm(near, p), _norm(far, p)
+    share = np.ones_like(d_far)  # of the anchor's distance to the negative, against the positive's
+    least = d_far
+    if swap:
+        d_other = _norm(other, p)
+        share = np.where(d_far < d_other, 1.0, np.where(d_far == d_other, 0.5, 0.0))
+        least = np.minimum(d_far, d_other)
+    gap = margin + d_near - least
+    loss = np.maximum(gap, 0.0)
+    if not gradients:
+        return _result(anchor, loss, reduction, [], [], [])
+    active = np.where(np.isnan(gap), np.nan, gap >= 0)  # at 0 torch's slope is 1
+    g_near = active[:, None] * _norm_slope(near, d_near, p)
+    g_far = (active * share)[:, None] * _norm_slope(far, d_far, p)
+    grads = [g_near - g_far, -g_near, g_far]
+    if swap:
+        g_other = (active * (1 - share))[:, None] * _norm_slope(other, d_other, p)
+        grads[1] = grads[1] - g_other
+        grads[2] = grads[2] + g_other
+    return _result(anchor, loss, reduction, rows, inverses, grads)
