@@ -151,6 +151,7 @@ def test_views_of_each_item():
     mean = np.mean([nf.alignment(x, a), nf.alignment(x, b), nf.alignment(a, b)])
     assert report.alignment == pytest.approx(mean, rel=1e-12)
     assert nf.evaluate(x, views=np.stack([x, a], 1)).alignment == apart[1].alignment
+    assert nf.evaluate(x, views=(x, a, b)).to_dict() == report.to_dict()
 
 
 def test_what_was_not_given_is_missing_and_says_why():
@@ -277,6 +278,8 @@ def test_picture_without_matplotlib(monkeypatch, tmp_path):
         (TypeError, "labels: expected integers, booleans or strings, got float64", {"labels": np.ones(4)}),
         (TypeError, "labels: expected a NumPy, PyTorch or CuPy array, got list", {"labels": [0, 1, 0, 1]}),
         (ValueError, r"views: expected shape \(4, 2\) or \(4, V, 2\)", {"views": np.ones((4, 1, 2))}),
+        (ValueError, "views: expected an array or at least two of them, got 1", {"views": [np.ones((4, 2))]}),
+        (ValueError, r"views\[1\]: expected shape \(4, 2\)", {"views": (np.ones((4, 2)), np.ones((4, 3)))}),
         (TypeError, "views: expected dtype float64 to match embeddings", {"views": np.ones((4, 2), np.float32)}),
         (
             ValueError,

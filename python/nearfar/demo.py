@@ -180,7 +180,7 @@ def judge(encoder: nn.Module, digits: Digits) -> tuple[dict[str, float], nf.Repo
     """Accuracies of probes that learn from the training digits, and the report on the held-out ones."""
     train, test = features_of(encoder, digits.train), features_of(encoder, digits.test)
     views = [features_of(encoder, augment(digits.test)) for _ in range(2)]
-    report = nf.evaluate(test, digits.test_labels, views=torch.stack(views, 1))
+    report = nf.evaluate(test, digits.test_labels, views=views)
     _, neighbours = nf.knn(test, train, k=5, metric="cosine")
     votes = digits.train_labels[neighbours.numpy()]
     nearest = np.array([np.bincount(row, minlength=10).argmax() for row in votes])

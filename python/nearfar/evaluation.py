@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Array, check_matrix, check_points, integer, kind_of, to_numpy
+from .arrays import Array, check_matrix, check_points, check_shape, integer, kind_of, to_numpy
 from .distances import cdist
 from .losses.sphere import alignment, uniformity, uniformity_of_sphere
 from .mutual_information import mi_lower_bound, unit_rows
@@ -185,7 +185,7 @@ class Report:
         draw(self, path, *self._data)
 
 
-def evaluate(embeddings: Array, labels: Array | None = None, *, views: Array | None = None, seed: int = 0) -> Report:
+def evaluate(embeddings: Array, labels: Array | None = None, *, views: Any = None, seed: int = 0) -> Report:
     """Judge a representation.
 
     Time is O(N^2 D) in fused passes (uniformity, neighbours); memory O(N D), never O(N^2).
@@ -196,7 +196,7 @@ def evaluate(embeddings: Array, labels: Array | None = None, *, views: Array | N
         N >= 2; float16, bfloat16 (torch), float32 or float64.
     labels : array (N,), optional
         Integers, booleans or strings. Gives knn_accuracy, linear_probe_accuracy (with scikit-learn) and silhouette.
-    views : array (N, D) or (N, V, D), optional
+    views : array (N, D) or (N, V, D), or a sequence of V arrays (N, D), optional
         Embeddings of another view of each item, paired with `embeddings`; or V >= 2 views of each item, paired with
         each other (the mean over pairs of views). Gives alignment and mi_lower_bound.
     seed : int
@@ -278,12 +278,19 @@ def _finite(array: Array, name: str) -> NDArray[Any]:
     return points
 
 
-def _positive_pairs(embeddings: Array, views: Array | None) -> list[tuple[NDArray[Any], NDArray[Any]]]:
+def _positive_pairs(embeddings: Array, views: Any) -> list[tuple[NDArray[Any], NDArray[Any]]]:
     """The pairs of sets whose rows are each other's positives."""
     if views is None:
         return []
-    check_points(embeddings=embeddings, views=views)
     n, d = embeddings.shape
+    if isinstance(views, (tuple, list)):
+        if len(views) < 2:
+            raise ValueError(f"views: expected an array or at least two of them, got {len(views)}")
+        for i, view in enumerate(views):
+            check_points(embeddings=embeddings, **{f"views[{i}]": view})
+            check_shape(view, f"views[{i}]", (n, d), "embeddings")
+        return list(itertools.combinations([_finite(view, f"views[{i}]") for i, view in enumerate(views)], 2))
+    check_points(embeddings=embeddings, views=views)
     shape = tuple(views.shape)
     if shape != (n, d) and not (len(shape) == 3 and shape[::2] == (n, d) and shape[1] >= 2):
         raise ValueError(f"views: expected shape ({n}, {d}) or ({n}, V, {d}) with V of at least 2, got {shape}")
