@@ -210,6 +210,13 @@ def sigmoid(
     return value, dx, dy, *(_number(x, g) if gradients else None for g in scalars)
 
 
+def exponential(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """exp of a contiguous NumPy array in place, by the kernels' own code: a sixth of NumPy's time with AVX2."""
+    flat = x.reshape(-1)
+    _core.vector_math("exp_flush", flat, flat)
+    return x
+
+
 def potential(x: Array, t: float, normalize: bool, gradients: bool) -> tuple[Any, ...]:
     """log mean over i < j of exp(-t |x_i - x_j|^2): value and gradient."""
     n = x.shape[0]
@@ -280,13 +287,6 @@ def matmul_grad(grad: Array, x: Array, y: Array | None, v: Array, map: str) -> t
         dx += dy
         return dx, None, dv
     return dx, dy, dv
-
-
-def exponential(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """exp of a contiguous NumPy array in place, by the kernels' own code: a sixth of NumPy's time with AVX2."""
-    flat = x.reshape(-1)
-    _core.vector_math("exp_flush", flat, flat)
-    return x
 
 
 def select(x: Array, y: Array | None, map: str, normalize: bool, exclude_self: bool, k: int) -> tuple[Array, Array]:
