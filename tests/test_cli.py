@@ -1,11 +1,13 @@
 """The command line, as a user meets it: in a process of its own."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 import nearfar as nf
@@ -63,7 +65,7 @@ def test_unknown_command(arguments):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("command", ["info", "bench"])
+@pytest.mark.parametrize("command", ["info", "bench", "evaluate"])
 def test_help_needs_no_extra(command):
     script = f"from nearfar.cli import main; main([{command!r}, '--help'])"
     result = run(code=f"import sys; sys.modules.update(torch=None, sklearn=None, rich=None); {script}")
@@ -100,6 +102,69 @@ def test_wrong_options_are_told_before_any_work(arguments, message):
     assert message in result.stderr
 
 
+# ---- evaluate --------------------------------------------------------------------------------------------------------
+
+
+def saved(folder, **arrays):
+    """The arrays in files of their names."""
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array)
+    return [folder / f"{name}.npy" for name in arrays]
+
+
+def test_evaluate_is_the_function(tmp_path):
+    random = np.random.default_rng(0)
+    x = random.standard_normal((90, 5)).astype(np.float32)
+    labels, views = np.arange(90) % 3, x + np.float32(0.1)
+    files = saved(tmp_path, x=x, labels=labels, views=views)
+    results, picture = tmp_path / "report.json", tmp_path / "report.svg"
+    options = ["--labels", files[1], "--views", files[2], "--seed", 2, "--json", results, "--plot", picture]
+    result = run("evaluate", files[0], *options)
+    assert (result.returncode, result.stderr) == (0, "")
+    report = nf.evaluate(x, labels, views=views, seed=2)
+    assert result.stdout == f"{report}\n"
+    assert json.loads(results.read_text()) == report.to_dict()
+    assert picture.read_text().startswith("<?xml")
+
+
+def test_evaluate_needs_numpy_alone(tmp_path):
+    (file,) = saved(tmp_path, x=np.eye(4))
+    modules = ("torch", "sklearn", "scipy", "matplotlib", "rich")
+    script = "from nearfar.cli import main; sys.exit(main(sys.argv[1:]))"
+    script = f"import sys; sys.modules.update(dict.fromkeys({modules!r})); {script}"
+    result = run("evaluate", file, code=script)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "effective rank" in result.stdout
+    result = run("evaluate", file, "--plot", tmp_path / "picture.png", code=script)
+    assert result.stderr == "the evaluate needs matplotlib: pip install 'nearfar[plot]'\n"
+    assert (result.returncode, result.stdout) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such-file.npy"], "argument FILE.npy: expected a file of numpy.save, got no-such-file.npy"),
+        (["text.npy"], "argument FILE.npy: expected a file of numpy.save"),
+        (["archive.npz"], "argument FILE.npy: expected one array, got an archive of several"),
+        (["integers.npy"], "nearfar evaluate: embeddings: expected a floating dtype"),
+        (
+            ["x.npy", "--labels", "x.npy"],
+            "nearfar evaluate: labels: expected shape (4,) to match embeddings, got (4, 4)",
+        ),
+        (["x.npy", "--plot", "picture.doc"], "argument --plot: expected a name that ends in .png"),
+        (["x.npy", "--json", "no/such/folder.json"], "argument --json: no folder"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(arguments, message, tmp_path):
+    saved(tmp_path, x=np.eye(4), integers=np.eye(4, dtype=int))
+    np.savez(tmp_path / "archive.npz", x=np.eye(4))
+    (tmp_path / "text.npy").write_text("no array")
+    result = run("evaluate", *arguments, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 # ---- demo ------------------------------------------------------------------------------------------------------------
 
 
@@ -119,6 +184,8 @@ def test_short_demo_from_end_to_end(tmp_path, demo_packages):
     # The optimum of the sphere in 64 dimensions (pixels) and in 128.
     assert all(row.rstrip(" │").endswith(("-3.875", "-3.938")) for row in rows.values())
     assert "dense torch" in result.stdout
+    assert "500 x 128 embeddings, 10 classes" in result.stdout
+    assert "MI lower bound" in result.stdout
 
     again = run("demo", "--short", "--threads", 1, "--output", tmp_path / "again.svg")
     assert numbers(again.stdout) == numbers(result.stdout)

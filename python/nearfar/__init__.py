@@ -6,11 +6,13 @@ NumPy arrays and PyTorch tensors, with gradients.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from . import kernels, losses
 from .clustering import kmeans_assign
 from .distances import cdist, pdist
+from .evaluation import Report, evaluate
 from .gradients import value_and_grad
 from .kernels import gram
 from .losses import (
@@ -32,23 +34,31 @@ from .losses import (
     sup_con_loss,
     triplet_margin_loss,
     uniformity,
+    uniformity_gap,
     uniformity_of_sphere,
 )
+from .mutual_information import mi_lower_bound
 from .neighbors import knn
 from .psd import PSDReport, is_psd, psd_report
 from .runtime import build_info, get_num_threads, set_num_threads
 
 __version__ = "0.1.0"
 
+# What is imported when it is asked for, not before: name -> module.
+_LATER = dict.fromkeys(("ITML", "LMNN", "MMC", "NCA"), ".metric_learning")
+
 __all__ = [
     *losses.MODULES,
+    *_LATER,
     "PSDReport",
+    "Report",
     "alignment",
     "batch_triplet_loss",
     "build_info",
     "cdist",
     "circle_loss",
     "clip_loss",
+    "evaluate",
     "dcl_loss",
     "contrastive_loss",
     "get_num_threads",
@@ -62,6 +72,7 @@ __all__ = [
     "knn",
     "losses",
     "multi_similarity_loss",
+    "mi_lower_bound",
     "n_pairs_loss",
     "mine_triplets",
     "nt_xent_loss",
@@ -73,6 +84,7 @@ __all__ = [
     "sup_con_loss",
     "triplet_margin_loss",
     "uniformity",
+    "uniformity_gap",
     "uniformity_of_sphere",
     "value_and_grad",
 ]
@@ -82,4 +94,6 @@ def __getattr__(name: str) -> Any:
     # torch is imported when a module that needs it is asked for, not before.
     if name in losses.MODULES:
         return getattr(losses, name)
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

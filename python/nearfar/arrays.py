@@ -146,6 +146,17 @@ def cast(array: Array, dtype: str) -> Array:
     return array.astype(dtype, copy=False)
 
 
+def to_numpy(array: Array) -> np.ndarray[Any, Any]:
+    """The values in memory of NumPy, halves as float32; shared where they can be."""
+    if isinstance(array, np.ndarray):
+        return cast(array, "float32") if dtype_name(array) in ("float16", "bfloat16") else array
+    if is_torch(array):
+        array = array.detach()
+        array = cast(array, compute_dtype(array)) if array.is_floating_point() else array
+        return np.asarray(array.cpu())
+    return np.asarray(array.get())
+
+
 def as_bytes(mask: Array) -> Array:
     """A boolean array seen as uint8, without a copy."""
     return mask.view(sys.modules["torch"].uint8 if is_torch(mask) else np.uint8)

@@ -1,4 +1,4 @@
-"""The command line: `python -m nearfar demo | bench | info`.
+"""The command line: `python -m nearfar demo | bench | evaluate | info`.
 
 A command is a module with `add_arguments(parser)` and `run(args) -> int`. Modules are imported when their command is
 asked for, so that `info` answers on a machine that has NumPy alone.
@@ -9,21 +9,27 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.metadata
+import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from .evaluation import evaluate
 from .runtime import build_info
 
 _COMMANDS = {
     "demo": "pre-train on handwritten digits with the fused loss, test on held-out ones, save a picture",
     "bench": "time the operations against torch and the other libraries that are installed",
+    "evaluate": "judge embeddings in a .npy file: a table of what is usually asked of them, and a picture",
     "info": "version, instruction set, threads, CUDA",
 }
 # What a command may miss: module, the name pip knows it by.
 _PIP_NAMES = {"sklearn": "scikit-learn", "torch": "torch", "matplotlib": "matplotlib", "rich": "rich"}
 _NEEDS = {"demo": tuple(_PIP_NAMES)}
-_EXTRA = {"demo": "demo", "bench": "bench"}
+_EXTRA = {"demo": "demo", "bench": "bench", "evaluate": "plot"}
 
 
 class _Info:
@@ -41,6 +47,62 @@ class _Info:
         return 0
 
 
+class _Evaluate:
+    """The command `evaluate`."""
+
+    @staticmethod
+    def add_arguments(parser: argparse.ArgumentParser) -> None:
+        """Files in, files out."""
+        parser.add_argument("embeddings", type=_array_file, metavar="FILE.npy", help="(N, D) floating-point numbers")
+        parser.add_argument("--labels", type=_array_file, metavar="L.npy", help="(N,) integers, booleans or strings")
+        parser.add_argument(
+            "--views", type=_array_file, metavar="V.npy", help="(N, D) or (N, V, D): see nearfar.evaluate"
+        )
+        parser.add_argument("--seed", type=int, default=0, help="of splits and samples (default 0)")
+        parser.add_argument("--json", type=_new_file, metavar="F", help="write the numbers there")
+        parser.add_argument("--plot", type=picture_file, metavar="F", help="save the picture there: .png, .svg or .pdf")
+
+    @staticmethod
+    def run(args: argparse.Namespace) -> int:
+        """Print the table, write what was asked for."""
+        missing = _missing(("matplotlib",)) if args.plot else []
+        if missing:
+            return _complain("evaluate", missing)
+        try:
+            report = evaluate(args.embeddings, args.labels, views=args.views, seed=args.seed)
+        except (TypeError, ValueError) as error:
+            print(f"nearfar evaluate: {error}", file=sys.stderr)
+            return 2
+        print(report)
+        if args.json:
+            args.json.write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        if args.plot:
+            report.plot(args.plot)
+        return 0
+
+
+def _array_file(text: str) -> Any:
+    try:
+        array = np.load(text, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise argparse.ArgumentTypeError(f"expected a file of numpy.save, got {text}: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise argparse.ArgumentTypeError(f"expected one array, got an archive of several: {text}")
+    return array
+
+
+def _new_file(text: str) -> Path:
+    if not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"no folder {Path(text).parent}")
+    return Path(text)
+
+
+def picture_file(text: str) -> Path:
+    if Path(text).suffix not in (".png", ".svg", ".pdf"):
+        raise argparse.ArgumentTypeError(f"expected a name that ends in .png, .svg or .pdf, got {text}")
+    return _new_file(text)
+
+
 class _CommandParser(argparse.ArgumentParser):
     """A parser whose arguments come from the command's module when the command is parsed."""
 
@@ -56,6 +118,9 @@ class _CommandParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
 
+_HERE = {"evaluate": _Evaluate, "info": _Info}
+
+
 class _MissingError(Exception):
     """A command whose packages are not installed: (command, modules)."""
 
@@ -64,7 +129,7 @@ def _module(command: str) -> Any:
     missing = _missing(_NEEDS.get(command, ()))
     if missing:
         raise _MissingError(command, missing)
-    return _Info if command == "info" else importlib.import_module(f".{command}", __package__)
+    return _HERE[command] if command in _HERE else importlib.import_module(f".{command}", __package__)
 
 
 def _parser() -> argparse.ArgumentParser:

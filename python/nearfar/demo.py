@@ -13,7 +13,6 @@ import math
 import statistics
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +29,8 @@ from torch import Tensor, nn
 
 import nearfar as nf
 
+from .cli import picture_file
+
 HELD_OUT = 500
 FEATURES, PROJECTION, WIDTH = 128, 64, 32
 BATCH, TEMPERATURE = 512, 0.5
@@ -42,20 +43,12 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _picture_name(text: str) -> str:
-    if not Path(text).parent.is_dir():
-        raise argparse.ArgumentTypeError(f"no folder {Path(text).parent}")
-    if Path(text).suffix not in (".png", ".svg", ".pdf"):
-        raise argparse.ArgumentTypeError(f"expected a name that ends in .png, .svg or .pdf, got {text}")
-    return text
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m nearfar demo`."""
     parser.add_argument("--epochs", type=_positive, default=250, help="passes over the training images (default 250)")
     parser.add_argument("--seed", type=int, default=0, help="of weights, views and batches (default 0)")
     parser.add_argument(
-        "--output", type=_picture_name, default="nearfar-demo.png", help="the picture (default nearfar-demo.png)"
+        "--output", type=picture_file, default="nearfar-demo.png", help="the picture (default nearfar-demo.png)"
     )
     parser.add_argument("--threads", type=_positive, default=None, help="of torch and nearfar (default: torch's)")
     parser.add_argument("--short", action="store_true", help="a few seconds: enough to see that it runs")
@@ -183,10 +176,11 @@ def _probe(train: NDArray[Any], labels: NDArray[Any], test: NDArray[Any], test_l
     return float(model.score(test, test_labels))
 
 
-def judge(encoder: nn.Module, digits: Digits) -> dict[str, float]:
-    """Accuracies of the probes, and alignment and uniformity of the features on the sphere."""
+def judge(encoder: nn.Module, digits: Digits) -> tuple[dict[str, float], nf.Report]:
+    """Accuracies of probes that learn from the training digits, and the report on the held-out ones."""
     train, test = features_of(encoder, digits.train), features_of(encoder, digits.test)
     views = [features_of(encoder, augment(digits.test)) for _ in range(2)]
+    report = nf.evaluate(test, digits.test_labels, views=views)
     _, neighbours = nf.knn(test, train, k=5, metric="cosine")
     votes = digits.train_labels[neighbours.numpy()]
     nearest = np.array([np.bincount(row, minlength=10).argmax() for row in votes])
@@ -198,29 +192,30 @@ def judge(encoder: nn.Module, digits: Digits) -> dict[str, float]:
         classes = [np.flatnonzero(digits.train_labels == c) for c in range(10)]
         chosen = np.concatenate([rng.permutation(c)[:FEW] for c in classes])
         few.append(_probe(own[chosen], digits.train_labels[chosen], other, digits.test_labels))
-    return {
+    accuracies = {
         "probe": _probe(own, digits.train_labels, other, digits.test_labels),
         "few": float(np.mean(few)),
         "knn": float(np.mean(nearest == digits.test_labels)),
-        "alignment": nf.alignment(*views).item(),
-        "uniformity": nf.uniformity(test).item(),
-        "optimum": nf.uniformity_of_sphere(test.shape[1]),
     }
+    return accuracies, report
 
 
-def _table(results: dict[str, dict[str, float]]) -> Table:
+Results = dict[str, tuple[dict[str, float], nf.Report]]
+
+
+def _table(results: Results) -> Table:
     table = Table(title=f"held-out {HELD_OUT} digits")
     table.add_column("features")
     names = ("probe\nall", f"probe\n{FEW}/class", "\n5-NN", "align-\nment", "unifor-\nmity", "\noptimum")
     for name in names:
         table.add_column(name, justify="right")
-    for name, r in results.items():
-        accuracies = (f"{100 * r[key]:.1f} %" for key in ("probe", "few", "knn"))
-        table.add_row(name, *accuracies, *(f"{r[key]:.3f}" for key in ("alignment", "uniformity", "optimum")))
+    for name, (accuracies, r) in results.items():
+        sphere = (f"{value:.3f}" for value in (r.alignment, r.uniformity, r.uniformity_optimum))
+        table.add_row(name, *(f"{100 * value:.1f} %" for value in accuracies.values()), *sphere)
     return table
 
 
-def picture(path: str, history: History, encoder: nn.Module, digits: Digits, results: dict[str, Any]) -> None:
+def picture(path: str, history: History, encoder: nn.Module, digits: Digits, results: Results) -> None:
     """Loss curve, features on the sphere, the table."""
     import matplotlib
 
@@ -256,10 +251,10 @@ def picture(path: str, history: History, encoder: nn.Module, digits: Digits, res
         )
     drawn.set_alpha(1)
     figure.colorbar(drawn, ax=sphere, ticks=range(10), shrink=0.8, label="digit")
-    own = results["trained encoder"]
+    accuracies, report = results["trained encoder"]
     sphere.set(aspect="equal", xticks=[], yticks=[], xlim=(-1.05, 1.05), ylim=(-1.05, 1.05))
     sphere.set_title(
-        f"held-out features, uniformity {own['uniformity']:.2f}\n(the sphere's optimum {own['optimum']:.2f})"
+        f"held-out features, uniformity {report.uniformity:.2f}\n(the sphere's optimum {report.uniformity_optimum:.2f})"
     )
     for spine in sphere.spines.values():
         spine.set_visible(False)
@@ -267,19 +262,15 @@ def picture(path: str, history: History, encoder: nn.Module, digits: Digits, res
     table.axis("off")
     columns = ["probe\nall labels", f"probe\n{FEW} a class", "5-NN", "alignment", "uniformity"]
     cells = [
-        [
-            *(f"{100 * r[key]:.1f} %" for key in ("probe", "few", "knn")),
-            f"{r['alignment']:.3f}",
-            f"{r['uniformity']:.2f}",
-        ]
-        for r in results.values()
+        [*(f"{100 * value:.1f} %" for value in own.values()), f"{r.alignment:.3f}", f"{r.uniformity:.2f}"]
+        for own, r in results.values()
     ]
     rows = [name.replace(" ", "\n") for name in results]
     drawn_table = table.table(cells, rowLabels=rows, colLabels=columns, loc="center", cellLoc="center")
     drawn_table.auto_set_font_size(False)
     drawn_table.set_fontsize(9)
     drawn_table.scale(1, 2.6)
-    gain = 100 * (own["few"] - results["raw pixels"]["few"])
+    gain = 100 * (accuracies["few"] - results["raw pixels"][0]["few"])
     table.set_title(f"with {FEW} labels a class: {gain:+.1f} points over raw pixels")
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -302,6 +293,9 @@ def run(args: argparse.Namespace) -> int:
     seconds = time.perf_counter() - begin
     results["trained encoder"] = judge(encoder, digits)
     console.print(_table(results))
+    console.print(
+        "nearfar.evaluate of the trained encoder's held-out features:", results["trained encoder"][1], sep="\n"
+    )
 
     fused, dense = statistics.median(history.fused_ms), statistics.median(history.dense_ms)
     step = statistics.median(history.step_ms)

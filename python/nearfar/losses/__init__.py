@@ -10,7 +10,7 @@ from .mining import mine_triplets
 from .ranking import batch_triplet_loss, contrastive_loss, triplet_margin_loss
 from .sigmoid import siglip_loss
 from .softmax import clip_loss, dcl_loss, info_nce_limit, info_nce_loss, nt_xent_loss
-from .sphere import alignment, uniformity, uniformity_of_sphere
+from .sphere import alignment, uniformity, uniformity_gap, uniformity_of_sphere
 from .supervised import n_pairs_loss, sup_con_loss
 
 MODULES = (
@@ -40,6 +40,7 @@ __all__ = [
     "mine_triplets",
     "triplet_margin_loss",
     "uniformity",
+    "uniformity_gap",
     "uniformity_of_sphere",
 ]
 

@@ -16,6 +16,7 @@ from .kernels import (
 )
 from .log_sum_exp import HCL, MULTI_SIMILARITY
 from .losses import CLIP, INFO_NCE, INFO_NCE_MEMORY, NT_XENT, UNIFORMITY
+from .metric import NCA
 from .neighbors import KMEANS_ASSIGN, KNN
 from .ranking import BATCH_TRIPLET_HARD, BATCH_TRIPLET_SEMIHARD
 from .supervised import DCL, SIGLIP, SUP_CON
@@ -43,6 +44,7 @@ CASES: tuple[Case, ...] = (
     COMPOSED_MATMUL,
     KMEANS_ASSIGN,
     KNN,
+    NCA,
 )
 
 
