@@ -210,7 +210,6 @@ def sigmoid(
     return value, dx, dy, *(_number(x, g) if gradients else None for g in scalars)
 
 
-<<<<<<< HEAD
 def _labels(labels: Array, x: Array, y: Array | None) -> tuple[Array, Array]:
     """int32 codes of the labels of rows and columns; with a y, the label of a row is its number."""
     if y is None:
@@ -269,13 +268,13 @@ def labelled_lse_grad(
     grad = _contiguous(cast(grad, "float64"))
     dscale = _labelled_lse(x, y, scale, labels, maps, power, normalize, _contiguous(lse), grad, dx, dy)
     return dx, None if y is None else dy, _number(x, dscale)
-=======
+
+
 def exponential(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """exp of a contiguous NumPy array in place, by the kernels' own code: a sixth of NumPy's time with AVX2."""
     flat = x.reshape(-1)
     _core.vector_math("exp_flush", flat, flat)
     return x
->>>>>>> metric
 
 
 def potential(x: Array, t: float, normalize: bool, gradients: bool) -> tuple[Any, ...]:
