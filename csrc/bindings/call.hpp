@@ -39,6 +39,12 @@ inline void require_dtype(const Array& a, const char* name, DType dtype) {
   if (a.dtype != dtype) refuse_type(name, std::string("expected ") + name_of(dtype) + ", got " + name_of(a.dtype));
 }
 
+/// Weights of n rows, or null.
+template <class T>
+const T* weights_of(py::handle weights, int64_t n) {
+  return weights.is_none() ? nullptr : output<T>(weights, "weights", {n});
+}
+
 /// f(batch, threads) for every batch: batches side by side where one alone would not fill the threads.
 template <class F>
 void for_batches(int64_t batches, double work, int threads, F f) {
@@ -52,6 +58,7 @@ void for_batches(int64_t batches, double work, int threads, F f) {
 
 void register_array(py::module_& m);
 void register_losses(py::module_& m);
+void register_clusters(py::module_& m);
 void register_pairs(py::module_& m);
 void register_system(py::module_& m);
 

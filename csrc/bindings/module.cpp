@@ -6,5 +6,6 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   nearfar::register_array(m);
   nearfar::register_system(m);
   nearfar::register_pairs(m);
+  nearfar::register_clusters(m);
   nearfar::register_losses(m);
 }

@@ -130,6 +130,34 @@ struct SelectParams {
   int threads;
 };
 
+/// One iteration of k-means: labels, and the weighted sums of the rows of each centroid.
+template <class T>
+struct LloydParams {
+  Rows x, centroids;  // centroids in the compute type
+  bool normalize;     // unit rows first, both
+  const T* weights;   // (n) or null: all 1
+  int64_t* labels;    // (n) in: the previous ones, for `changed`; out: -1 for a row that is near to nothing
+  T* distances;       // (n) squared, or null
+  double* sums;       // (k, d) or null: assignment only
+  double* counts;     // (k) sums of weights, or null with sums
+  double inertia;     // out: sum of weight times squared distance
+  int64_t changed;    // out: how many labels differ from the previous ones
+  int threads;
+};
+
+/// Greedy k-means++: the rows chosen as first centroids.
+template <class T>
+struct SeedingParams {
+  Rows x;
+  bool normalize;
+  const T* weights;  // (n) or null: all 1
+  int64_t k, trials;
+  int64_t first;           // the first chosen row
+  const double* uniforms;  // (k - 1, trials) random numbers in [0, 1)
+  int64_t* chosen;         // (k)
+  int threads;
+};
+
 template <class T>
 struct OpsOf {
   void (*store)(const StoreParams<T>&);
@@ -140,6 +168,8 @@ struct OpsOf {
   void (*matmul)(const MatmulParams<T>&);
   void (*matmul_grad)(const MatmulGradParams<T>&);
   void (*select)(const SelectParams<T>&);
+  void (*lloyd)(LloydParams<T>&);
+  void (*seeding)(const SeedingParams<T>&);
   void (*vector_math)(int function, const T* x, T* y, int64_t n);
 };
 

@@ -269,6 +269,9 @@ class Operands {
             squares_[t * P::MR + r] = static_cast<T>(y.squared_norm(&rows[r * padded<T>(d)]));
       }
     });
+    if (distance)
+      for (int64_t j = 0; j < y.n(); ++j)
+        if (squares_[j] > largest_square_ && std::isfinite(squares_[j])) largest_square_ = squares_[j];
   }
 
   /// Packs NR rows of x from i0 on as panel[k][NR], and their squared norms; `rows` (NR * padded(d)) keeps the rows.
@@ -289,6 +292,8 @@ class Operands {
 
   const T* tile(int64_t t) const { return tiles_.get() + t * tile_stride; }
   const T* squares(int64_t column) const { return squares_.get() + column; }
+  /// Of the finite rows of y as they are packed.
+  T largest_square() const { return largest_square_; }
 
   /// S[columns][NR] for tiles [t0, t1) and a packed panel: dot products, or squared distances. `near` takes the places
   /// of near pairs in S.
@@ -435,6 +440,7 @@ class Operands {
 
   Buffer<T> tiles_, squares_;
   Buffer<T> center_;
+  T largest_square_ = 0;
 };
 
 }  // namespace

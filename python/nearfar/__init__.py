@@ -13,6 +13,7 @@ from .clustering import kmeans_assign
 from .distances import cdist, pdist
 from .gradients import value_and_grad
 from .kernels import gram
+from .kmeans import KMeans, MiniBatchKMeans
 from .losses import (
     alignment,
     clip_loss,
@@ -30,6 +31,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     *losses.MODULES,
+    "KMeans",
+    "MiniBatchKMeans",
     "PSDReport",
     "alignment",
     "build_info",

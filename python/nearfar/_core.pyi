@@ -68,6 +68,26 @@ def select(
 ) -> None:
     """The k best columns of every row, best first."""
 
+# ---- register_clusters.cpp ----
+
+def lloyd(
+    x: object,
+    centroids: object,
+    normalize: bool,
+    weights: object,
+    labels: object,
+    distances: object,
+    sums: object,
+    counts: object,
+    threads: int,
+) -> tuple[float, int]:
+    """One iteration of k-means; returns (inertia, number of labels that changed)."""
+
+def seeding(
+    x: object, normalize: bool, weights: object, first: int, uniforms: object, chosen: object, threads: int
+) -> None:
+    """Rows chosen by greedy k-means++."""
+
 # ---- register_losses.cpp ----
 
 def softmax(

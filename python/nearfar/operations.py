@@ -198,3 +198,28 @@ def select(x: Array, y: Array | None, map: str, normalize: bool, exclude_self: b
     columns = x if y is None else y
     _core.select(x, columns, map, normalize, exclude_self, k, value, index, get_num_threads())
     return value, index
+
+
+def lloyd(
+    x: Array,
+    centroids: Array,
+    normalize: bool,
+    weights: Array | None,
+    labels: Array,
+    distances: Array | None,
+    sums: Array | None,
+    counts: Array | None,
+) -> tuple[float, int]:
+    """One iteration of k-means: fills labels, squared distances, sums (k, d) and counts (k,) of the rows.
+
+    Returns the inertia and how many labels differ from what `labels` held. `weights` None: all 1.
+    """
+    centroids = _contiguous(centroids)
+    return _core.lloyd(x, centroids, normalize, weights, labels, distances, sums, counts, get_num_threads())
+
+
+def seeding(x: Array, normalize: bool, weights: Array | None, first: int, uniforms: Any) -> Any:
+    """Greedy k-means++ from given random numbers (k - 1, trials): the int64 indices of the k chosen rows."""
+    chosen = np.empty(len(uniforms) + 1, np.int64)
+    _core.seeding(x, normalize, weights, first, uniforms, chosen, get_num_threads())
+    return chosen

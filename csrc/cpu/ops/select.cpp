@@ -3,24 +3,20 @@
 // Columns are scanned in ascending order and replace a kept one only when strictly better, so ties go to the lower
 // index. The kept candidates are then measured again from the original rows and sorted by (value, index).
 #include "cpu/mask.hpp"
+#include "cpu/nearest.hpp"
 
 namespace nearfar {
 namespace {
-
-/// What is minimised: the squared distance, direct or expanded here in the scan, 1 - <u, v> of unit rows, or the
-/// negative dot product.
-enum class Key { direct, expanded, cosine, negative_dot };
 
 template <class T, Key KEY>
 class Select {
   using P = Policy<T>;
   static constexpr int NR = P::NR;
-  static constexpr bool kDistance = KEY == Key::direct || KEY == Key::expanded;
   static constexpr bool kMends = KEY == Key::expanded || KEY == Key::cosine;  // small keys are computed again
 
  public:
   Select(const SelectParams<T>& params, const Operands<T>& operands)
-      : p(params), n(p.x.n), m(p.y.n), k(p.k), o(operands) {}
+      : p(params), n(p.x.n), m(p.y.n), k(p.k), o(operands), measure{o} {}
 
   void run() {
     // Few rows: cut the columns too, by the shape alone; parts are merged in order.
@@ -47,6 +43,7 @@ class Select {
   };
 
   void strip(int64_t s, int64_t first, int64_t last, T* kept, int64_t* index) {
+    if (k == 1 && !p.exclude_self) return Nearest<T, KEY>(o).strip(s * P::kStripRows, first, last, index);
     const int64_t d = o.d, row = s * P::kStripRows;
     const int64_t panels = ceil_div(n - row < P::kStripRows ? n - row : P::kStripRows, NR);
     Buffer<T> rows(o.row_buffer()), packed(P::kStripRows * d), block(o.chunks.tiles_each * P::MR * NR);
@@ -60,12 +57,7 @@ class Select {
       for (int64_t q = 0; q < panels; ++q) {
         o.raw_block(t0, t1, packed.get() + q * NR * d, block.get());
         const Panel panel{row + q * NR, squares + q * NR, worst + q * NR, kept + q * NR * k, index + q * NR * k};
-        const int64_t end = t1 * P::MR < m ? t1 * P::MR : m;
-        if (k == 1 && !p.exclude_self) {
-          scan_best(block.get(), t0 * P::MR, end, panel);
-        } else {
-          scan(block.get(), t0 * P::MR, end, panel);
-        }
+        scan(block.get(), t0 * P::MR, t1 * P::MR < m ? t1 * P::MR : m, panel);
       }
     }
   }
@@ -100,50 +92,12 @@ class Select {
       if (!any(near)) continue;
       for (int u = 0; u < kLanes<T>; ++u) {
         const int64_t lane = v * kLanes<T> + u;
-        if (near[u] && panel.row + lane < n) out[lane] = near_key(panel.row + lane, j, rows.get());
+        if (near[u] && panel.row + lane < n) out[lane] = measure.near(panel.row + lane, j, rows.get());
       }
     }
   }
 
-  /// k = 1: the running minimum of every lane, in registers.
-  void scan_best(const T* scores, int64_t column, int64_t end, const Panel& panel) const {
-    Vec<T> best[P::kVectors], own[P::kVectors];
-    IVec<T> where[P::kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < P::kVectors; ++v) {
-      best[v] = load(panel.worst + v * kLanes<T>);
-      own[v] = squares(panel, v);
-      where[v] = isplat<T>(-1);
-    }
-    for (int64_t j = column; j < end; ++j) {
-      const T* s = scores + (j - column) * NR;
-      Vec<T> value[P::kVectors];
-      IVec<T> near = IVec<T>{};
-#pragma GCC unroll 2
-      for (int v = 0; v < P::kVectors; ++v) value[v] = key(s + v * kLanes<T>, j, own[v], near);
-      if (kMends && any(near)) {
-        alignas(64) T exact[NR];
-        exact_keys(s, j, panel, exact);
-#pragma GCC unroll 2
-        for (int v = 0; v < P::kVectors; ++v) value[v] = load(exact + v * kLanes<T>);
-      }
-      const IVec<T> here = isplat<T>(static_cast<IntOf<T>>(j - column));
-#pragma GCC unroll 2
-      for (int v = 0; v < P::kVectors; ++v) {
-        const IVec<T> better = value[v] < best[v];
-        best[v] = select(better, value[v], best[v]);
-        where[v] = select(better, here, where[v]);
-      }
-    }
-    for (int v = 0; v < P::kVectors; ++v) {
-      store(panel.worst + v * kLanes<T>, best[v]);
-      store(panel.kept + v * kLanes<T>, best[v]);
-      for (int u = 0; u < kLanes<T>; ++u)
-        if (where[v][u] >= 0) panel.index[v * kLanes<T> + u] = column + where[v][u];
-    }
-  }
-
-  /// k > 1: eight columns at a time; only where their minimum beats a lane's worst are they looked at one by one.
+  /// Eight columns at a time; only where their minimum beats a lane's worst are they looked at one by one.
   void scan(const T* scores, int64_t column, int64_t end, const Panel& panel) const {
     constexpr int64_t kAtOnce = 8;
     for (int64_t j0 = column; j0 < end; j0 += kAtOnce) {
@@ -196,7 +150,8 @@ class Select {
         const int64_t at = ((s * splits_ + part) * P::kStripRows + i - s * P::kStripRows) * k;
         for (int64_t c = 0; c < k && index_[at + c] >= 0; ++c) {
           const int64_t j = index_[at + c];
-          T own = measure(i, j, rows.get());
+          const T own = measure(i, j, rows.get());
+          if (!(own < static_cast<T>(kInfinity))) continue;
           int64_t place = count++;
           for (; place > 0 && (value[place - 1] > own || (value[place - 1] == own && index[place - 1] > j)); --place)
             value[place] = value[place - 1], index[place] = index[place - 1];
@@ -211,21 +166,6 @@ class Select {
     }
   }
 
-  /// From the differences of the rows; of unit rows, 1 - <u, v> = |u - v|^2 / 2.
-  T near_key(int64_t i, int64_t j, T* rows) const {
-    const T square = o.direct_distance(i, j, rows);
-    return KEY == Key::cosine ? square / 2 : square;
-  }
-
-  T measure(int64_t i, int64_t j, T* rows) const {
-    if (kDistance) return near_key(i, j, rows);
-    o.x.get(i, rows);
-    o.y.get(j, rows + o.d);
-    const double s = Source<T>::dot(rows, rows + o.d, o.d);
-    if (KEY == Key::negative_dot) return static_cast<T>(-s);
-    return 1 - s <= Operands<T>::kNear ? near_key(i, j, rows) : static_cast<T>(1 - s);
-  }
-
   T result(T value) const {
     if (p.map == PairMap::euclidean) return std::sqrt(value);
     return p.map == PairMap::dot ? -value : value;
@@ -234,6 +174,7 @@ class Select {
   const SelectParams<T>& p;
   const int64_t n, m, k;
   const Operands<T>& o;
+  const Measure<T, KEY> measure;
   int64_t splits_ = 1;
   Buffer<T> kept_;
   Buffer<int64_t> index_;
