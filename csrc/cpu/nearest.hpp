@@ -7,20 +7,23 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "cpu/tile.hpp"
 
 namespace nearfar {
 namespace {
 
-/// What is minimised: the squared distance, direct or expanded, 1 - <u, v> of unit rows, or the negative dot product.
-enum class Key { direct, expanded, cosine, negative_dot };
+/// What is minimised: the squared distance, direct or expanded, 1 - <u, v> of unit rows, the negative dot product, or a
+/// score of |x_k - y_k|.
+enum class Key { direct, expanded, cosine, negative_dot, coordinate };
 
 /// One pair, measured from the rows as given; `rows` holds 2 d values.
-template <class T, Key KEY>
+template <class T, Key KEY, class Score = SquaredDifference>
 struct Measure {
   static constexpr bool kDistance = KEY == Key::direct || KEY == Key::expanded;
   const Operands<T>& o;
+  Score score = {};
 
   /// From the differences of the rows; of unit rows, 1 - <u, v> = |u - v|^2 / 2.
   T near(int64_t i, int64_t j, T* rows) const {
@@ -31,9 +34,25 @@ struct Measure {
   T operator()(int64_t i, int64_t j, T* rows) const {
     if (kDistance) return near(i, j, rows);
     const T *a = o.x.view(i, rows), *b = o.y.view(j, rows + o.d);
+    if (KEY == Key::coordinate) return by_coordinate(a, b);
     const double s = Source<T>::dot(a, b, o.d);
     if (KEY == Key::negative_dot) return static_cast<T>(-s);
     return 1 - s <= Operands<T>::kNear ? near(i, j, rows) : static_cast<T>(1 - s);
+  }
+
+ private:
+  T by_coordinate(const T* a, const T* b) const {
+    constexpr int L = kLanes<T>;
+    Vec<T> sum = Vec<T>{};
+    int64_t k = 0;
+    for (; k + L <= o.d; k += L) score.accumulate(sum, load(a + k), load(b + k));
+    alignas(64) T rest[2][L] = {};
+    for (int64_t u = 0; k + u < o.d; ++u) rest[0][u] = a[k + u], rest[1][u] = b[k + u];
+    score.accumulate(sum, load(rest[0]), load(rest[1]));
+    if constexpr (!std::is_same_v<Score, LargestDifference>) return hsum<T>(sum);
+    T most = sum[0];
+    for (int u = 1; u < L; ++u) most = most != most || most > sum[u] ? most : sum[u];
+    return most;
   }
 };
 

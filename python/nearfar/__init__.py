@@ -13,7 +13,7 @@ from .clustering import kmeans_assign
 from .distances import cdist, pdist
 from .gradients import value_and_grad
 from .kernels import gram
-from .kmeans import KMeans, MiniBatchKMeans
+from .kmeans import KMeans
 from .losses import (
     alignment,
     clip_loss,
@@ -23,6 +23,7 @@ from .losses import (
     uniformity,
     uniformity_of_sphere,
 )
+from .minibatch import MiniBatchKMeans
 from .neighbors import knn
 from .psd import PSDReport, is_psd, psd_report
 from .runtime import build_info, get_num_threads, set_num_threads

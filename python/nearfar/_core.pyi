@@ -31,7 +31,15 @@ def task_trace(tasks: int, threads: int) -> list[int]:
 # ---- register_pairs.cpp ----
 
 def store(
-    x: object, y: object, map: str, normalize: bool, same: bool, condensed: bool, out: object, threads: int
+    x: object,
+    y: object,
+    map: str,
+    power: float,
+    normalize: bool,
+    same: bool,
+    condensed: bool,
+    out: object,
+    threads: int,
 ) -> None:
     """out[b, i, j] = map(x[b, i], y[b, j]); condensed: (b, i < j)."""
 
@@ -39,6 +47,7 @@ def store_grad(
     x: object,
     y: object,
     map: str,
+    power: float,
     normalize: bool,
     condensed: bool,
     value: object,
@@ -59,6 +68,7 @@ def select(
     x: object,
     y: object,
     map: str,
+    power: float,
     normalize: bool,
     exclude_self: bool,
     k: int,

@@ -1,8 +1,8 @@
 """scikit-learn's estimator interface, without scikit-learn.
 
-scikit-learn asks an estimator for a protocol, not for a base class: parameters named as in ``__init__``, attributes with
-a trailing underscore after ``fit``, tags. `Estimator` implements the protocol, so that clusterers work in its pipelines
-and searches, pass its ``check_estimator``, and need it neither at import nor at run time. Inheriting from its
+scikit-learn asks an estimator for a protocol, not for a base class: parameters named as in ``__init__``, attributes
+with a trailing underscore after ``fit``, tags. `Estimator` implements the protocol, so that clusterers work in its
+pipelines and searches, pass its ``check_estimator``, and need it neither at import nor at run time. Inheriting from its
 ``BaseEstimator`` where it happens to be installed would make the classes differ from machine to machine and cost its
 import (about a second) in ``import nearfar``.
 """
@@ -88,7 +88,9 @@ class Estimator:
         if reset:
             self.n_features_in_ = int(X.shape[1])
         elif X.shape[1] != self.n_features_in_:
-            raise ValueError(f"X has {X.shape[1]} features, but {name} is expecting {self.n_features_in_} features")
+            raise ValueError(
+                f"X has {X.shape[1]} features, but {name} is expecting {self.n_features_in_} features as input"
+            )
         return X.detach() if is_torch(X) else X
 
 
@@ -127,7 +129,7 @@ def weights_of(sample_weight: Any, X: Array) -> np.ndarray[Any, Any] | None:
 def check_random_state(seed: Any) -> np.random.RandomState:
     """As scikit-learn's: None is NumPy's global generator, an int seeds a new one."""
     if seed is None or seed is np.random:
-        return np.random.mtrand._rand  # type: ignore[attr-defined,no-any-return]
+        return np.random.mtrand._rand  # type: ignore[no-any-return]
     if isinstance(seed, np.random.RandomState):
         return seed
     try:
@@ -139,4 +141,4 @@ def check_random_state(seed: Any) -> np.random.RandomState:
 def convergence_warning() -> type[Warning]:
     """scikit-learn's ConvergenceWarning where scikit-learn is in use, else its base UserWarning."""
     exceptions = sys.modules.get("sklearn.exceptions")
-    return UserWarning if exceptions is None else exceptions.ConvergenceWarning  # type: ignore[no-any-return]
+    return UserWarning if exceptions is None else exceptions.ConvergenceWarning

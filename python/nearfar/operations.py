@@ -142,6 +142,12 @@ def alignment(
     return value, dx, dy
 
 
+def _power(map: str) -> tuple[str, float]:
+    """'minkowski:3.0' as name and power: an operator's map is one string."""
+    name, _, power = map.partition(":")
+    return name, float(power or 2)
+
+
 def store(x: Array, y: Array | None, map: str, normalize: bool, condensed: bool, out: Array | None = None) -> Array:
     """The matrix of a map, (b, n, m) or condensed (b, n (n - 1) / 2); ``y=None`` is x itself."""
     b, n, _ = x.shape
@@ -149,7 +155,7 @@ def store(x: Array, y: Array | None, map: str, normalize: bool, condensed: bool,
     shape = (b, n * (n - 1) // 2) if condensed else (b, n, columns.shape[1])
     if out is None:
         out = empty(x, shape)
-    _core.store(x, columns, map, normalize, y is None, condensed, out, get_num_threads())
+    _core.store(x, columns, *_power(map), normalize, y is None, condensed, out, get_num_threads())
     return out
 
 
@@ -162,7 +168,7 @@ def store_grad(
     dtype = compute_dtype(x)
     grad = cast(grad, dtype)
     grad = _contiguous(grad)
-    _core.store_grad(x, columns, map, normalize, condensed, value, grad, dx, dy, get_num_threads())
+    _core.store_grad(x, columns, *_power(map), normalize, condensed, value, grad, dx, dy, get_num_threads())
     if y is None:
         dx += dy
         return dx, None
@@ -196,7 +202,7 @@ def select(x: Array, y: Array | None, map: str, normalize: bool, exclude_self: b
     value = empty(x, (x.shape[0], x.shape[1], k))
     index = empty(x, (x.shape[0], x.shape[1], k), "int64")
     columns = x if y is None else y
-    _core.select(x, columns, map, normalize, exclude_self, k, value, index, get_num_threads())
+    _core.select(x, columns, *_power(map), normalize, exclude_self, k, value, index, get_num_threads())
     return value, index
 
 

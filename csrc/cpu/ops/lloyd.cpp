@@ -61,14 +61,15 @@ class Lloyd {
       nearest.strip(row, 0, o.chunks.count, index);
       for (int64_t i = row; i < last; ++i) {
         int64_t j = index[i - row];
-        T distance = std::numeric_limits<T>::quiet_NaN();
-        if (j >= 0) distance = measure(i, j, rows.get());
-        if (!std::isfinite(distance)) j = -1, distance = std::numeric_limits<T>::quiet_NaN();
+        const double weight = p.weights ? static_cast<double>(p.weights[i]) : 1.0;
+        if (p.distances) {
+          T distance = j >= 0 ? measure(i, j, rows.get()) : std::numeric_limits<T>::quiet_NaN();
+          if (!std::isfinite(distance)) j = -1, distance = std::numeric_limits<T>::quiet_NaN();
+          p.distances[i] = distance;
+          inertia_[block] += weight * static_cast<double>(distance);
+        }
         changed_[block] += p.labels[i] != j;
         p.labels[i] = j;
-        if (p.distances) p.distances[i] = distance;
-        const double weight = p.weights ? static_cast<double>(p.weights[i]) : 1.0;
-        inertia_[block] += weight * static_cast<double>(distance);
         if (!sums || j < 0) continue;
         add(o.x.view(i, rows.get()), weight, sums + j * d);
         counts[j] += weight;

@@ -8,28 +8,29 @@
 namespace nearfar {
 namespace {
 
-template <class T, Key KEY>
+template <class T, Key KEY, class Score = SquaredDifference>
 class Select {
   using P = Policy<T>;
   static constexpr int NR = P::NR;
   static constexpr bool kMends = KEY == Key::expanded || KEY == Key::cosine;  // small keys are computed again
 
  public:
-  Select(const SelectParams<T>& params, const Operands<T>& operands)
-      : p(params), n(p.x.n), m(p.y.n), k(p.k), o(operands), measure{o} {}
+  Select(const SelectParams<T>& params, const Operands<T>& operands, bool by_columns, Score score = {})
+      : p(params), n(p.x.n), m(p.y.n), k(p.k), o(operands), measure{o, score}, by_columns_(by_columns) {}
 
   void run() {
-    // Few rows: cut the columns too, by the shape alone; parts are merged in order.
-    const int64_t strips = ceil_div(n, P::kStripRows), chunks = o.chunks.count;
-    splits_ = o.chunks.parts(strips);
-    kept_ = Buffer<T>(strips * splits_ * P::kStripRows * k);
-    index_ = Buffer<int64_t>(strips * splits_ * P::kStripRows * k);
-    parallel_for(strips * splits_, p.threads, [&](int64_t task, int) {
-      const int64_t part = task % splits_;
-      strip(task / splits_, chunks * part / splits_, chunks * (part + 1) / splits_,
-            kept_.get() + task * P::kStripRows * k, index_.get() + task * P::kStripRows * k);
-    });
-    parallel_for(strips, p.threads, [&](int64_t s, int) { finish(s); });
+    strips_ = ceil_div(n, P::kStripRows);
+    // Few rows: threads share the columns, cut by the shape alone. Parts are merged in order.
+    constexpr int64_t kParts = 16;
+    if (by_columns_) parts_ = kParts < o.chunks.count ? kParts : o.chunks.count;
+    kept_ = Buffer<T>(parts_ * strips_ * P::kStripRows * k);
+    index_ = Buffer<int64_t>(parts_ * strips_ * P::kStripRows * k);
+    if (by_columns_) {
+      parallel_for(parts_, p.threads, [&](int64_t part, int) { columns(part); });
+    } else {
+      parallel_for(strips_, p.threads, [&](int64_t s, int) { strip(s); });
+    }
+    parallel_for(strips_, p.threads, [&](int64_t s, int) { finish(s); });
   }
 
  private:
@@ -37,28 +38,69 @@ class Select {
   struct Panel {
     int64_t row;
     const T* squares;
-    T* worst;  // per lane: what a candidate must beat
-    T* kept;   // [lane][k], sorted
+    const T* columns;  // squares of all columns, by column
+    T* worst;          // per lane: what a candidate must beat
+    T* kept;           // [lane][k], sorted
     int64_t* index;
   };
 
-  void strip(int64_t s, int64_t first, int64_t last, T* kept, int64_t* index) {
-    if (k == 1 && !p.exclude_self) return Nearest<T, KEY>(o).strip(s * P::kStripRows, first, last, index);
-    const int64_t d = o.d, row = s * P::kStripRows;
-    const int64_t panels = ceil_div(n - row < P::kStripRows ? n - row : P::kStripRows, NR);
-    Buffer<T> rows(o.row_buffer()), packed(P::kStripRows * d), block(o.chunks.tiles_each * P::MR * NR);
-    alignas(64) T squares[P::kStripRows], worst[P::kStripRows];
-    for (int64_t q = 0; q < panels; ++q)
-      o.pack_panel(row + q * NR, T(1), rows.get(), packed.get() + q * NR * d, squares + q * NR);
-    for (int64_t at = 0; at < P::kStripRows * k; ++at) kept[at] = static_cast<T>(kInfinity), index[at] = -1;
-    for (int64_t i = 0; i < P::kStripRows; ++i) worst[i] = static_cast<T>(kInfinity);
-    for (int64_t chunk = first; chunk < last; ++chunk) {
-      const int64_t t0 = o.chunks.tile_begin(chunk), t1 = o.chunks.tile_end(chunk);
-      for (int64_t q = 0; q < panels; ++q) {
-        o.raw_block(t0, t1, packed.get() + q * NR * d, block.get());
-        const Panel panel{row + q * NR, squares + q * NR, worst + q * NR, kept + q * NR * k, index + q * NR * k};
-        scan(block.get(), t0 * P::MR, t1 * P::MR < m ? t1 * P::MR : m, panel);
+  /// The panels of some rows, ready for columns to go by.
+  struct Opened {
+    Buffer<T> packed, squares, worst;
+
+    Opened(const Operands<T>& o, int64_t row, int64_t panels, int64_t k, T* kept, int64_t* index)
+        : packed(panels * NR * o.d), squares(panels * NR), worst(panels * NR) {
+      Buffer<T> rows(o.row_buffer());
+      for (int64_t q = 0; q < panels; ++q)
+        o.pack_panel(row + q * NR, T(1), rows.get(), packed.get() + q * NR * o.d, squares.get() + q * NR);
+      for (int64_t i = 0; i < panels * NR; ++i) worst[i] = static_cast<T>(kInfinity);
+      for (int64_t at = 0; at < panels * NR * k; ++at) kept[at] = static_cast<T>(kInfinity), index[at] = -1;
+    }
+  };
+
+  /// One chunk of columns goes by.
+  void pass(const Opened& r, int64_t row, int64_t panels, int64_t chunk, const T* tiles, const T* columns, T* block,
+            T* kept, int64_t* index) const {
+    const int64_t t0 = o.chunks.tile_begin(chunk), t1 = o.chunks.tile_end(chunk);
+    for (int64_t q = 0; q < panels; ++q) {
+      const T* packed = r.packed.get() + q * NR * o.d;
+      if constexpr (KEY == Key::coordinate) {
+        score_block(o.d, t1 - t0, tiles, o.tile_stride, packed, block, measure.score);
+      } else {
+        o.raw_block(t1 - t0, tiles, packed, block);
       }
+      const Panel panel{row + q * NR,           r.squares.get() + q * NR, columns,
+                        r.worst.get() + q * NR, kept + q * NR * k,        index + q * NR * k};
+      scan(block, t0 * P::MR, t1 * P::MR < m ? t1 * P::MR : m, panel);
+    }
+  }
+
+  /// A strip of rows against all columns.
+  void strip(int64_t s) const {
+    const int64_t row = s * P::kStripRows;
+    T* kept = kept_.get() + row * k;
+    int64_t* index = index_.get() + row * k;
+    if constexpr (KEY != Key::coordinate)
+      if (k == 1 && !p.exclude_self) return Nearest<T, KEY>(o).strip(row, 0, o.chunks.count, index);
+    const int64_t panels = ceil_div(n - row < P::kStripRows ? n - row : P::kStripRows, NR);
+    const Opened r(o, row, panels, k, kept, index);
+    Buffer<T> block(o.chunks.tiles_each * P::MR * NR);
+    for (int64_t chunk = 0; chunk < o.chunks.count; ++chunk)
+      pass(r, row, panels, chunk, o.tile(o.chunks.tile_begin(chunk)), o.squares(0), block.get(), kept, index);
+  }
+
+  /// A part of the columns, packed a chunk at a time, against all rows.
+  void columns(int64_t part) const {
+    const int64_t panels = ceil_div(n, NR), first = part * strips_ * P::kStripRows * k, each = o.chunks.tiles_each;
+    T* kept = kept_.get() + first;
+    int64_t* index = index_.get() + first;
+    const Opened r(o, 0, panels, k, kept, index);
+    Buffer<T> rows(P::MR * padded<T>(o.d)), tiles(each * o.tile_stride), squares(each * P::MR),
+        block(each * P::MR * NR);
+    for (int64_t chunk = o.chunks.count * part / parts_; chunk < o.chunks.count * (part + 1) / parts_; ++chunk) {
+      const int64_t t0 = o.chunks.tile_begin(chunk), t1 = o.chunks.tile_end(chunk);
+      o.pack_tiles(t0, t1, rows.get(), tiles.get(), squares.get());
+      pass(r, 0, panels, chunk, tiles.get(), squares.get() - t0 * P::MR, block.get(), kept, index);
     }
   }
 
@@ -67,16 +109,16 @@ class Select {
   }
 
   /// Keys of column j for one vector of lanes; marks pairs so close that the expansion is not to be trusted.
-  NEARFAR_INLINE Vec<T> key(const T* scores, int64_t j, Vec<T> own, IVec<T>& near) const {
+  NEARFAR_INLINE Vec<T> key(const T* scores, int64_t j, const Panel& panel, Vec<T> own, IVec<T>& near) const {
     const Vec<T> s = load(scores);
-    if (KEY == Key::direct) return s;
+    if (KEY == Key::direct || KEY == Key::coordinate) return s;
     if (KEY == Key::negative_dot) return -s;
     if (KEY == Key::cosine) {
       const Vec<T> value = T(1) - s;
       near |= value <= splat<T>(Operands<T>::kNear);
       return value;
     }
-    const T square = *o.squares(j);
+    const T square = panel.columns[j];
     const Vec<T> value = own + (splat<T>(square) - T(2) * s);
     near |= value <= (own + splat<T>(square)) * Operands<T>::kNear;
     return value;
@@ -87,7 +129,7 @@ class Select {
     Buffer<T> rows(2 * o.d);
     for (int v = 0; v < P::kVectors; ++v) {
       IVec<T> near = IVec<T>{};
-      const Vec<T> value = key(scores + v * kLanes<T>, j, squares(panel, v), near);
+      const Vec<T> value = key(scores + v * kLanes<T>, j, panel, squares(panel, v), near);
       store(out + v * kLanes<T>, value);
       if (!any(near)) continue;
       for (int u = 0; u < kLanes<T>; ++u) {
@@ -107,7 +149,7 @@ class Select {
         const Vec<T> own = squares(panel, v);
         Vec<T> least = splat<T>(static_cast<T>(kInfinity));
         for (int64_t j = j0; j < j1; ++j)
-          least = vmin(key(scores + (j - column) * NR + v * kLanes<T>, j, own, look), least);
+          least = vmin(key(scores + (j - column) * NR + v * kLanes<T>, j, panel, own, look), least);
         look |= least < load(panel.worst + v * kLanes<T>);
       }
       if (!any(look)) continue;
@@ -120,7 +162,7 @@ class Select {
     IVec<T> near = IVec<T>{};
     for (int v = 0; v < P::kVectors; ++v) {
       const Vec<T> own = squares(panel, v);
-      store(keys + v * kLanes<T>, key(scores + v * kLanes<T>, j, own, near));
+      store(keys + v * kLanes<T>, key(scores + v * kLanes<T>, j, panel, own, near));
     }
     if (kMends && any(near)) exact_keys(scores, j, panel, keys);
     for (int v = 0; v < P::kVectors; ++v) {
@@ -142,12 +184,12 @@ class Select {
 
   /// Merge the parts, measure again, sort.
   void finish(int64_t s) const {
-    Buffer<T> rows(2 * o.d), value(splits_ * k);
-    Buffer<int64_t> index(splits_ * k);
+    Buffer<T> rows(2 * o.d), value(parts_ * k);
+    Buffer<int64_t> index(parts_ * k);
     for (int64_t i = s * P::kStripRows; i < (s + 1) * P::kStripRows && i < n; ++i) {
       int64_t count = 0;
-      for (int64_t part = 0; part < splits_; ++part) {
-        const int64_t at = ((s * splits_ + part) * P::kStripRows + i - s * P::kStripRows) * k;
+      for (int64_t part = 0; part < parts_; ++part) {
+        const int64_t at = (part * strips_ * P::kStripRows + i) * k;
         for (int64_t c = 0; c < k && index_[at + c] >= 0; ++c) {
           const int64_t j = index_[at + c];
           const T own = measure(i, j, rows.get());
@@ -168,14 +210,16 @@ class Select {
 
   T result(T value) const {
     if (p.map == PairMap::euclidean) return std::sqrt(value);
+    if (p.map == PairMap::minkowski) return static_cast<T>(std::pow(value, 1 / p.power));
     return p.map == PairMap::dot ? -value : value;
   }
 
   const SelectParams<T>& p;
   const int64_t n, m, k;
   const Operands<T>& o;
-  const Measure<T, KEY> measure;
-  int64_t splits_ = 1;
+  const Measure<T, KEY, Score> measure;
+  const bool by_columns_;
+  int64_t strips_ = 0, parts_ = 1;
   Buffer<T> kept_;
   Buffer<int64_t> index_;
 };
@@ -183,11 +227,17 @@ class Select {
 template <class T>
 void run(const SelectParams<T>& p) {
   const bool distance = p.map == PairMap::euclidean || p.map == PairMap::sqeuclidean;
-  const Operands<T> o(p.x, p.y, p.normalize, distance, false, p.threads);
-  if (p.map == PairMap::one_minus_dot) return Select<T, Key::cosine>(p, o).run();
-  if (!distance) return Select<T, Key::negative_dot>(p, o).run();
-  if (o.expanded()) return Select<T, Key::expanded>(p, o).run();
-  Select<T, Key::direct>(p, o).run();
+  // Up to 16 strips of rows against many columns: by columns, and without a packed copy of them.
+  const bool by_columns = p.x.n < 16 * Policy<T>::kStripRows && p.y.n >= 4096;
+  const Operands<T> o(p.x, p.y, p.normalize, distance, false, p.threads, !by_columns);
+  if (by_coordinate(p.map))
+    return with_coordinate_map(p.map, p.power, [&](auto map) {
+      Select<T, Key::coordinate, decltype(map.score)>(p, o, by_columns, map.score).run();
+    });
+  if (p.map == PairMap::one_minus_dot) return Select<T, Key::cosine>(p, o, by_columns).run();
+  if (!distance) return Select<T, Key::negative_dot>(p, o, by_columns).run();
+  if (o.expanded()) return Select<T, Key::expanded>(p, o, by_columns).run();
+  Select<T, Key::direct>(p, o, by_columns).run();
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 // above the diagonal are computed and mirrored.
 #include <type_traits>
 
+#include "cpu/coordinate.hpp"
 #include "cpu/mask.hpp"
 
 namespace nearfar {
@@ -22,8 +23,8 @@ class Store {
   static constexpr int NR = P::NR;
 
  public:
-  explicit Store(const StoreParams<T>& params)
-      : p(params), n(p.x.n), m(p.y.n), o(p.y, p.x, p.normalize, Map::kDistance, false, p.threads) {}
+  Store(const StoreParams<T>& params, Map map)
+      : p(params), map_(map), n(p.x.n), m(p.y.n), o(p.y, p.x, p.normalize, Map::kDistance, false, p.threads) {}
 
   void run() {
     const int64_t strips = ceil_div(m, P::kStripRows), d = o.d;
@@ -45,7 +46,12 @@ class Store {
       alignas(64) T block[48 * NR];
       const int64_t first = p.same ? t0 * P::MR / NR : 0;
       for (int64_t panel = first; panel * NR < m; ++panel) {
-        o.block(t0, t1, panel * NR, panels_.get() + panel * NR * d, squares_.get() + panel * NR, block);
+        const T* own = panels_.get() + panel * NR * d;
+        if constexpr (std::is_base_of_v<CoordinateMap, Map>) {
+          score_block(d, t1 - t0, o.tile(t0), o.tile_stride, own, block, map_.score);
+        } else {
+          o.block(t0, t1, panel * NR, own, squares_.get() + panel * NR, block);
+        }
         write(t0 * P::MR, t1 * P::MR < n ? t1 * P::MR : n, panel * NR, block);
       }
       if (stream_) fence();
@@ -58,7 +64,7 @@ class Store {
     for (int64_t i = row0; i < row1; ++i) {
       T* s = block + (i - row0) * NR;
       for (int v = 0; v < P::kVectors; ++v) {
-        const Vec<T> value = Map::value(load(s + v * kLanes<T>));
+        const Vec<T> value = map_.value(load(s + v * kLanes<T>));
         store(s + v * kLanes<T>, value);
       }
       if (std::is_same_v<Map, OneMinusDotMap>) mend_cosine(i, j0, lanes, s);
@@ -115,6 +121,7 @@ class Store {
   }
 
   const StoreParams<T>& p;
+  const Map map_;
   const int64_t n, m;
   Operands<T> o;
   bool stream_ = false;
@@ -209,11 +216,36 @@ void gradient(const StoreGradParams<T>& p) {
 
 template <class T>
 void store_all(const StoreParams<T>& p) {
-  with_map(p.map, [&](auto map) { Store<T, decltype(map)>(p).run(); });
+  const auto run = [&](auto map) { Store<T, decltype(map)>(p, map).run(); };
+  by_coordinate(p.map) ? with_coordinate_map(p.map, p.power, run) : with_map(p.map, run);
+}
+
+/// Of the first set, or of the second where `second`; condensed: of both at once.
+template <class T, class Map>
+void coordinate_gradient(const StoreGradParams<T>& p, const Map& map, bool second) {
+  const int64_t m = p.y.n;
+  const auto place = [&](int64_t a, int64_t b) {
+    const bool turned = second || (p.condensed && a > b);
+    return row_of(static_cast<const T*>(p.grad), turned ? b : a, m, p.condensed) + (turned ? a : b) - p.grad;
+  };
+  const bool condensed = p.condensed;
+  CoordinateGradient<T, Map>{second ? p.y : p.x, second ? p.x : p.y, map, p.threads}.run(
+      [&](int64_t a, int64_t b, T& grad, T& value) {
+        const bool none = condensed && a == b;
+        const int64_t at = none ? 0 : place(a, b);
+        grad = none ? T(0) : p.grad[at];
+        value = none ? T(0) : p.out[at];
+      },
+      second ? p.dy : p.dx);
 }
 
 template <class T>
 void gradient_all(const StoreGradParams<T>& p) {
+  if (by_coordinate(p.map))
+    return with_coordinate_map(p.map, p.power, [&](auto map) {
+      coordinate_gradient(p, map, false);
+      if (!p.condensed) coordinate_gradient(p, map, true);
+    });
   with_map(p.map, [&](auto map) { gradient<T, decltype(map)>(p); });
 }
 
