@@ -145,7 +145,8 @@ struct MinkowskiMap : CoordinateMap {
   }
   template <class V>
   NEARFAR_FN V pull(V difference, V grad, V log_value) const {
-    return signed_by(difference, V(grad * exp(scaled(V(log(absolute(difference)) - log_value), score.p - 1))));
+    const V slope = grad * exp(scaled(V(log(absolute(difference)) - log_value), score.p - 1));
+    return signed_by(difference, V(select(log_value == log_value, slope, V{})));  // a NaN row is its own affair
   }
 };
 

@@ -232,8 +232,9 @@ class KMeans(Clusterer):
     One iteration is one fused pass: the distances of a strip of rows stay in cache until their minimum is known, and
     the rows are added to their centroids' sums while they are still there. Sums are in float64. Assignments are those
     of distances computed from differences, though most pairs are screened by the cheaper expansion, so neither an
-    offset of the data nor duplicates disturb them. Results are bitwise the same for every number of threads. Extra memory is
-    O(N + K D) for the iterations; k-means++ packs a copy of X (up to 1 GiB) and keeps 3 + floor(ln K) numbers a row.
+    offset of the data nor duplicates disturb them. Results are bitwise the same for every number of threads. Extra
+    memory is O(N + K D) for the iterations; k-means++ packs a copy of X (up to 1 GiB) and keeps 3 + floor(ln K) numbers
+    a row.
 
     An empty cluster takes the row that is farthest from its centroid. More clusters than distinct rows: the rest of the
     centroids stay where they were, with a warning (scikit-learn's ConvergenceWarning where that is in use). X is not

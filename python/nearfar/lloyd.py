@@ -107,7 +107,7 @@ class Data:
 
     def refuse(self, labels: Numbers) -> None:
         bad = int(np.flatnonzero(labels < 0)[0])
-        if np.isfinite(self.rows(slice(bad, bad + 1))).all():
+        if np.isfinite(np.asarray(cast(self.x[bad], self.dtype.name))).all():
             raise ValueError(f"X: row {bad} is so large that its squared distances overflow {self.dtype}")
         raise ValueError(f"X: expected finite numbers, got NaN or inf in row {bad}")
 

@@ -97,4 +97,6 @@ def select(map: str, normalize: bool, x: Array, y: Array | None, exclude_self: b
         return value[0], index[0]
     from . import formulas
 
-    return formulas.chosen_pairs(map, normalize, x, columns, index[0]), index[0]
+    # The kernel's values, which are the more accurate ones, with the formula's derivatives.
+    slope = formulas.chosen_pairs(map, normalize, x, columns, index[0])
+    return value[0] + (slope - slope.detach()), index[0]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from ..case import Case
-from .distances import CDIST, CDIST_BACKWARD
+from .distances import CDIST, CDIST_BACKWARD, CDIST_CITYBLOCK
 from .kernels import GAUSSIAN_GRAM, GAUSSIAN_MATMUL
+from .kmeans import KMEANS, KMEANS_BATCH, KMEANS_SEEDING
 from .losses import CLIP, INFO_NCE, INFO_NCE_MEMORY, NT_XENT, UNIFORMITY
-from .neighbors import KMEANS_ASSIGN, KNN
+from .neighbors import KMEANS_ASSIGN, KNN, KNN_FEW
 
 CASES: tuple[Case, ...] = (
     INFO_NCE,
@@ -18,10 +19,15 @@ CASES: tuple[Case, ...] = (
     UNIFORMITY,
     CDIST,
     CDIST_BACKWARD,
+    CDIST_CITYBLOCK,
     GAUSSIAN_GRAM,
     GAUSSIAN_MATMUL,
     KMEANS_ASSIGN,
+    KMEANS,
+    KMEANS_SEEDING,
+    KMEANS_BATCH,
     KNN,
+    KNN_FEW,
 )
 
 
