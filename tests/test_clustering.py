@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from generators import layouts, numpy_of, of_kind, points
 from references import KINDS, clusters, distances, integers, same_bits
 
@@ -111,7 +112,11 @@ def test_tensors_that_require_a_gradient():
     x, centroids = (of_kind("torch", points(n, 4)).requires_grad_() for n in (9, 3))
     labels, away = nf.kmeans_assign(x, centroids)
     assert not labels.requires_grad
-    assert not away.requires_grad
+    assert same_bits(away, nf.kmeans_assign(x.detach(), centroids.detach())[1])
+    for metric in METRICS:
+        assert torch.autograd.gradcheck(
+            lambda x, c, metric=metric: nf.kmeans_assign(x, c, metric=metric)[1], (x, centroids)
+        )
 
 
 @pytest.mark.parametrize("metric", METRICS)

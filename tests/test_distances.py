@@ -558,7 +558,7 @@ def test_metric():
         for metric in ("manhattan", "", "Euclidean", None, 3, ["euclidean"]):
             with pytest.raises((ValueError, TypeError), match=r"^metric: expected one of euclidean, sqeuclidean"):
                 f(X, metric=metric)
-    with pytest.raises(ValueError, match=r"^p: only 2"):
+    with pytest.raises(ValueError, match=r"^p: only for metric='minkowski'"):
         nf.cdist(X, p=1)
     with pytest.raises(ValueError, match=r"^M: only for metric='mahalanobis'"):
         nf.cdist(X, M=np.eye(3))

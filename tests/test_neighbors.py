@@ -95,7 +95,8 @@ def test_torch():
     x = torch.randn(30, 8, requires_grad=True)
     distances, indices = nf.knn(x, k=2)
     assert indices.dtype == torch.int64
-    assert not distances.requires_grad
+    assert torch.equal(distances, nf.knn(x.detach(), k=2)[0])
+    assert distances.requires_grad
     half = x.detach().bfloat16()
     assert torch.equal(nf.knn(half, k=2)[1], nf.knn(half.float(), k=2)[1])
 

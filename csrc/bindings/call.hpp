@@ -53,6 +53,11 @@ struct PairInputs {
   double work() const { return static_cast<double>(n()) * static_cast<double>(m()) * static_cast<double>(d()); }
   int64_t results(bool condensed) const { return condensed ? n() * (n() - 1) / 2 : n() * m(); }
 };
+/// Weights of n rows, or null.
+template <class T>
+const T* weights_of(py::handle weights, int64_t n) {
+  return weights.is_none() ? nullptr : output<T>(weights, "weights", {n});
+}
 
 /// f(batch, threads) for every batch: batches side by side where one alone would not fill the threads.
 template <class F>
@@ -68,6 +73,7 @@ void for_batches(int64_t batches, double work, int threads, F f) {
 void register_array(py::module_& m);
 void register_kernels(py::module_& m);
 void register_losses(py::module_& m);
+void register_clusters(py::module_& m);
 void register_pairs(py::module_& m);
 void register_system(py::module_& m);
 

@@ -7,5 +7,6 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   nearfar::register_system(m);
   nearfar::register_pairs(m);
   nearfar::register_kernels(m);
+  nearfar::register_clusters(m);
   nearfar::register_losses(m);
 }

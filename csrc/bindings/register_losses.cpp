@@ -16,11 +16,6 @@ T* gradient(py::handle out, const char* name, const Array& like) {
   return static_cast<T*>(output(out, name, sizeof(T) == 8 ? DType::f64 : DType::f32, like.shape, like.ndim));
 }
 
-template <class T>
-const T* weights_of(py::handle weights, int64_t n) {
-  return weights.is_none() ? nullptr : output<T>(weights, "weights", {n});
-}
-
 py::tuple softmax(const std::string& mode, py::handle x_, py::handle y_, py::handle positive_, int64_t positive_shift,
                   bool positive_is_column, bool positive_in_sum, py::handle paired_, py::handle ids_x, py::handle ids_y,
                   double scale, bool normalize, py::handle weights, double weight, py::handle loss, py::handle dx,

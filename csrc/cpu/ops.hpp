@@ -31,6 +31,7 @@ struct StoreParams {
   bool condensed;  // only i < j, in the order of scipy's pdist (implies same)
   T* out;
   int threads;
+  double power = 2;  // of minkowski
 };
 
 /// dx, dy of sum_ij grad[i, j] * map(x_i, y_j). grad has the layout of StoreParams::out; out is the forward's result.
@@ -41,8 +42,9 @@ struct StoreGradParams {
   bool normalize, condensed;
   const T* out;
   const T* grad;
-  T *dx, *dy;  // for condensed: dy == dx
+  T *dx, *dy;  // for condensed: their sum is the gradient
   int threads;
+  double power = 2;  // of minkowski
 };
 
 /// Softmax over pairs: loss_i = log sum over the denominator of exp(s_i.) - s_i,positive with s = scale * <x, y>.
@@ -226,13 +228,42 @@ enum class Screening : int { automatic, always, never };
 template <class T>
 struct SelectParams {
   Rows x, y;
-  PairMap map;  // euclidean, sqeuclidean, one_minus_dot, dot
+  PairMap map;  // not gaussian
   bool normalize;
   bool exclude_self;  // column i is not a neighbour of row i
   int64_t k;
   T* value;        // (n, k)
   int64_t* index;  // (n, k)
   Screening screening;
+  int threads;
+  double power = 2;  // of minkowski
+};
+
+/// One iteration of k-means: labels, and the weighted sums of the rows of each centroid.
+template <class T>
+struct LloydParams {
+  Rows x, centroids;  // centroids in the compute type
+  bool normalize;     // unit rows first, both
+  const T* weights;   // (n) or null: all 1
+  int64_t* labels;    // (n) in: the previous ones, for `changed`; out: -1 for a row that is near to nothing
+  T* distances;       // (n) squared, or null: then there is no inertia either, and x must be finite
+  double* sums;       // (k, d) or null: assignment only
+  double* counts;     // (k) sums of weights, or null with sums
+  double inertia;     // out: sum of weight times squared distance
+  int64_t changed;    // out: how many labels differ from the previous ones
+  int threads;
+};
+
+/// Greedy k-means++: the rows chosen as first centroids.
+template <class T>
+struct SeedingParams {
+  Rows x;
+  bool normalize;
+  const T* weights;  // (n) or null: all 1
+  int64_t k, trials;
+  int64_t first;           // the first chosen row
+  const double* uniforms;  // (k - 1, trials) random numbers in [0, 1)
+  int64_t* chosen;         // (k)
   int threads;
 };
 
@@ -251,6 +282,8 @@ struct OpsOf {
   void (*matmul)(const MatmulParams<T>&);
   void (*matmul_grad)(const MatmulGradParams<T>&);
   void (*select)(const SelectParams<T>&);
+  void (*lloyd)(LloydParams<T>&);
+  void (*seeding)(const SeedingParams<T>&);
   void (*vector_math)(int function, const T* x, T* y, int64_t n);
 };
 

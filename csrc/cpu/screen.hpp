@@ -15,7 +15,7 @@
 
 #include <chrono>
 
-#include "cpu/mask.hpp"
+#include "cpu/tile.hpp"
 
 namespace nearfar {
 namespace {
@@ -86,7 +86,7 @@ inline bool screening_pays() {
 #if defined(__AVX512BF16__)
   static const bool pays = [] {
     constexpr double kGain = 1.4;
-    double pairs = kInfinity, singles = kInfinity;
+    double pairs = 1e9, singles = 1e9;
     for (int repeat = 0; repeat < 3; ++repeat) {
       pairs = std::fmin(pairs, product_seconds<true>());
       singles = std::fmin(singles, product_seconds<false>());
@@ -99,15 +99,18 @@ inline bool screening_pays() {
 #endif
 }
 
+/// Whether a search over d dimensions is screened.
+inline bool screens(Screening mode, int64_t d) {
+  constexpr int64_t kLeastDims = 48;  // fewer leave too little to save
+  return d >= kLeastDims && (mode == Screening::always || (mode == Screening::automatic && screening_pays()));
+}
+
 class Screen {
   using T = float;
   using P = Policy<T>;
   static constexpr int NR = P::NR;
 
  public:
-  /// Fewer dimensions leave too little to save.
-  static constexpr int64_t kLeastDims = 48;
-
   Screen(const Operands<T>& operands, int threads)
       : o_(operands),
         steps_(ceil_div(o_.d, 2)),
@@ -168,15 +171,55 @@ class Screen {
     }
   }
 
+  /// Lanes of a panel at `row` that have a row whose norm is a number; the others are at no distance from anything.
+  NEARFAR_INLINE IVec<T> lanes(int64_t row, int v, Vec<T> norm) const {
+    const int64_t last = o_.x.n() - row < NR ? o_.x.n() - row : NR;
+    const IVec<T> lane = iota<T>() + isplat<T>(static_cast<IntOf<T>>(v * kLanes<T>));
+    return (lane < isplat<T>(static_cast<IntOf<T>>(last))) & (norm < splat<T>(std::numeric_limits<T>::infinity()));
+  }
+
   /// What a dot product of `block` may differ by from the engine's, for one row and every column of a chunk. The last
   /// term is the rounding of both sums, and what is flushed to zero.
   NEARFAR_INLINE Vec<T> bound(int64_t chunk, Vec<T> norm, Vec<T> lost) const {
     const T rounding = static_cast<T>(2 * o_.d + 16) * 0x1p-24f;
     return lost * norm_[chunk] + norm * lost_[chunk] + norm * norm_[chunk] * rounding + 0x1p-100f;
   }
-  /// The largest norm of a column in the chunk.
-  T norm(int64_t chunk) const { return norm_[chunk]; }
+  /// What rounding adds to a key that is made of the score and the squared norm `own` of a row.
+  NEARFAR_INLINE Vec<T> rounding(int64_t chunk, Vec<T> own) const {
+    return (own + norm_[chunk] * norm_[chunk]) * (static_cast<T>(2 * o_.d + 16) * 0x1p-24f);
+  }
 
+  /// use(j, scores[NR]) in ascending order for the columns [begin, end) of which looks(j, v) holds in some lane, with
+  /// exact scores. `looks` reads what `use` has changed at most kColumns columns late.
+  template <class Looks, class Use>
+  void settle(int64_t begin, int64_t end, const T* packed, Looks looks, Use use) const {
+    constexpr int64_t kAtOnce = 8;
+    int64_t found[kColumns];
+    int count = 0;
+    auto score = [&] {
+      alignas(64) T scores[kColumns * NR];
+      exact(found, count, packed, scores);
+      for (int c = 0; c < count; ++c) use(found[c], scores + c * NR);
+      count = 0;
+    };
+    for (int64_t j0 = begin; j0 < end; j0 += kAtOnce) {
+      const int64_t j1 = j0 + kAtOnce < end ? j0 + kAtOnce : end;
+      IVec<T> look = IVec<T>{};
+      for (int v = 0; v < P::kVectors; ++v)
+        for (int64_t j = j0; j < j1; ++j) look |= looks(j, v);
+      if (!any(look)) continue;
+      for (int64_t j = j0; j < j1; ++j) {
+        look = IVec<T>{};
+        for (int v = 0; v < P::kVectors; ++v) look |= looks(j, v);
+        if (!any(look)) continue;
+        found[count++] = j;
+        if (count == kColumns) score();
+      }
+    }
+    if (count) score();
+  }
+
+ private:
   /// Exact scores of up to kColumns columns, S[column][NR], as the engine computes them: one multiply-add a coordinate.
   static constexpr int kColumns = P::MR / 3 * 2;
   void exact(const int64_t* columns, int count, const T* panel, T* scores) const {
@@ -204,7 +247,6 @@ class Screen {
       for (int v = 0; v < P::kVectors; ++v) store(scores + c * NR + v * kLanes<T>, acc[c][v]);
   }
 
- private:
   static constexpr T kSafe = 1.0001f;  // norms are rounded up
 
   void pack_tile(int64_t t, int64_t chunk) {

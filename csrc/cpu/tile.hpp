@@ -37,7 +37,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 /// acc[r][v] (+)= sum_k a[r * AR + k * AK] b[k][v]; b has NR lanes a step. Arrays stay in registers only when every
 /// loop over them is unrolled by force.
 template <class Score, class T, int M, int V, int AR, int AK>
-NEARFAR_INLINE void multiply(int64_t steps, const T* a, const T* b, Vec<T> (&acc)[M][V]) {
+NEARFAR_INLINE void multiply(int64_t steps, const T* a, const T* b, Vec<T> (&acc)[M][V], Score score = {}) {
   constexpr int NR = Policy<T>::NR;
   for (int64_t k = 0; k < steps; ++k) {
     Vec<T> vectors[V];
@@ -47,7 +47,7 @@ NEARFAR_INLINE void multiply(int64_t steps, const T* a, const T* b, Vec<T> (&acc
     for (int r = 0; r < M; ++r) {
       const Vec<T> scalar = splat<T>(a[r * AR + k * AK]);
 #pragma GCC unroll 2
-      for (int v = 0; v < V; ++v) Score::accumulate(acc[r][v], scalar, vectors[v]);
+      for (int v = 0; v < V; ++v) score.accumulate(acc[r][v], scalar, vectors[v]);
     }
   }
 }
@@ -60,34 +60,41 @@ NEARFAR_INLINE void clear(Vec<T> (&acc)[M][V]) {
     for (int v = 0; v < V; ++v) acc[r][v] = Vec<T>{};
 }
 
-/// Scores of `tiles` tiles of y against one panel of x: S[tiles * MR][NR].
-template <class Score, class T>
-void score_block(int64_t d, int64_t tiles, const T* y_tiles, int64_t tile_stride, const T* x_panel, T* scores) {
+/// One pass over the depth of score_block; `ADD` to what is there. Two functions, because one that decides inside keeps
+/// its accumulators in memory around the loop: 7 % at 64 dimensions.
+template <bool ADD, class Score, class T>
+NEARFAR_INLINE void score_tiles(int64_t depth, int64_t tiles, const T* y_tiles, int64_t tile_stride, const T* x_panel,
+                                T* scores, Score score) {
   using P = Policy<T>;
-  // Depth is cut so that a panel of x stays in L1 beside the tile of y.
-  constexpr int64_t kDepth = 256;
-  for (int64_t k0 = 0; k0 < d || k0 == 0; k0 += kDepth) {
-    const int64_t depth = d - k0 < kDepth + kDepth / 2 ? d - k0 : kDepth;
-    for (int64_t t = 0; t < tiles; ++t) {
-      Vec<T> acc[P::MR][P::kVectors];
-      T* out = scores + t * P::MR * P::NR;
-      if (k0 == 0) {
-        clear<T>(acc);
-      } else {
-#pragma GCC unroll 12
-        for (int r = 0; r < P::MR; ++r)
-#pragma GCC unroll 2
-          for (int v = 0; v < P::kVectors; ++v) acc[r][v] = load(out + r * P::NR + v * kLanes<T>);
-      }
-      multiply<Score, T, P::MR, P::kVectors, 1, P::MR>(depth, y_tiles + t * tile_stride + k0 * P::MR,
-                                                       x_panel + k0 * P::NR, acc);
+  for (int64_t t = 0; t < tiles; ++t) {
+    Vec<T> acc[P::MR][P::kVectors];
+    T* out = scores + t * P::MR * P::NR;
+    clear<T>(acc);
+    if constexpr (ADD)
 #pragma GCC unroll 12
       for (int r = 0; r < P::MR; ++r)
 #pragma GCC unroll 2
-        for (int v = 0; v < P::kVectors; ++v) store(out + r * P::NR + v * kLanes<T>, acc[r][v]);
-    }
-    if (depth != kDepth || k0 + kDepth >= d) break;
+        for (int v = 0; v < P::kVectors; ++v) acc[r][v] = load(out + r * P::NR + v * kLanes<T>);
+    multiply<Score, T, P::MR, P::kVectors, 1, P::MR>(depth, y_tiles + t * tile_stride, x_panel, acc, score);
+#pragma GCC unroll 12
+    for (int r = 0; r < P::MR; ++r)
+#pragma GCC unroll 2
+      for (int v = 0; v < P::kVectors; ++v) store(out + r * P::NR + v * kLanes<T>, acc[r][v]);
   }
+}
+
+/// Scores of `tiles` tiles of y against one panel of x: S[tiles * MR][NR].
+template <class Score, class T>
+void score_block(int64_t d, int64_t tiles, const T* y_tiles, int64_t tile_stride, const T* x_panel, T* scores,
+                 Score score = {}) {
+  using P = Policy<T>;
+  // Depth is cut so that a panel of x stays in L1 beside the tile of y.
+  constexpr int64_t kDepth = 256;
+  const auto depth_from = [d](int64_t k0) { return d - k0 < kDepth + kDepth / 2 ? d - k0 : kDepth; };
+  int64_t k0 = depth_from(0);
+  score_tiles<false>(k0, tiles, y_tiles, tile_stride, x_panel, scores, score);
+  for (; k0 < d; k0 += depth_from(k0))
+    score_tiles<true>(depth_from(k0), tiles, y_tiles + k0 * P::MR, tile_stride, x_panel + k0 * P::NR, scores, score);
 }
 
 /// out[M][NR] += y^T W over the columns of a chunk, for the M coordinates from k0 on. `factor` scales lanes.
@@ -240,9 +247,10 @@ class Operands {
   static constexpr T kNear = T(1) / 512;
 
   /// products: the packed points are also multiplied by weights (gradients), so they must be centred in any case.
-  /// absolute: the score is the L1 distance, from differences at any depth; then `distance` is false.
+  /// absolute: the score is the L1 distance, from differences at any depth; then `distance` is false. pack_y: false
+  /// where the caller packs a chunk of y when it comes to it, so that no copy of all of y is made.
   Operands(const Rows& x_rows, const Rows& y_rows, bool normalize, bool distance, bool products, int threads,
-           bool absolute = false)
+           bool absolute = false, bool pack_y = true)
       : x(x_rows),
         y(y_rows),
         d(x_rows.d),
@@ -256,22 +264,32 @@ class Operands {
     }
     if (distance && (products || !direct_)) find_center();
     tile_stride = ceil_div(d, P::MR) * P::MR * P::MR;
+    if (!pack_y) return;
     tiles_ = Buffer<T>(chunks.tiles * tile_stride);
     if (distance) squares_ = Buffer<T>(chunks.tiles * P::MR);
     constexpr int64_t kTilesPerTask = 16;
     parallel_for(ceil_div(chunks.tiles, kTilesPerTask), threads, [&](int64_t task, int) {
       Buffer<T> rows(P::MR * padded<T>(d));
-      const int64_t last = (task + 1) * kTilesPerTask < chunks.tiles ? (task + 1) * kTilesPerTask : chunks.tiles;
-      for (int64_t t = task * kTilesPerTask; t < last; ++t) {
-        T* tile = tiles_.get() + t * tile_stride;
-        read_rows<P::MR>(y, t * P::MR, rows.get());
-        pack<P::MR>(rows.get(), d, T(1), tile);
-        for (int64_t k = d * P::MR; k < tile_stride; ++k) tile[k] = 0;
-        if (distance_)
-          for (int r = 0; r < P::MR; ++r)
-            squares_[t * P::MR + r] = static_cast<T>(y.squared_norm(&rows[r * padded<T>(d)]));
-      }
+      const int64_t first = task * kTilesPerTask;
+      const int64_t last = first + kTilesPerTask < chunks.tiles ? first + kTilesPerTask : chunks.tiles;
+      pack_tiles(first, last, rows.get(), tiles_.get() + first * tile_stride, squares_.get() + first * P::MR);
     });
+    if (distance)
+      for (int64_t j = 0; j < y.n(); ++j)
+        if (squares_[j] > largest_square_ && std::isfinite(squares_[j])) largest_square_ = squares_[j];
+  }
+
+  /// Packs tiles [t0, t1) of y, and their squared norms for distances; `rows` holds MR * padded(d) values.
+  void pack_tiles(int64_t t0, int64_t t1, T* rows, T* tiles, T* squares) const {
+    for (int64_t t = t0; t < t1; ++t) {
+      T* tile = tiles + (t - t0) * tile_stride;
+      read_rows<P::MR>(y, t * P::MR, rows);
+      pack<P::MR>(rows, d, T(1), tile);
+      for (int64_t k = d * P::MR; k < tile_stride; ++k) tile[k] = 0;
+      if (distance_)
+        for (int r = 0; r < P::MR; ++r)
+          squares[(t - t0) * P::MR + r] = static_cast<T>(y.squared_norm(rows + r * padded<T>(d)));
+    }
   }
 
   /// Packs NR rows of x from i0 on as panel[k][NR], and their squared norms; `rows` (NR * padded(d)) keeps the rows.
@@ -292,6 +310,8 @@ class Operands {
 
   const T* tile(int64_t t) const { return tiles_.get() + t * tile_stride; }
   const T* squares(int64_t column) const { return squares_.get() + column; }
+  /// Of the finite rows of y as they are packed.
+  T largest_square() const { return largest_square_; }
 
   /// S[columns][NR] for tiles [t0, t1) and a packed panel: dot products, or squared distances. `near` takes the places
   /// of near pairs in S.
@@ -308,12 +328,15 @@ class Operands {
 
   /// The same before the expansion: dot products, or squared distances where those are direct.
   void raw_block(int64_t t0, int64_t t1, const T* panel, T* scores) const {
+    raw_block(t1 - t0, tile(t0), panel, scores);
+  }
+  void raw_block(int64_t tiles, const T* y_tiles, const T* panel, T* scores) const {
     if (absolute_) {
-      score_block<AbsoluteDifference>(d, t1 - t0, tile(t0), tile_stride, panel, scores);
+      score_block<AbsoluteDifference>(d, tiles, y_tiles, tile_stride, panel, scores);
     } else if (direct_) {
-      score_block<SquaredDifference>(d, t1 - t0, tile(t0), tile_stride, panel, scores);
+      score_block<SquaredDifference>(d, tiles, y_tiles, tile_stride, panel, scores);
     } else {
-      score_block<Dot>(d, t1 - t0, tile(t0), tile_stride, panel, scores);
+      score_block<Dot>(d, tiles, y_tiles, tile_stride, panel, scores);
     }
   }
 
@@ -441,6 +464,7 @@ class Operands {
 
   Buffer<T> tiles_, squares_;
   Buffer<T> center_;
+  T largest_square_ = 0;
 };
 
 }  // namespace

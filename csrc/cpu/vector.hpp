@@ -29,6 +29,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
@@ -467,6 +468,16 @@ NEARFAR_INLINE Vec<double> exp_flush(Vec<double> x) { return exp_of<double, true
 
 NEARFAR_INLINE Vec<float> log(Vec<float> x) { return log_of<float>(x); }
 NEARFAR_INLINE Vec<double> log(Vec<double> x) { return log_of<double>(x); }
+// v * p for a number p of double precision, and v^p for v >= 0, 0^p = 0.
+template <class V>
+NEARFAR_INLINE V scaled(V v, double p) {
+  return v * static_cast<std::remove_reference_t<decltype(v[0])>>(p);
+}
+template <class V>
+NEARFAR_INLINE V power(V v, double p) {
+  return select(v == V{}, v, V(exp(scaled(V(log(v)), p))));
+}
+
 NEARFAR_INLINE Vec<float> expm1(Vec<float> x) { return expm1_of<float>(x); }
 NEARFAR_INLINE Vec<double> expm1(Vec<double> x) { return expm1_of<double>(x); }
 NEARFAR_INLINE Vec<float> log1p(Vec<float> x) { return log1p_of<float>(x); }

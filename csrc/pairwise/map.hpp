@@ -91,6 +91,74 @@ struct GaussianMap {
   }
 };
 
+/// d / dx_k of a metric of |x_k - y_k| is  g pull(x_k - y_k, g, aside(value)), summed over the pairs of x: what a pair
+/// needs besides the difference is computed once, aside. 0 where the difference is 0.
+struct CoordinateMap {
+  static constexpr bool kDistance = false;
+  template <class V>
+  static NEARFAR_FN V signed_by(V difference, V value) {
+    return select(difference > V{}, value, select(difference < V{}, V(-value), V{}));
+  }
+};
+
+struct CityblockMap : CoordinateMap {
+  AbsoluteDifference score;
+  template <class V>
+  static NEARFAR_FN V value(V s) {
+    return s;
+  }
+  template <class V>
+  static NEARFAR_FN V aside(V value) {
+    return value;
+  }
+  template <class V>
+  static NEARFAR_FN V pull(V difference, V grad, V) {
+    return signed_by(difference, grad);
+  }
+};
+
+/// Every coordinate that attains the maximum has the whole slope, as in torch.
+struct ChebyshevMap : CoordinateMap {
+  LargestDifference score;
+  template <class V>
+  static NEARFAR_FN V value(V s) {
+    return s;
+  }
+  template <class V>
+  static NEARFAR_FN V aside(V value) {
+    return value;
+  }
+  template <class V>
+  static NEARFAR_FN V pull(V difference, V grad, V value) {
+    return signed_by(difference, V(select(absolute(difference) == value, grad, V{})));
+  }
+};
+
+/// (|x_k - y_k| / value)^(p - 1), through logarithms: neither power overflows.
+struct MinkowskiMap : CoordinateMap {
+  PowerDifference score;
+  template <class V>
+  NEARFAR_FN V value(V s) const {
+    return power(s, 1 / score.p);
+  }
+  template <class V>
+  static NEARFAR_FN V aside(V value) {
+    return log(value);
+  }
+  template <class V>
+  NEARFAR_FN V pull(V difference, V grad, V log_value) const {
+    const V slope = grad * exp(scaled(V(log(absolute(difference)) - log_value), score.p - 1));
+    return signed_by(difference, V(select(log_value == log_value, slope, V{})));  // a NaN row is its own affair
+  }
+};
+
+template <class F>
+inline void with_coordinate_map(PairMap name, double p, F f) {
+  if (name == PairMap::cityblock) return f(CityblockMap{});
+  if (name == PairMap::chebyshev) return f(ChebyshevMap{});
+  f(MinkowskiMap{{}, {p}});
+}
+
 /// The one switch from the name of a map to its type.
 template <class F>
 inline void with_map(PairMap name, F f) {
@@ -105,6 +173,8 @@ inline void with_map(PairMap name, F f) {
       return f(EuclideanMap{});
     case PairMap::gaussian:
       return f(GaussianMap{});
+    default:
+      return;  // those of with_coordinate_map
   }
 }
 

@@ -3,9 +3,11 @@
 //   Dot                 s += x_k y_k
 //   SquaredDifference   s += (x_k - y_k)^2
 //   AbsoluteDifference  s += |x_k - y_k|
+//   LargestDifference   s = max(s, |x_k - y_k|)
+//   PowerDifference     s += |x_k - y_k|^p
 //
 // A is a scalar that is broadcast (CPU: the tile side, GPU: either side), V the accumulator's type: a SIMD vector on
-// the CPU, a float on the GPU. `absolute` is that of the backend.
+// the CPU, a float on the GPU. `absolute`, `largest`, `exp`, `log` and `select` are those of the backend.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -36,6 +38,23 @@ struct AbsoluteDifference {
   template <class A, class V>
   static NEARFAR_FN void accumulate(V& s, A x, V y) {
     s += absolute(V(x - y));
+  }
+};
+
+/// A NaN stays.
+struct LargestDifference {
+  template <class A, class V>
+  static NEARFAR_FN void accumulate(V& s, A x, V y) {
+    const V difference = absolute(V(x - y));
+    s = select(difference <= s, s, select(s != s, s, difference));
+  }
+};
+
+struct PowerDifference {
+  double p;
+  template <class A, class V>
+  NEARFAR_FN void accumulate(V& s, A x, V y) const {
+    s += power(absolute(V(x - y)), p);
   }
 };
 

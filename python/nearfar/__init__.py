@@ -15,6 +15,7 @@ from .distances import cdist, pdist
 from .evaluation import Report, evaluate
 from .gradients import value_and_grad
 from .kernels import gram
+from .kmeans import KMeans
 from .losses import (
     alignment,
     batch_triplet_loss,
@@ -37,6 +38,7 @@ from .losses import (
     uniformity_gap,
     uniformity_of_sphere,
 )
+from .minibatch import MiniBatchKMeans
 from .mutual_information import mi_lower_bound
 from .neighbors import knn
 from .psd import PSDReport, is_psd, psd_report
@@ -50,6 +52,8 @@ _LATER = dict.fromkeys(("ITML", "LMNN", "MMC", "NCA"), ".metric_learning")
 __all__ = [
     *losses.MODULES,
     *_LATER,
+    "KMeans",
+    "MiniBatchKMeans",
     "PSDReport",
     "Report",
     "alignment",

@@ -31,7 +31,15 @@ def task_trace(tasks: int, threads: int) -> list[int]:
 # ---- register_pairs.cpp ----
 
 def store(
-    x: object, y: object, map: str, normalize: bool, same: bool, condensed: bool, out: object, threads: int
+    x: object,
+    y: object,
+    map: str,
+    power: float,
+    normalize: bool,
+    same: bool,
+    condensed: bool,
+    out: object,
+    threads: int,
 ) -> None:
     """out[b, i, j] = map(x[b, i], y[b, j]); condensed: (b, i < j)."""
 
@@ -39,6 +47,7 @@ def store_grad(
     x: object,
     y: object,
     map: str,
+    power: float,
     normalize: bool,
     condensed: bool,
     value: object,
@@ -53,6 +62,7 @@ def select(
     x: object,
     y: object,
     map: str,
+    power: float,
     normalize: bool,
     exclude_self: bool,
     k: int,
@@ -99,6 +109,26 @@ def matmul_grad(
     threads: int,
 ) -> None:
     """Adds the gradient of <grad, K(x, y) v> to dx, dy and dparameters; None: not wanted."""
+
+# ---- register_clusters.cpp ----
+
+def lloyd(
+    x: object,
+    centroids: object,
+    normalize: bool,
+    weights: object,
+    labels: object,
+    distances: object,
+    sums: object,
+    counts: object,
+    threads: int,
+) -> tuple[float, int]:
+    """One iteration of k-means; returns (inertia, number of labels that changed)."""
+
+def seeding(
+    x: object, normalize: bool, weights: object, first: int, uniforms: object, chosen: object, threads: int
+) -> None:
+    """Rows chosen by greedy k-means++."""
 
 # ---- register_losses.cpp ----
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from . import operations
-from .arrays import Array, check_matrix, check_points, is_torch
+from .arrays import Array, check_matrix, check_points
+from .neighbors import select
 
 _METRICS = {"sqeuclidean": ("sqeuclidean", False), "cosine": ("one_minus_dot", True)}
 
@@ -25,7 +25,8 @@ def kmeans_assign(x: Array, centroids: Array, *, metric: str = "sqeuclidean") ->
     labels : int64 array (N,)
         Ties by lower index. -1 for a row with NaN.
     distances : array (N,)
-        To the assigned centroid, computed from the differences; NaN for a row with NaN.
+        To the assigned centroid, computed from the differences; NaN for a row with NaN. Differentiable for tensors that
+        require a gradient.
 
     Raises
     ------
@@ -48,7 +49,5 @@ def kmeans_assign(x: Array, centroids: Array, *, metric: str = "sqeuclidean") ->
         raise ValueError(f"centroids: expected {x.shape[1]} columns to match x, got shape {tuple(centroids.shape)}")
     if centroids.shape[0] == 0:
         raise ValueError("centroids: expected at least one row")
-    if is_torch(x):
-        x, centroids = x.detach(), centroids.detach()
-    distances, labels = operations.select(x[None], centroids[None], map, normalize, False, 1)
-    return labels[0, :, 0], distances[0, :, 0]
+    distances, labels = select(map, normalize, x, centroids, False, 1)
+    return labels[:, 0], distances[:, 0]

@@ -1,13 +1,25 @@
-"""Pairwise distances: `cdist` and `pdist`."""
+"""Pairwise distances: `cdist` and `pdist`, and what a metric is."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import operations
-from .arrays import Array, batched, check_points, compute_dtype, dtype_name, is_torch, kind_of
+from .arrays import (
+    Array,
+    batched,
+    cast,
+    check_points,
+    common_center,
+    compute_dtype,
+    dtype_name,
+    is_torch,
+    kind_of,
+    number,
+)
 
 # metric -> (map of the engine, rows are brought to unit norm first)
 METRICS = {
@@ -15,14 +27,77 @@ METRICS = {
     "sqeuclidean": ("sqeuclidean", False),
     "cosine": ("one_minus_dot", True),
     "dot": ("dot", False),
+    "cityblock": ("cityblock", False),
+    "chebyshev": ("chebyshev", False),
+    "minkowski": ("minkowski", False),
+    "mahalanobis": ("euclidean", False),
 }
+EXACT = {1.0: "cityblock", 2.0: "euclidean", math.inf: "chebyshev"}  # powers with a map of their own
 
 
-def metric_of(metric: str) -> tuple[str, bool]:
-    """The engine's name of a metric, and whether it is of unit rows."""
+class Metric(NamedTuple):
+    """The engine's name of a map, whether rows are brought to unit norm, and a factor L that rows are multiplied by."""
+
+    map: str
+    normalize: bool
+    factor: Array | None = None
+
+    def points(self, x: Array, y: Array | None) -> tuple[Array, Array | None]:
+        """The points between which the map is: x and y, or their images L (x - c) about a common centre c."""
+        if self.factor is None:
+            return x, y
+        dtype = compute_dtype(x)
+        center = common_center(x)
+        images = [None if a is None else (cast(a, dtype) - center) @ self.factor.T for a in (x, y)]
+        return images[0], images[1]
+
+
+def metric_of(metric: str, p: Any = 2.0, M: Any = None, like: Array | None = None) -> Metric:
+    """A metric by name; `like` has the kind, dtype and columns that M must match."""
     if not isinstance(metric, str) or metric not in METRICS:
         raise ValueError(f"metric: expected one of {', '.join(METRICS)}, got {metric!r}")
-    return METRICS[metric]
+    p = number(p, "p")
+    if metric == "minkowski":
+        if not p > 0:
+            raise ValueError(f"p: expected a positive number or inf, got {p}")
+        return Metric(EXACT.get(p, f"minkowski:{p!r}"), False)
+    if p != 2:
+        raise ValueError(f"p: only for metric='minkowski', got p={p} with metric={metric!r}")
+    if metric == "mahalanobis":
+        return Metric(*METRICS[metric], mahalanobis_factor(M, like))
+    if M is not None:
+        raise ValueError(f"M: only for metric='mahalanobis', got metric={metric!r}")
+    return Metric(*METRICS[metric])
+
+
+def mahalanobis_factor(M: Any, like: Array) -> Array:
+    """L with M = L^T L, of the kind and compute dtype of `like`."""
+    if M is None:
+        raise ValueError("M: expected a positive semi-definite matrix or ('factor', L) for metric='mahalanobis'")
+    dtype, columns, kind = compute_dtype(like), like.shape[-1], kind_of(like, "x")
+    given = isinstance(M, tuple)
+    if given and (len(M) != 2 or M[0] != "factor"):
+        raise ValueError("M: expected a matrix or ('factor', L), got another tuple")
+    array = M[1] if given else M
+    if kind_of(array, "M") != kind:
+        raise TypeError(f"M: expected a {kind} array to match x, got {kind_of(array, 'M')}")
+    if array.ndim != 2 or array.shape[1] != columns or (not given and array.shape[0] != columns):
+        shape = f"(r, {columns})" if given else f"({columns}, {columns})"
+        raise ValueError(f"M: expected shape {shape} to match x, got {tuple(array.shape)}")
+    if given:
+        return cast(array, dtype)
+    if is_torch(array) and array.requires_grad:
+        raise ValueError("M: a matrix has no gradient here; pass ('factor', L) with M = L^T L, which has")
+    wide = np.asarray(cast(array, "float64"))
+    size = float(np.abs(wide).max(initial=0.0))
+    rounding = 8 * float(np.finfo(dtype).eps) * columns * size
+    if not np.isfinite(size) or np.abs(wide - wide.T).max(initial=0.0) > rounding:
+        raise ValueError("M: expected a finite symmetric matrix")
+    values, vectors = np.linalg.eigh((wide + wide.T) / 2)
+    if values[0] < -rounding:
+        raise ValueError(f"M: expected a positive semi-definite matrix, got an eigenvalue {values[0]:.6g}")
+    factor = (np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T).astype(dtype)
+    return array.new_tensor(factor, dtype=cast(like[..., :0], dtype).dtype) if is_torch(array) else factor
 
 
 def check_set(array: Array, name: str) -> None:
@@ -75,7 +150,7 @@ def cdist(
     M: Any = None,
     out: Array | None = None,
 ) -> Array:
-    """The distance of every row of `x` to every row of `y`.
+    r"""The distance of every row of `x` to every row of `y`.
 
     Parameters
     ----------
@@ -83,12 +158,14 @@ def cdist(
     y : array (..., M, D), optional
         Leading dimensions broadcast. Without it, or if it is `x` itself: x against x, with half the arithmetic, an
         exactly symmetric result and an exactly zero diagonal.
-    metric : {"euclidean", "sqeuclidean", "cosine", "dot"}
-        "cosine" is 1 - cos, "dot" the plain dot product.
+    metric : {"euclidean", "sqeuclidean", "cosine", "dot", "cityblock", "chebyshev", "minkowski", "mahalanobis"}
+        "cosine" is 1 - cos, "dot" the plain dot product, "cityblock" ``sum |x_k - y_k|``, "chebyshev"
+        ``max |x_k - y_k|``, "minkowski" ``(sum |x_k - y_k|^p)^(1/p)``, "mahalanobis" ``sqrt((x - y)^T M (x - y))``.
     p : float
-        For the Minkowski metric, which is not available yet; only 2 is accepted.
-    M : optional
-        For the Mahalanobis metric, which is not available yet; only None is accepted.
+        Of the Minkowski metric, positive; 1, 2 and inf are "cityblock", "euclidean" and "chebyshev". Below 1 it is no
+        metric. The sum of powers must be within the range of the compute dtype.
+    M : array (D, D) or ("factor", array (R, D)), optional
+        Of the Mahalanobis metric: positive semi-definite, or L with ``M = L^T L``, which may require a gradient.
     out : array (..., N, M), optional
         C-contiguous, of the result's dtype; is filled and returned. Not for inputs that require a gradient.
 
@@ -100,15 +177,17 @@ def cdist(
     Raises
     ------
     ValueError, TypeError
-        Unknown metric; shapes, dtypes or kinds that do not match.
+        Unknown metric; shapes, dtypes or kinds that do not match; M that is not positive semi-definite.
 
     Notes
     -----
     Squared distances are never negative. Up to 16 dimensions they are computed from differences; above, from
     |x|^2 + |y|^2 - 2<x, y> on points shifted to a common centre, where pairs closer than about 1/22 of their norms are
-    computed again from their differences: nearby points far from the origin keep their relative accuracy. NaN in a row
-    touches that row and column only. Differentiable (first and second order); the gradient at distance 0 is 0. A zero
-    row has cosine distance 1 to every other row, and 0 to itself.
+    computed again from their differences: nearby points far from the origin keep their relative accuracy. "mahalanobis"
+    is the Euclidean distance of the rows of ``(x - c) L^T``, c a common centre. NaN in a row touches that row and its
+    column only. Differentiable (first and second order); the gradient at distance 0 is 0, as is the slope of
+    ``|x_k - y_k|`` at 0, and every coordinate that attains a Chebyshev distance has the whole slope: the conventions of
+    `torch.cdist`. A zero row has cosine distance 1 to every other row, and 0 to itself.
 
     Examples
     --------
@@ -116,17 +195,18 @@ def cdist(
     >>> nf.cdist(np.array([[0.0, 0.0]]), np.array([[3.0, 4.0], [1.0, 0.0]]))
     array([[5., 1.]])
     """
-    map, normalize = metric_of(metric)
-    if p != 2:
-        raise ValueError(f"p: only 2 is available with metric={metric!r}, got {p}")
-    if M is not None:
-        raise ValueError(f"M: only for metric='mahalanobis', which is not available yet, got metric={metric!r}")
     batch, x3, y3 = pair_shapes(x, y)
+    chosen = metric_of(metric, p, M, x)
+    map, normalize = chosen[:2]
+    differentiated = is_torch(x) and any(
+        t is not None and is_torch(t) and t.requires_grad for t in (x, y, chosen.factor)
+    )
+    x3, y3 = chosen.points(x3, y3)
     shape = (*batch, x3.shape[1], x3.shape[1] if y3 is None else y3.shape[1])
     if out is None:
         return matrix(x3, y3, map, normalize, False).reshape(shape)
     check_out(out, shape, x)
-    if is_torch(x) and (x.requires_grad or (y is not None and y.requires_grad)):
+    if differentiated:
         raise ValueError("out: not for inputs that require a gradient")
     matrix(x3, y3, map, normalize, False, out.reshape(x3.shape[0], *shape[-2:]))
     return out
@@ -145,13 +225,13 @@ def check_out(out: Array, shape: tuple[int, ...], like: Array) -> None:
         raise ValueError("out: expected a C-contiguous array")
 
 
-def pdist(x: Array, metric: str = "euclidean") -> Array:
+def pdist(x: Array, metric: str = "euclidean", *, p: float = 2.0, M: Any = None) -> Array:
     """The distances of all pairs i < j of rows, condensed in SciPy's order.
 
     Parameters
     ----------
     x : array (..., N, D)
-    metric : {"euclidean", "sqeuclidean", "cosine", "dot"}
+    metric, p, M
         As in `cdist`.
 
     Returns
@@ -170,7 +250,8 @@ def pdist(x: Array, metric: str = "euclidean") -> Array:
     >>> nf.pdist(np.array([[0.0], [1.0], [3.0]]))
     array([1., 3., 2.])
     """
-    map, normalize = metric_of(metric)
     batch, x3, _ = pair_shapes(x, None)
+    chosen = metric_of(metric, p, M, x)
+    x3, _ = chosen.points(x3, None)
     n = x3.shape[1]
-    return matrix(x3, None, map, normalize, True).reshape(*batch, n * (n - 1) // 2)
+    return matrix(x3, None, chosen.map, chosen.normalize, True).reshape(*batch, n * (n - 1) // 2)

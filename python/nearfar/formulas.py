@@ -24,6 +24,8 @@ def apply_map(map: str, x: Tensor, y: Tensor) -> Tensor:
     if map in ("dot", "one_minus_dot"):
         s = x @ y.mT
         return s if map == "dot" else 1 - s
+    if map.startswith(("cityblock", "chebyshev", "minkowski")):
+        return coordinate_map(map, (x.unsqueeze(-2) - y.unsqueeze(-3)).abs())
     square = (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1)
     if map == "sqeuclidean":
         return square
@@ -91,6 +93,22 @@ def apply_program(program: str, x: Tensor, y: Tensor, parameters: Tensor) -> Ten
         else:
             registers.append(_STEPS[name](registers[left], parameters[right:]))
     return registers[-1]
+
+
+def coordinate_map(map: str, difference: Tensor) -> Tensor:
+    """A metric from |x_k - y_k|; where the difference or the distance is 0, so are all derivatives."""
+    if map == "cityblock":
+        return difference.sum(-1)
+    if map == "chebyshev":
+        # Every coordinate that attains the maximum has the whole slope, as in the kernel.
+        most = difference.detach().amax(-1, keepdim=True)
+        ties = difference == most
+        return (difference - most).masked_fill(~ties, 0.0).sum(-1) + most.squeeze(-1)
+    p = float(map.partition(":")[2])
+    apart = difference > 0
+    powers = torch.where(apart, torch.where(apart, difference, 1.0) ** p, 0.0).sum(-1)
+    away = powers > 0
+    return torch.where(away, torch.where(away, powers, 1.0) ** (1 / p), 0.0)
 
 
 def softmax_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
@@ -215,6 +233,15 @@ def sigmoid_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice)
     sign = torch.where(index[rows, None] == index, 1.0, -1.0).to(x.dtype)
     # Not torch's softplus, which is x itself from 20 on.
     return -torch.nn.functional.logsigmoid(sign * logits).sum(1)
+
+
+def chosen_pairs(map: str, normalize: bool, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
+    """The map for row i of x and the rows index[i] of y, (n, k); NaN where the index is -1."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, y = (unit(z.to(dtype)) if normalize else z.to(dtype) for z in (x, y))
+    # A matrix of 1 x k entries for every row.
+    values = apply_map(map, x.unsqueeze(1), y[index.clamp_min(0)]).squeeze(1)
+    return values.masked_fill(index < 0, torch.nan)
 
 
 def alignment_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:

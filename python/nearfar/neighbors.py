@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from . import operations
 from .arrays import Array, check_matrix, check_points, integer, is_torch
 from .distances import metric_of
@@ -14,6 +16,8 @@ def knn(
     *,
     metric: str = "euclidean",
     exclude_self: bool | None = None,
+    p: float = 2.0,
+    M: Any = None,
 ) -> tuple[Array, Array]:
     """The k nearest rows of `reference` for every row of `query`.
 
@@ -24,15 +28,16 @@ def knn(
         Without it: query against itself without itself.
     k : int
         1 <= k <= M, or M - 1 when rows are left out of their own neighbours.
-    metric : {"euclidean", "sqeuclidean", "cosine", "dot"}
-        For "dot" the largest products are the nearest, in descending order.
+    metric, p, M
+        As in `cdist`. For "dot" the largest products are the nearest, in descending order.
     exclude_self : bool, optional
         Whether row i of `reference` is left out for row i of `query`. Default: without `reference`.
 
     Returns
     -------
     distances : array (N, k)
-        Sorted; float32 for half precisions, else the inputs' dtype. Computed from the differences of the rows.
+        Sorted; float32 for half precisions, else the inputs' dtype. Computed from the differences of the rows. For
+        tensors that require a gradient differentiable to any order, in O(N k D) memory.
     indices : int64 array (N, k)
         Ties by lower index. Reference rows with NaN are nobody's neighbours; where fewer than k remain (a query with
         NaN), the index is -1 and the distance NaN.
@@ -44,6 +49,12 @@ def knn(
     TypeError
         Arguments that are not arrays, of different kinds or dtypes, or not floating.
 
+    Notes
+    -----
+    Up to 2047 queries against many references, threads share the references, which are packed a chunk at a time: extra
+    memory is O(N (D + k)). Else they share the queries, and a packed copy of the references is made. Every candidate is
+    inserted into a sorted list: k of the order of M costs O(N M k).
+
     Examples
     --------
     >>> import numpy as np, nearfar as nf
@@ -51,7 +62,6 @@ def knn(
     >>> indices.ravel(), distances.ravel()
     (array([1, 0, 1]), array([1., 1., 4.]))
     """
-    map, normalize = metric_of(metric)
     check_points(query=query, reference=reference)
     check_matrix(query, "query")
     if reference is not None:
@@ -68,8 +78,25 @@ def knn(
     k = integer(k, "k")
     if not 1 <= k <= most:
         raise ValueError(f"k: expected 1 to {most} (rows to choose from), got {k}")
-    if is_torch(query):
-        query, reference = query.detach(), None if reference is None else reference.detach()
-    y = None if reference is None else reference[None]
-    distances, indices = operations.select(query[None], y, map, normalize, exclude_self, k)
-    return distances[0], indices[0]
+    chosen = metric_of(metric, p, M, query)
+    x, y = chosen.points(query, reference)
+    return select(chosen.map, chosen.normalize, x, y, exclude_self, k)
+
+
+def select(map: str, normalize: bool, x: Array, y: Array | None, exclude_self: bool, k: int) -> tuple[Array, Array]:
+    """The k best of y (None: of x) for every row of x: values (n, k), connected to the graph for torch, and indices."""
+    columns = x if y is None else y
+    if not is_torch(x):
+        value, index = operations.select(x[None], None if y is None else y[None], map, normalize, exclude_self, k)
+        return value[0], index[0]
+    own, others = x.detach(), columns.detach()
+    value, index = operations.select(own[None], others[None], map, normalize, exclude_self, k)
+    import torch
+
+    if not torch.is_grad_enabled() or not (x.requires_grad or columns.requires_grad):
+        return value[0], index[0]
+    from . import formulas
+
+    # The kernel's values, which are the more accurate ones, with the formula's derivatives.
+    slope = formulas.chosen_pairs(map, normalize, x, columns, index[0])
+    return value[0] + (slope - slope.detach()), index[0]

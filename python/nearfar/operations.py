@@ -300,6 +300,12 @@ def alignment(
     return value, dx, dy
 
 
+def _power(map: str) -> tuple[str, float]:
+    """'minkowski:3.0' as name and power: an operator's map is one string."""
+    name, _, power = map.partition(":")
+    return name, float(power or 2)
+
+
 def store(x: Array, y: Array | None, map: str, normalize: bool, condensed: bool, out: Array | None = None) -> Array:
     """The matrix of a map, (b, n, m) or condensed (b, n (n - 1) / 2); ``y=None`` is x itself."""
     b, n, _ = x.shape
@@ -307,7 +313,7 @@ def store(x: Array, y: Array | None, map: str, normalize: bool, condensed: bool,
     shape = (b, n * (n - 1) // 2) if condensed else (b, n, columns.shape[1])
     if out is None:
         out = empty(x, shape)
-    _core.store(x, columns, map, normalize, y is None, condensed, out, get_num_threads())
+    _core.store(x, columns, *_power(map), normalize, y is None, condensed, out, get_num_threads())
     return out
 
 
@@ -320,7 +326,7 @@ def store_grad(
     dtype = compute_dtype(x)
     grad = cast(grad, dtype)
     grad = _contiguous(grad)
-    _core.store_grad(x, columns, map, normalize, condensed, value, grad, dx, dy, get_num_threads())
+    _core.store_grad(x, columns, *_power(map), normalize, condensed, value, grad, dx, dy, get_num_threads())
     if y is None:
         dx += dy
         return dx, None
@@ -390,5 +396,30 @@ def select(x: Array, y: Array | None, map: str, normalize: bool, exclude_self: b
     value = empty(x, (x.shape[0], x.shape[1], k))
     index = empty(x, (x.shape[0], x.shape[1], k), "int64")
     columns = x if y is None else y
-    _core.select(x, columns, map, normalize, exclude_self, k, value, index, SCREENING, get_num_threads())
+    _core.select(x, columns, *_power(map), normalize, exclude_self, k, value, index, SCREENING, get_num_threads())
     return value, index
+
+
+def lloyd(
+    x: Array,
+    centroids: Array,
+    normalize: bool,
+    weights: Array | None,
+    labels: Array,
+    distances: Array | None,
+    sums: Array | None,
+    counts: Array | None,
+) -> tuple[float, int]:
+    """One iteration of k-means: fills labels, squared distances, sums (k, d) and counts (k,) of the rows.
+
+    Returns the inertia and how many labels differ from what `labels` held. `weights` None: all 1.
+    """
+    centroids = _contiguous(centroids)
+    return _core.lloyd(x, centroids, normalize, weights, labels, distances, sums, counts, get_num_threads())
+
+
+def seeding(x: Array, normalize: bool, weights: Array | None, first: int, uniforms: Any) -> Any:
+    """Greedy k-means++ from given random numbers (k - 1, trials): the int64 indices of the k chosen rows."""
+    chosen = np.empty(len(uniforms) + 1, np.int64)
+    _core.seeding(x, normalize, weights, first, uniforms, chosen, get_num_threads())
+    return chosen

@@ -2,43 +2,45 @@
 //
 // Columns are scanned in ascending order and replace a kept one only when strictly better, so ties go to the lower
 // index. The kept candidates are then measured again from the original rows and sorted by (value, index).
-#include <type_traits>
-
 #include "cpu/mask.hpp"
-#include "cpu/screen.hpp"
+#include "cpu/nearest.hpp"
 
 namespace nearfar {
 namespace {
 
-/// What is minimised: the squared distance, direct or expanded here in the scan, 1 - <u, v> of unit rows, or the
-/// negative dot product.
-enum class Key { direct, expanded, cosine, negative_dot };
-
-template <class T, Key KEY>
+template <class T, Key KEY, class Score = SquaredDifference>
 class Select {
   using P = Policy<T>;
   static constexpr int NR = P::NR;
-  static constexpr bool kDistance = KEY == Key::direct || KEY == Key::expanded;
-  static constexpr bool kScreens = std::is_same_v<T, float> && KEY != Key::direct;
+  static constexpr bool kScreens = std::is_same_v<T, float> && KEY != Key::direct && KEY != Key::coordinate;
   static constexpr bool kMends = KEY == Key::expanded || KEY == Key::cosine;  // small keys are computed again
 
  public:
   /// screen: null where every column is scored in full.
-  Select(const SelectParams<T>& params, const Operands<T>& operands, const Screen* screen)
-      : p(params), n(p.x.n), m(p.y.n), k(p.k), o(operands), screen_(screen) {}
+  Select(const SelectParams<T>& params, const Operands<T>& operands, bool by_columns, const Screen* screen = nullptr,
+         Score score = {})
+      : p(params),
+        n(p.x.n),
+        m(p.y.n),
+        k(p.k),
+        o(operands),
+        measure{o, score},
+        by_columns_(by_columns),
+        screen_(kScreens ? screen : nullptr) {}
 
   void run() {
-    // Few rows: cut the columns too, by the shape alone; parts are merged in order.
-    const int64_t strips = ceil_div(n, P::kStripRows), chunks = o.chunks.count;
-    splits_ = o.chunks.parts(strips);
-    kept_ = Buffer<T>(strips * splits_ * P::kStripRows * k);
-    index_ = Buffer<int64_t>(strips * splits_ * P::kStripRows * k);
-    parallel_for(strips * splits_, p.threads, [&](int64_t task, int) {
-      const int64_t part = task % splits_;
-      strip(task / splits_, chunks * part / splits_, chunks * (part + 1) / splits_,
-            kept_.get() + task * P::kStripRows * k, index_.get() + task * P::kStripRows * k);
-    });
-    parallel_for(strips, p.threads, [&](int64_t s, int) { finish(s); });
+    strips_ = ceil_div(n, P::kStripRows);
+    // Few rows: threads share the columns, cut by the shape alone. Parts are merged in order.
+    constexpr int64_t kParts = 16;
+    if (by_columns_) parts_ = kParts < o.chunks.count ? kParts : o.chunks.count;
+    kept_ = Buffer<T>(parts_ * strips_ * P::kStripRows * k);
+    index_ = Buffer<int64_t>(parts_ * strips_ * P::kStripRows * k);
+    if (by_columns_) {
+      parallel_for(parts_, p.threads, [&](int64_t part, int) { columns(part); });
+    } else {
+      parallel_for(strips_, p.threads, [&](int64_t s, int) { strip(s); });
+    }
+    parallel_for(strips_, p.threads, [&](int64_t s, int) { finish(s); });
   }
 
  private:
@@ -46,65 +48,130 @@ class Select {
   struct Panel {
     int64_t row;
     const T* squares;
-    T* worst;  // per lane: what a candidate must beat
-    T* kept;   // [lane][k], sorted
+    const T* columns;  // squares of all columns, by column
+    T* worst;          // per lane: what a candidate must beat
+    T* kept;           // [lane][k], sorted
     int64_t* index;
   };
 
-  void strip(int64_t s, int64_t first, int64_t last, T* kept, int64_t* index) {
-    const int64_t d = o.d, row = s * P::kStripRows;
-    const int64_t panels = ceil_div(n - row < P::kStripRows ? n - row : P::kStripRows, NR);
-    Buffer<T> rows(o.row_buffer()), packed(P::kStripRows * d), block(o.chunks.tiles_each * P::MR * NR);
-    Buffer<uint32_t> pairs(screen_ ? panels * screen_->panel_size() : 0);
-    alignas(64) T squares[P::kStripRows], worst[P::kStripRows], norm[P::kStripRows], lost[P::kStripRows];
-    for (int64_t q = 0; q < panels; ++q) {
-      o.pack_panel(row + q * NR, T(1), rows.get(), packed.get() + q * NR * d, squares + q * NR);
-      if constexpr (kScreens)
-        if (screen_)
-          screen_->pack_panel(packed.get() + q * NR * d, pairs.get() + q * screen_->panel_size(), norm + q * NR,
-                              lost + q * NR);
+  /// The panels of some rows, ready for columns to go by.
+  struct Opened {
+    Buffer<T> packed, squares, worst;
+
+    Opened(const Operands<T>& o, int64_t row, int64_t panels, int64_t k, T* kept, int64_t* index)
+        : packed(panels * NR * o.d), squares(panels * NR), worst(panels * NR) {
+      Buffer<T> rows(o.row_buffer());
+      for (int64_t q = 0; q < panels; ++q)
+        o.pack_panel(row + q * NR, T(1), rows.get(), packed.get() + q * NR * o.d, squares.get() + q * NR);
+      for (int64_t i = 0; i < panels * NR; ++i) worst[i] = static_cast<T>(kInfinity);
+      for (int64_t at = 0; at < panels * NR * k; ++at) kept[at] = static_cast<T>(kInfinity), index[at] = -1;
     }
-    for (int64_t at = 0; at < P::kStripRows * k; ++at) kept[at] = static_cast<T>(kInfinity), index[at] = -1;
-    for (int64_t i = 0; i < P::kStripRows; ++i) worst[i] = static_cast<T>(kInfinity);
-    for (int64_t chunk = first; chunk < last; ++chunk) {
-      const int64_t t0 = o.chunks.tile_begin(chunk), t1 = o.chunks.tile_end(chunk);
-      for (int64_t q = 0; q < panels; ++q) {
-        const Panel panel{row + q * NR, squares + q * NR, worst + q * NR, kept + q * NR * k, index + q * NR * k};
-        // Nothing can be screened out before something is kept.
-        if constexpr (kScreens)
-          if (screen_ && (best_only() || chunk > first)) {
-            screened(chunk, packed.get() + q * NR * d, pairs.get() + q * screen_->panel_size(), norm + q * NR,
-                     lost + q * NR, block.get(), panel);
-            continue;
-          }
-        o.raw_block(t0, t1, packed.get() + q * NR * d, block.get());
-        const int64_t end = t1 * P::MR < m ? t1 * P::MR : m;
-        if (best_only()) {
-          scan_best(block.get(), t0 * P::MR, end, panel);
-        } else {
-          scan(block.get(), t0 * P::MR, end, panel);
-        }
+  };
+
+  /// One chunk of columns goes by.
+  void pass(const Opened& r, int64_t row, int64_t panels, int64_t chunk, const T* tiles, const T* columns, T* block,
+            T* kept, int64_t* index) const {
+    const int64_t t0 = o.chunks.tile_begin(chunk), t1 = o.chunks.tile_end(chunk);
+    for (int64_t q = 0; q < panels; ++q) {
+      const T* packed = r.packed.get() + q * NR * o.d;
+      if constexpr (KEY == Key::coordinate) {
+        score_block(o.d, t1 - t0, tiles, o.tile_stride, packed, block, measure.score);
+      } else {
+        o.raw_block(t1 - t0, tiles, packed, block);
       }
+      const Panel panel{row + q * NR,           r.squares.get() + q * NR, columns,
+                        r.worst.get() + q * NR, kept + q * NR * k,        index + q * NR * k};
+      scan(block, t0 * P::MR, t1 * P::MR < m ? t1 * P::MR : m, panel);
     }
   }
 
-  bool best_only() const { return k == 1 && !p.exclude_self; }
+  /// A strip of rows against all columns.
+  void strip(int64_t s) const {
+    const int64_t row = s * P::kStripRows;
+    T* kept = kept_.get() + row * k;
+    int64_t* index = index_.get() + row * k;
+    if constexpr (KEY != Key::coordinate)
+      if (k == 1 && !p.exclude_self) return Nearest<T, KEY>(o, screen_).strip(row, 0, o.chunks.count, index);
+    const int64_t panels = ceil_div(n - row < P::kStripRows ? n - row : P::kStripRows, NR);
+    const Opened r(o, row, panels, k, kept, index);
+    Buffer<T> block(o.chunks.tiles_each * P::MR * NR);
+    // Nothing can be screened out before something is kept.
+    const int64_t full = screen_ && o.chunks.count > 1 ? 1 : o.chunks.count;
+    for (int64_t chunk = 0; chunk < full; ++chunk)
+      pass(r, row, panels, chunk, o.tile(o.chunks.tile_begin(chunk)), o.squares(0), block.get(), kept, index);
+    if constexpr (kScreens)
+      if (full < o.chunks.count) screened(r, row, panels, full, block.get(), kept, index);
+  }
+
+  /// The chunks from `first` on go by: approximate keys, and exact ones for the columns that may be better than a kept
+  /// one.
+  void screened(const Opened& r, int64_t row, int64_t panels, int64_t first, T* scores, T* kept, int64_t* index) const {
+    Buffer<uint32_t> pairs(panels * screen_->panel_size());
+    alignas(64) T norm[P::kStripRows], lost[P::kStripRows];
+    for (int64_t q = 0; q < panels; ++q)
+      screen_->pack_panel(r.packed.get() + q * NR * o.d, pairs.get() + q * screen_->panel_size(), norm + q * NR,
+                          lost + q * NR);
+    for (int64_t chunk = first; chunk < o.chunks.count; ++chunk)
+      for (int64_t q = 0; q < panels; ++q) {
+        const Panel panel{row + q * NR,           r.squares.get() + q * NR, o.squares(0),
+                          r.worst.get() + q * NR, kept + q * NR * k,        index + q * NR * k};
+        screen_->block(chunk, pairs.get() + q * screen_->panel_size(), scores);
+        screened(chunk, r.packed.get() + q * NR * o.d, norm + q * NR, lost + q * NR, scores, panel);
+      }
+  }
+
+  void screened(int64_t chunk, const T* packed, const T* norm, const T* lost, const T* scores,
+                const Panel& panel) const {
+    const int64_t begin = o.chunks.tile_begin(chunk) * P::MR, last = o.chunks.tile_end(chunk) * P::MR;
+    Vec<T> error[P::kVectors];
+    IVec<T> idle[P::kVectors], near = IVec<T>{};  // approximate keys are not mended
+    for (int v = 0; v < P::kVectors; ++v) {
+      const Vec<T> own_norm = load(norm + v * kLanes<T>);
+      error[v] = screen_->bound(chunk, own_norm, load(lost + v * kLanes<T>));
+      if (KEY == Key::expanded) error[v] = T(2) * error[v] + screen_->rounding(chunk, squares(panel, v));
+      if (KEY == Key::cosine) error[v] += screen_->rounding(chunk, splat<T>(T(1)));
+      idle[v] = ~screen_->lanes(panel.row, v, KEY == Key::negative_dot ? Vec<T>{} : own_norm);
+    }
+    screen_->settle(
+        begin, last < m ? last : m, packed,
+        // Not above the limit, so that NaN, which no bound covers, is looked at.
+        [&](int64_t j, int v) {
+          const Vec<T> value = key(scores + (j - begin) * NR + v * kLanes<T>, j, panel, squares(panel, v), near);
+          return ~(value > load(panel.worst + v * kLanes<T>) + error[v]) & ~idle[v];
+        },
+        [&](int64_t j, const T* exact) { insert(exact, j, panel); });
+  }
+
+  /// A part of the columns, packed a chunk at a time, against all rows.
+  void columns(int64_t part) const {
+    const int64_t panels = ceil_div(n, NR), first = part * strips_ * P::kStripRows * k, each = o.chunks.tiles_each;
+    T* kept = kept_.get() + first;
+    int64_t* index = index_.get() + first;
+    const Opened r(o, 0, panels, k, kept, index);
+    Buffer<T> rows(P::MR * padded<T>(o.d)), tiles(each * o.tile_stride), squares(each * P::MR),
+        block(each * P::MR * NR);
+    for (int64_t chunk = o.chunks.count * part / parts_; chunk < o.chunks.count * (part + 1) / parts_; ++chunk) {
+      const int64_t t0 = o.chunks.tile_begin(chunk), t1 = o.chunks.tile_end(chunk);
+      o.pack_tiles(t0, t1, rows.get(), tiles.get(), squares.get());
+      pass(r, 0, panels, chunk, tiles.get(), squares.get() - t0 * P::MR, block.get(), kept, index);
+    }
+  }
 
   NEARFAR_INLINE static Vec<T> squares(const Panel& panel, int v) {
     return KEY == Key::expanded ? load(panel.squares + v * kLanes<T>) : Vec<T>{};
   }
 
   /// Keys of column j for one vector of lanes; marks pairs so close that the expansion is not to be trusted.
-  NEARFAR_INLINE Vec<T> key(const T* scores, int64_t j, Vec<T> own, IVec<T>& near) const {
+  NEARFAR_INLINE Vec<T> key(const T* scores, int64_t j, const Panel& panel, Vec<T> own, IVec<T>& near) const {
     const Vec<T> s = load(scores);
-    if (KEY == Key::direct) return s;
+    if (KEY == Key::direct || KEY == Key::coordinate) return s;
     if (KEY == Key::negative_dot) return -s;
     if (KEY == Key::cosine) {
       const Vec<T> value = T(1) - s;
       near |= value <= splat<T>(Operands<T>::kNear);
       return value;
     }
-    const T square = *o.squares(j);
+    const T square = panel.columns[j];
     const Vec<T> value = own + (splat<T>(square) - T(2) * s);
     near |= value <= (own + splat<T>(square)) * Operands<T>::kNear;
     return value;
@@ -115,55 +182,17 @@ class Select {
     Buffer<T> rows(2 * o.d);
     for (int v = 0; v < P::kVectors; ++v) {
       IVec<T> near = IVec<T>{};
-      const Vec<T> value = key(scores + v * kLanes<T>, j, squares(panel, v), near);
+      const Vec<T> value = key(scores + v * kLanes<T>, j, panel, squares(panel, v), near);
       store(out + v * kLanes<T>, value);
       if (!any(near)) continue;
       for (int u = 0; u < kLanes<T>; ++u) {
         const int64_t lane = v * kLanes<T> + u;
-        if (near[u] && panel.row + lane < n) out[lane] = near_key(panel.row + lane, j, rows.get());
+        if (near[u] && panel.row + lane < n) out[lane] = measure.near(panel.row + lane, j, rows.get());
       }
     }
   }
 
-  /// k = 1: the running minimum of every lane, in registers.
-  void scan_best(const T* scores, int64_t column, int64_t end, const Panel& panel) const {
-    Vec<T> best[P::kVectors], own[P::kVectors];
-    IVec<T> where[P::kVectors];
-#pragma GCC unroll 2
-    for (int v = 0; v < P::kVectors; ++v) {
-      best[v] = load(panel.worst + v * kLanes<T>);
-      own[v] = squares(panel, v);
-      where[v] = isplat<T>(-1);
-    }
-    for (int64_t j = column; j < end; ++j) {
-      const T* s = scores + (j - column) * NR;
-      Vec<T> value[P::kVectors];
-      IVec<T> near = IVec<T>{};
-#pragma GCC unroll 2
-      for (int v = 0; v < P::kVectors; ++v) value[v] = key(s + v * kLanes<T>, j, own[v], near);
-      if (kMends && any(near)) {
-        alignas(64) T exact[NR];
-        exact_keys(s, j, panel, exact);
-#pragma GCC unroll 2
-        for (int v = 0; v < P::kVectors; ++v) value[v] = load(exact + v * kLanes<T>);
-      }
-      const IVec<T> here = isplat<T>(static_cast<IntOf<T>>(j - column));
-#pragma GCC unroll 2
-      for (int v = 0; v < P::kVectors; ++v) {
-        const IVec<T> better = value[v] < best[v];
-        best[v] = select(better, value[v], best[v]);
-        where[v] = select(better, here, where[v]);
-      }
-    }
-    for (int v = 0; v < P::kVectors; ++v) {
-      store(panel.worst + v * kLanes<T>, best[v]);
-      store(panel.kept + v * kLanes<T>, best[v]);
-      for (int u = 0; u < kLanes<T>; ++u)
-        if (where[v][u] >= 0) panel.index[v * kLanes<T> + u] = column + where[v][u];
-    }
-  }
-
-  /// k > 1: eight columns at a time; only where their minimum beats a lane's worst are they looked at one by one.
+  /// Eight columns at a time; only where their minimum beats a lane's worst are they looked at one by one.
   void scan(const T* scores, int64_t column, int64_t end, const Panel& panel) const {
     constexpr int64_t kAtOnce = 8;
     for (int64_t j0 = column; j0 < end; j0 += kAtOnce) {
@@ -173,7 +202,7 @@ class Select {
         const Vec<T> own = squares(panel, v);
         Vec<T> least = splat<T>(static_cast<T>(kInfinity));
         for (int64_t j = j0; j < j1; ++j)
-          least = vmin(key(scores + (j - column) * NR + v * kLanes<T>, j, own, look), least);
+          least = vmin(key(scores + (j - column) * NR + v * kLanes<T>, j, panel, own, look), least);
         look |= least < load(panel.worst + v * kLanes<T>);
       }
       if (!any(look)) continue;
@@ -181,76 +210,12 @@ class Select {
     }
   }
 
-  /// Approximate keys of a chunk, and exact ones only for the columns that may be better than what is kept. `norm` and
-  /// `lost` are those of Screen::pack_panel.
-  void screened(int64_t chunk, const T* packed, const uint32_t* pairs, const T* norm, const T* lost, T* scores,
-                const Panel& panel) const {
-    constexpr int64_t kAtOnce = 8;
-    const int64_t column = o.chunks.tile_begin(chunk) * P::MR, last = o.chunks.tile_end(chunk) * P::MR;
-    const int64_t end = last < m ? last : m;
-    screen_->block(chunk, pairs, scores);
-    Vec<T> bound[P::kVectors], limit[P::kVectors];
-    IVec<T> near = IVec<T>{};  // approximate keys are not mended
-    for (int v = 0; v < P::kVectors; ++v) {
-      const Vec<T> own = squares(panel, v), own_norm = load(norm + v * kLanes<T>);
-      bound[v] = key_bound(chunk, own, screen_->bound(chunk, own_norm, load(lost + v * kLanes<T>)));
-      Vec<T> worst = load(panel.worst + v * kLanes<T>);
-      if (best_only()) {
-        Vec<T> least = splat<T>(static_cast<T>(kInfinity));
-        for (int64_t j = column; j < end; ++j)
-          least = vmin(key(scores + (j - column) * NR + v * kLanes<T>, j, own, near), least);
-        worst = vmin(least + bound[v], worst);
-      }
-      limit[v] = worst + bound[v];
-      // Lanes without a row, and rows that are at no distance from anything, look at nothing.
-      IVec<T> idle = isplat<T>(static_cast<IntOf<T>>(v * kLanes<T>)) + iota<T>() >=
-                     isplat<T>(static_cast<IntOf<T>>(n - panel.row < NR ? n - panel.row : NR));
-      if (KEY != Key::negative_dot) idle |= ~(own_norm < splat<T>(static_cast<T>(kInfinity)));
-      limit[v] = select(idle, splat<T>(static_cast<T>(-kInfinity)), limit[v]);
-    }
-    // Not above the limit, so that NaN, which no bound covers, is looked at.
-    auto looks = [&](int64_t j, int v) {
-      return ~(key(scores + (j - column) * NR + v * kLanes<T>, j, squares(panel, v), near) > limit[v]);
-    };
-    int64_t found[Screen::kColumns];
-    int count = 0;
-    auto settle = [&] {
-      alignas(64) T exact[Screen::kColumns * NR];
-      screen_->exact(found, count, packed, exact);
-      for (int c = 0; c < count; ++c) insert(exact + c * NR, found[c], panel);
-      for (int v = 0; v < P::kVectors; ++v) limit[v] = vmin(load(panel.worst + v * kLanes<T>) + bound[v], limit[v]);
-      count = 0;
-    };
-    for (int64_t j0 = column; j0 < end; j0 += kAtOnce) {
-      const int64_t j1 = j0 + kAtOnce < end ? j0 + kAtOnce : end;
-      IVec<T> look = IVec<T>{};
-      for (int v = 0; v < P::kVectors; ++v)
-        for (int64_t j = j0; j < j1; ++j) look |= looks(j, v);
-      if (!any(look)) continue;
-      for (int64_t j = j0; j < j1; ++j) {
-        look = IVec<T>{};
-        for (int v = 0; v < P::kVectors; ++v) look |= looks(j, v);
-        if (!any(look)) continue;
-        found[count++] = j;
-        if (count == Screen::kColumns) settle();
-      }
-    }
-    if (count) settle();
-  }
-
-  /// From the bound of a dot product to that of a key; a mended key differs from the expansion by its rounding.
-  NEARFAR_INLINE Vec<T> key_bound(int64_t chunk, Vec<T> own, Vec<T> bound) const {
-    const T rounding = static_cast<T>(2 * o.d + 16) * 0x1p-24f, norm = screen_->norm(chunk);
-    if (KEY == Key::expanded) return T(2) * bound + (own + norm * norm) * rounding;
-    return KEY == Key::cosine ? bound + rounding : bound;
-  }
-
   void insert(const T* scores, int64_t j, const Panel& panel) const {
     alignas(64) T keys[NR];
     IVec<T> near = IVec<T>{};
     for (int v = 0; v < P::kVectors; ++v) {
       const Vec<T> own = squares(panel, v);
-      store(keys + v * kLanes<T>, key(scores + v * kLanes<T>, j, own, near));
+      store(keys + v * kLanes<T>, key(scores + v * kLanes<T>, j, panel, own, near));
     }
     if (kMends && any(near)) exact_keys(scores, j, panel, keys);
     for (int v = 0; v < P::kVectors; ++v) {
@@ -272,15 +237,16 @@ class Select {
 
   /// Merge the parts, measure again, sort.
   void finish(int64_t s) const {
-    Buffer<T> rows(2 * o.d), value(splits_ * k);
-    Buffer<int64_t> index(splits_ * k);
+    Buffer<T> rows(2 * o.d), value(parts_ * k);
+    Buffer<int64_t> index(parts_ * k);
     for (int64_t i = s * P::kStripRows; i < (s + 1) * P::kStripRows && i < n; ++i) {
       int64_t count = 0;
-      for (int64_t part = 0; part < splits_; ++part) {
-        const int64_t at = ((s * splits_ + part) * P::kStripRows + i - s * P::kStripRows) * k;
+      for (int64_t part = 0; part < parts_; ++part) {
+        const int64_t at = (part * strips_ * P::kStripRows + i) * k;
         for (int64_t c = 0; c < k && index_[at + c] >= 0; ++c) {
           const int64_t j = index_[at + c];
-          T own = measure(i, j, rows.get());
+          const T own = measure(i, j, rows.get());
+          if (!(own < static_cast<T>(kInfinity))) continue;
           int64_t place = count++;
           for (; place > 0 && (value[place - 1] > own || (value[place - 1] == own && index[place - 1] > j)); --place)
             value[place] = value[place - 1], index[place] = index[place - 1];
@@ -295,55 +261,47 @@ class Select {
     }
   }
 
-  /// From the differences of the rows; of unit rows, 1 - <u, v> = |u - v|^2 / 2.
-  T near_key(int64_t i, int64_t j, T* rows) const {
-    const T square = o.direct_distance(i, j, rows);
-    return KEY == Key::cosine ? square / 2 : square;
-  }
-
-  T measure(int64_t i, int64_t j, T* rows) const {
-    if (kDistance) return near_key(i, j, rows);
-    o.x.get(i, rows);
-    o.y.get(j, rows + o.d);
-    const double s = Source<T>::dot(rows, rows + o.d, o.d);
-    if (KEY == Key::negative_dot) return static_cast<T>(-s);
-    return 1 - s <= Operands<T>::kNear ? near_key(i, j, rows) : static_cast<T>(1 - s);
-  }
-
   T result(T value) const {
     if (p.map == PairMap::euclidean) return std::sqrt(value);
+    if (p.map == PairMap::minkowski) return static_cast<T>(std::pow(value, 1 / p.power));
     return p.map == PairMap::dot ? -value : value;
   }
 
   const SelectParams<T>& p;
   const int64_t n, m, k;
   const Operands<T>& o;
+  const Measure<T, KEY, Score> measure;
+  const bool by_columns_;
   const Screen* screen_;
-  int64_t splits_ = 1;
+  int64_t strips_ = 0, parts_ = 1;
   Buffer<T> kept_;
   Buffer<int64_t> index_;
 };
 
 template <class T, Key KEY>
-void run(const SelectParams<T>& p, const Operands<T>& o) {
-  if constexpr (std::is_same_v<T, float> && KEY != Key::direct) {
-    const bool wanted = p.screening == Screening::always || (p.screening == Screening::automatic && screening_pays());
-    if (wanted && o.d >= Screen::kLeastDims) {
+void run(const SelectParams<T>& p, const Operands<T>& o, bool by_columns) {
+  if constexpr (std::is_same_v<T, float> && KEY != Key::direct)
+    if (!by_columns && screens(p.screening, o.d)) {
       const Screen screen(o, p.threads);
-      return Select<T, KEY>(p, o, &screen).run();
+      return Select<T, KEY>(p, o, by_columns, &screen).run();
     }
-  }
-  Select<T, KEY>(p, o, nullptr).run();
+  Select<T, KEY>(p, o, by_columns).run();
 }
 
 template <class T>
 void run(const SelectParams<T>& p) {
   const bool distance = p.map == PairMap::euclidean || p.map == PairMap::sqeuclidean;
-  const Operands<T> o(p.x, p.y, p.normalize, distance, false, p.threads);
-  if (p.map == PairMap::one_minus_dot) return run<T, Key::cosine>(p, o);
-  if (!distance) return run<T, Key::negative_dot>(p, o);
-  if (o.expanded()) return run<T, Key::expanded>(p, o);
-  run<T, Key::direct>(p, o);
+  // Up to 16 strips of rows against many columns: by columns, and without a packed copy of them.
+  const bool by_columns = p.x.n < 16 * Policy<T>::kStripRows && p.y.n >= 4096;
+  const Operands<T> o(p.x, p.y, p.normalize, distance, false, p.threads, false, !by_columns);
+  if (by_coordinate(p.map))
+    return with_coordinate_map(p.map, p.power, [&](auto map) {
+      Select<T, Key::coordinate, decltype(map.score)>(p, o, by_columns, nullptr, map.score).run();
+    });
+  if (p.map == PairMap::one_minus_dot) return run<T, Key::cosine>(p, o, by_columns);
+  if (!distance) return run<T, Key::negative_dot>(p, o, by_columns);
+  if (o.expanded()) return run<T, Key::expanded>(p, o, by_columns);
+  run<T, Key::direct>(p, o, by_columns);
 }
 
 }  // namespace

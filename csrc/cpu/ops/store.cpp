@@ -5,6 +5,7 @@
 // above the diagonal are computed and mirrored.
 #include <type_traits>
 
+#include "cpu/coordinate.hpp"
 #include "cpu/mask.hpp"
 #include "cpu/program.hpp"
 
@@ -22,8 +23,8 @@ template <class T, class Map>
 struct MapTiles {
   using P = Policy<T>;
 
-  explicit MapTiles(const StoreParams<T>& p)
-      : o(p.y, p.x, p.normalize, Map::kDistance, false, p.threads), same(p.same) {}
+  MapTiles(const StoreParams<T>& p, const Map& own)
+      : map(own), o(p.y, p.x, p.normalize, Map::kDistance, false, p.threads), same(p.same) {}
 
   const Chunks& chunks() const { return o.chunks; }
   int64_t packed() const { return P::NR * o.d; }
@@ -32,8 +33,12 @@ struct MapTiles {
   void pack(int64_t j0, T* rows, T* panel, T* squares) const { o.pack_panel(j0, T(1), rows, panel, squares); }
 
   void block(int64_t t0, int64_t t1, int64_t j0, const T* panel, const T* squares, T* out) const {
-    o.block(t0, t1, j0, panel, squares, out);
-    for (int64_t k = 0; k < (t1 - t0) * P::MR * P::NR; k += kLanes<T>) store(out + k, Map::value(load(out + k)));
+    if constexpr (std::is_base_of_v<CoordinateMap, Map>) {
+      score_block(o.d, t1 - t0, o.tile(t0), o.tile_stride, panel, out, map.score);
+    } else {
+      o.block(t0, t1, j0, panel, squares, out);
+    }
+    for (int64_t k = 0; k < (t1 - t0) * P::MR * P::NR; k += kLanes<T>) store(out + k, map.value(load(out + k)));
     if (!std::is_same_v<Map, OneMinusDotMap>) return;
     for (int64_t i = t0 * P::MR; i < t1 * P::MR && i < o.y.n(); ++i)
       mend_cosine(i, j0, o.x.n() - j0 < P::NR ? o.x.n() - j0 : P::NR, out + (i - t0 * P::MR) * P::NR);
@@ -52,6 +57,7 @@ struct MapTiles {
       if (s[lane] <= Operands<T>::kNear) s[lane] = o.direct_distance(j0 + lane, i, rows.get()) / 2;
   }
 
+  const Map map;
   Operands<T> o;
   const bool same;
 };
@@ -267,10 +273,11 @@ void gradient(const StoreGradParams<T>& p) {
 
 template <class T>
 void store_all(const StoreParams<T>& p) {
-  with_map(p.map, [&](auto map) {
-    const MapTiles<T, decltype(map)> tiles(p);
+  const auto run = [&](auto map) {
+    const MapTiles<T, decltype(map)> tiles(p, map);
     Store<T, MapTiles<T, decltype(map)>>({p.x.n, p.y.n, p.same, p.condensed, p.out, p.threads}, tiles).run();
-  });
+  };
+  by_coordinate(p.map) ? with_coordinate_map(p.map, p.power, run) : with_map(p.map, run);
 }
 
 template <class T>
@@ -293,8 +300,32 @@ void gram_gradient(const GramGradParams<T>& p) {
   program_gradient(*p.program, p.y, p.x, upstream, p.dy, p.dx, p.dparameters, p.threads);
 }
 
+/// Of the first set, or of the second where `second`; condensed: of both at once.
+template <class T, class Map>
+void coordinate_gradient(const StoreGradParams<T>& p, const Map& map, bool second) {
+  const int64_t m = p.y.n;
+  const auto place = [&](int64_t a, int64_t b) {
+    const bool turned = second || (p.condensed && a > b);
+    return row_of(static_cast<const T*>(p.grad), turned ? b : a, m, p.condensed) + (turned ? a : b) - p.grad;
+  };
+  const bool condensed = p.condensed;
+  CoordinateGradient<T, Map>{second ? p.y : p.x, second ? p.x : p.y, map, p.threads}.run(
+      [&](int64_t a, int64_t b, T& grad, T& value) {
+        const bool none = condensed && a == b;
+        const int64_t at = none ? 0 : place(a, b);
+        grad = none ? T(0) : p.grad[at];
+        value = none ? T(0) : p.out[at];
+      },
+      second ? p.dy : p.dx);
+}
+
 template <class T>
 void gradient_all(const StoreGradParams<T>& p) {
+  if (by_coordinate(p.map))
+    return with_coordinate_map(p.map, p.power, [&](auto map) {
+      coordinate_gradient(p, map, false);
+      if (!p.condensed) coordinate_gradient(p, map, true);
+    });
   with_map(p.map, [&](auto map) { gradient<T, decltype(map)>(p); });
 }
 

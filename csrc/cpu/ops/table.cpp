@@ -55,13 +55,17 @@ void matmul_grad(const MatmulGradParams<float>&);
 void matmul_grad(const MatmulGradParams<double>&);
 void select(const SelectParams<float>&);
 void select(const SelectParams<double>&);
+void lloyd(LloydParams<float>&);
+void lloyd(LloydParams<double>&);
+void seeding(const SeedingParams<float>&);
+void seeding(const SeedingParams<double>&);
 void vector_math(int, const float*, float*, int64_t);
 void vector_math(int, const double*, double*, int64_t);
 double fma_peak(int threads);
 
 template <class T>
-constexpr OpsOf<T> kOpsOf = {store,   store_grad, softmax,   labelled_lse, potential,   alignment, sigmoid,
-                             triplet, gram,       gram_grad, matmul,       matmul_grad, select,    vector_math};
+constexpr OpsOf<T> kOpsOf = {store, store_grad, softmax, labelled_lse, potential, alignment, sigmoid, triplet,
+                             gram,  gram_grad,  matmul,  matmul_grad,  select,    lloyd,     seeding, vector_math};
 
 const Ops& table() {
   static constexpr Ops kOps = {NEARFAR_NAME(NEARFAR_ISA), kVectorBytes, fma_peak, kOpsOf<float>, kOpsOf<double>};

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from ..case import Case
-from .distances import CDIST, CDIST_BACKWARD
+from .distances import CDIST, CDIST_BACKWARD, CDIST_CITYBLOCK
 from .kernels import (
     COMPOSED_MATMUL,
     GAUSSIAN_GRAM,
@@ -14,10 +14,11 @@ from .kernels import (
     MATERN_MATMUL,
     RATIONAL_QUADRATIC_MATMUL,
 )
+from .kmeans import KMEANS, KMEANS_BATCH, KMEANS_SEEDING
 from .log_sum_exp import HCL, MULTI_SIMILARITY
 from .losses import CLIP, INFO_NCE, INFO_NCE_MEMORY, NT_XENT, UNIFORMITY
 from .metric import NCA
-from .neighbors import KMEANS_ASSIGN, KNN
+from .neighbors import KMEANS_ASSIGN, KNN, KNN_FEW
 from .ranking import BATCH_TRIPLET_HARD, BATCH_TRIPLET_SEMIHARD
 from .supervised import DCL, SIGLIP, SUP_CON
 
@@ -36,6 +37,7 @@ CASES: tuple[Case, ...] = (
     BATCH_TRIPLET_SEMIHARD,
     CDIST,
     CDIST_BACKWARD,
+    CDIST_CITYBLOCK,
     GAUSSIAN_GRAM,
     GAUSSIAN_MATMUL,
     GAUSSIAN_MATMUL_GRADIENT,
@@ -43,8 +45,12 @@ CASES: tuple[Case, ...] = (
     RATIONAL_QUADRATIC_MATMUL,
     COMPOSED_MATMUL,
     KMEANS_ASSIGN,
+    KMEANS,
+    KMEANS_SEEDING,
+    KMEANS_BATCH,
     KNN,
     NCA,
+    KNN_FEW,
 )
 
 

@@ -120,3 +120,29 @@ CDIST_BACKWARD = Case(
     flops=_product(2),  # distances are saved: W Y and W^T X are left
     view=first_rows,
 )
+
+
+# ---- metrics of coordinates ------------------------------------------------------------------------------------------
+
+
+def _cityblock_reference(problem: Problem) -> tuple[Array, ...]:
+    x, y = (problem[name].astype(np.float64) for name in "xy")
+    return (np.stack([np.abs(row - y).sum(1) for row in x[:CHECKED_ROWS]]),)
+
+
+CDIST_CITYBLOCK = Case(
+    name="cdist_cityblock",
+    what="cdist, cityblock",
+    shapes=({"n": 4096, "m": 4096, "d": 64},),
+    quick={"n": 256, "m": 192, "d": 64},
+    make=_two_sets,
+    ours=lambda p: lambda: (nf.cdist(p["x"], p["y"], "cityblock"),),
+    peers={
+        "torch.cdist": lambda p: lambda: (load("torch").cdist(*map(load("torch").from_numpy, (p["x"], p["y"])), p=1),),
+        "scipy": lambda p: lambda: (load("scipy.spatial.distance").cdist(p["x"], p["y"], "cityblock"),),
+    },
+    reference=_cityblock_reference,
+    flops=lambda s: 3 * s["n"] * s["m"] * s["d"],  # subtraction, absolute value, addition
+    writes=lambda s: 4 * s["n"] * s["m"],
+    view=first_rows,
+)

@@ -6,6 +6,7 @@ those of the exact distances to what was found, so that a tie decided otherwise 
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -85,8 +86,8 @@ KMEANS_ASSIGN = Case(
 
 
 def _two_sets(shape: Shape, rng: np.random.Generator) -> dict[str, Array]:
-    size = (shape["n"], shape["d"])
-    return {"query": rng.standard_normal(size, np.float32), "reference": rng.standard_normal(size, np.float32)}
+    size, others = (shape["n"], shape["d"]), (shape.get("m", shape["n"]), shape["d"])
+    return {"query": rng.standard_normal(size, np.float32), "reference": rng.standard_normal(others, np.float32)}
 
 
 def _knn(problem: Problem) -> Step:
@@ -136,4 +137,14 @@ KNN = Case(
     reference=_knn_reference,
     flops=lambda s: 2 * s["n"] ** 2 * s["d"],
     view=_knn_view,
+)
+
+
+KNN_FEW = dataclasses.replace(
+    KNN,
+    name="knn_few",
+    what="knn, few queries against many points",
+    shapes=({"n": 100, "m": 1000000, "d": 96, "k": 10},),
+    quick={"n": 20, "m": 5000, "d": 96, "k": 10},
+    flops=lambda s: 2 * s["n"] * s["m"] * s["d"],
 )

@@ -1,0 +1,241 @@
+// The nearest column of every row: arg-min over a strip of rows, exact although it is screened.
+//
+// Columns are compared by t = 2 <x, y> - |y|^2 (the expansion without |x|^2, which is the same for all of them), and
+// the best and the second-best t are kept. Where those two are closer than the rounding of t can be, no expansion can
+// tell them apart: such rows are scanned again and every column within that bound is measured from the rows as given.
+// So the answer is that of the measured values, ties go to the lower index, and the scan costs six operations a pair.
+#pragma once
+
+#include <limits>
+#include <type_traits>
+
+#include "cpu/screen.hpp"
+
+namespace nearfar {
+namespace {
+
+/// What is minimised: the squared distance, direct or expanded, 1 - <u, v> of unit rows, the negative dot product, or a
+/// score of |x_k - y_k|.
+enum class Key { direct, expanded, cosine, negative_dot, coordinate };
+
+/// One pair, measured from the rows as given; `rows` holds 2 d values.
+template <class T, Key KEY, class Score = SquaredDifference>
+struct Measure {
+  static constexpr bool kDistance = KEY == Key::direct || KEY == Key::expanded;
+  const Operands<T>& o;
+  Score score = {};
+
+  /// From the differences of the rows; of unit rows, 1 - <u, v> = |u - v|^2 / 2.
+  T near(int64_t i, int64_t j, T* rows) const {
+    const T square = o.direct_distance(i, j, rows);
+    return KEY == Key::cosine ? square / 2 : square;
+  }
+
+  T operator()(int64_t i, int64_t j, T* rows) const {
+    if (kDistance) return near(i, j, rows);
+    const T *a = o.x.view(i, rows), *b = o.y.view(j, rows + o.d);
+    if (KEY == Key::coordinate) return by_coordinate(a, b);
+    const double s = Source<T>::dot(a, b, o.d);
+    if (KEY == Key::negative_dot) return static_cast<T>(-s);
+    return 1 - s <= Operands<T>::kNear ? near(i, j, rows) : static_cast<T>(1 - s);
+  }
+
+ private:
+  T by_coordinate(const T* a, const T* b) const {
+    constexpr int L = kLanes<T>;
+    Vec<T> sum = Vec<T>{};
+    int64_t k = 0;
+    for (; k + L <= o.d; k += L) score.accumulate(sum, load(a + k), load(b + k));
+    alignas(64) T rest[2][L] = {};
+    for (int64_t u = 0; k + u < o.d; ++u) rest[0][u] = a[k + u], rest[1][u] = b[k + u];
+    score.accumulate(sum, load(rest[0]), load(rest[1]));
+    if constexpr (!std::is_same_v<Score, LargestDifference>) return hsum<T>(sum);
+    T most = sum[0];
+    for (int u = 1; u < L; ++u) most = most != most || most > sum[u] ? most : sum[u];
+    return most;
+  }
+};
+
+template <class T, Key KEY>
+class Nearest {
+  using P = Policy<T>;
+  static constexpr int NR = P::NR;
+  static constexpr bool kSettles = KEY == Key::expanded || KEY == Key::cosine;
+  static constexpr bool kScreens = std::is_same_v<T, float> && (kSettles || KEY == Key::negative_dot);
+
+ public:
+  /// Room for one strip; each task has its own. screen: null where every column is scored in full.
+  explicit Nearest(const Operands<T>& operands, const Screen* screen = nullptr)
+      : o_(operands),
+        screen_(kScreens ? screen : nullptr),
+        rows_(o_.row_buffer() > 2 * o_.d ? o_.row_buffer() : 2 * o_.d),
+        packed_(P::kStripRows * o_.d),
+        block_(o_.chunks.tiles_each * P::MR * NR),
+        pairs_(screen_ ? P::kPanels * screen_->panel_size() : 0) {}
+
+  /// Columns of chunks [first, last) for the strip from `row` on: index[lane], -1 for a row that is near to nothing.
+  void strip(int64_t row, int64_t first, int64_t last, int64_t* index) {
+    const int64_t n = o_.x.n(), d = o_.d;
+    const int64_t panels = ceil_div(n - row < P::kStripRows ? n - row : P::kStripRows, NR);
+    for (int64_t q = 0; q < panels; ++q) {
+      o_.pack_panel(row + q * NR, T(1), rows_.get(), packed_.get() + q * NR * d, squares_ + q * NR);
+      if constexpr (kScreens)
+        if (screen_)
+          screen_->pack_panel(packed_.get() + q * NR * d, pairs_.get() + q * screen_->panel_size(), norm_ + q * NR,
+                              lost_ + q * NR);
+    }
+    for (int64_t i = 0; i < P::kStripRows; ++i) {
+      best_[i] = second_[i] = -std::numeric_limits<T>::infinity();
+      index[i] = -1;
+    }
+    for (int64_t chunk = first; chunk < last; ++chunk)
+      for (int64_t q = 0; q < panels; ++q) {
+        if constexpr (kScreens)
+          if (screen_) {
+            screened(chunk, q, row + q * NR, index + q * NR);
+            continue;
+          }
+        compute(chunk, q);
+        scan(chunk, q, index + q * NR);
+      }
+    if (kSettles)
+      for (int64_t q = 0; q < panels; ++q) settle(row + q * NR, q, first, last, index + q * NR);
+  }
+
+ private:
+  void compute(int64_t chunk, int64_t q) {
+    o_.raw_block(o_.chunks.tile_begin(chunk), o_.chunks.tile_end(chunk), packed_.get() + q * NR * o_.d, block_.get());
+  }
+
+  int64_t column_begin(int64_t chunk) const { return o_.chunks.tile_begin(chunk) * P::MR; }
+  int64_t column_end(int64_t chunk) const {
+    const int64_t end = o_.chunks.tile_end(chunk) * P::MR;
+    return end < o_.chunks.columns ? end : o_.chunks.columns;
+  }
+
+  /// What is maximised.
+  NEARFAR_INLINE Vec<T> rank(const T* scores, int64_t j) const {
+    const Vec<T> s = load(scores);
+    if (KEY == Key::direct) return -s;
+    if (KEY == Key::expanded) return T(2) * s - splat<T>(*o_.squares(j));
+    return s;
+  }
+
+  void scan(int64_t chunk, int64_t q, int64_t* index) {
+    Vec<T> best[P::kVectors], second[P::kVectors];
+    IVec<T> where[P::kVectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < P::kVectors; ++v) {
+      best[v] = load(best_ + q * NR + v * kLanes<T>);
+      second[v] = load(second_ + q * NR + v * kLanes<T>);
+      where[v] = isplat<T>(-1);
+    }
+    const int64_t begin = column_begin(chunk), end = column_end(chunk);
+    const T* s = block_.get();
+    for (int64_t j = begin; j < end; ++j, s += NR) {
+      const IVec<T> here = isplat<T>(static_cast<IntOf<T>>(j - begin));
+#pragma GCC unroll 2
+      for (int v = 0; v < P::kVectors; ++v) {
+        // A NaN is not better than anything and leaves both states as they are.
+        const Vec<T> value = rank(s + v * kLanes<T>, j);
+        where[v] = select(value > best[v], here, where[v]);
+        if (kSettles) second[v] = vmax(vmin(best[v], value), second[v]);
+        best[v] = vmax(value, best[v]);
+      }
+    }
+    for (int v = 0; v < P::kVectors; ++v) {
+      store(best_ + q * NR + v * kLanes<T>, best[v]);
+      store(second_ + q * NR + v * kLanes<T>, second[v]);
+      for (int u = 0; u < kLanes<T>; ++u)
+        if (where[v][u] >= 0) index[v * kLanes<T> + u] = begin + where[v][u];
+    }
+  }
+
+  /// The scan of the columns that could be the best, or so near to it that the rows are settled.
+  void screened(int64_t chunk, int64_t q, int64_t row, int64_t* index) {
+    const int64_t begin = column_begin(chunk), end = column_end(chunk);
+    T* scores = block_.get();
+    screen_->block(chunk, pairs_.get() + q * screen_->panel_size(), scores);
+    Vec<T> limit[P::kVectors];
+    for (int v = 0; v < P::kVectors; ++v) {
+      const int64_t at = q * NR + v * kLanes<T>;
+      const Vec<T> own = KEY == Key::cosine ? splat<T>(T(1)) : load(squares_ + at), norm = load(norm_ + at);
+      Vec<T> error = screen_->bound(chunk, norm, load(lost_ + at)), margin = Vec<T>{}, top = load(best_ + at);
+      if (KEY == Key::expanded) error = T(2) * error + screen_->rounding(chunk, own);
+      if (kSettles)
+        for (int u = 0; u < kLanes<T>; ++u) margin[u] = bound(own[u]);
+      Vec<T> highest = splat<T>(-std::numeric_limits<T>::infinity());
+      for (int64_t j = begin; j < end; ++j) highest = vmax(rank(scores + (j - begin) * NR + v * kLanes<T>, j), highest);
+      top = vmax(highest - error, top);
+      limit[v] = top - error - margin;
+      if (KEY != Key::negative_dot)
+        limit[v] = select(screen_->lanes(row, v, norm), limit[v], splat<T>(std::numeric_limits<T>::infinity()));
+    }
+    screen_->settle(
+        begin, end, packed_.get() + q * NR * o_.d,
+        // Not below the limit, so that NaN, which no bound covers, is looked at.
+        [&](int64_t j, int v) { return ~(rank(scores + (j - begin) * NR + v * kLanes<T>, j) < limit[v]); },
+        [&](int64_t j, const T* exact) {
+          for (int v = 0; v < P::kVectors; ++v) {
+            const int64_t at = q * NR + v * kLanes<T>;
+            const Vec<T> value = rank(exact + v * kLanes<T>, j), best = load(best_ + at);
+            const IVec<T> better = value > best;
+            if (kSettles) store(second_ + at, vmax(vmin(best, value), load(second_ + at)));
+            store(best_ + at, vmax(value, best));
+            for (int u = 0; u < kLanes<T>; ++u)
+              if (better[u]) index[v * kLanes<T> + u] = j;
+          }
+        });
+  }
+
+  /// How far two computed ranks of a row can be apart whose exact order is the other one: d roundings in each product
+  /// of norms |x| |y| <= (|x|^2 + |y|^2) / 2, a few more for shifting and squaring.
+  T bound(T square) const {
+    constexpr T kUnit = std::numeric_limits<T>::epsilon() / 2;
+    const T squares = KEY == Key::cosine ? T(2) : square + o_.largest_square();
+    return 2 * kUnit * static_cast<T>(o_.d + 16) * squares;
+  }
+
+  void settle(int64_t row, int64_t q, int64_t first, int64_t last, int64_t* index) {
+    const int64_t lanes = o_.x.n() - row < NR ? o_.x.n() - row : NR;
+    int64_t open[NR], count = 0;
+    T least[NR];  // candidates have at least this rank
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      const T limit = bound(squares_[q * NR + lane]);
+      least[lane] = best_[q * NR + lane] - limit;
+      if (index[lane] >= 0 && second_[q * NR + lane] >= least[lane]) open[count++] = lane;
+    }
+    if (count) settle_lanes(row, q, first, last, open, count, least, index);
+  }
+
+  __attribute__((noinline)) void settle_lanes(int64_t row, int64_t q, int64_t first, int64_t last, const int64_t* open,
+                                              int64_t count, const T* least, int64_t* index) {
+    const Measure<T, KEY> measure{o_};
+    T smallest[NR];
+    for (int64_t c = 0; c < count; ++c) smallest[open[c]] = std::numeric_limits<T>::infinity();
+    for (int64_t chunk = first; chunk < last; ++chunk) {
+      compute(chunk, q);
+      for (int64_t j = column_begin(chunk); j < column_end(chunk); ++j) {
+        alignas(64) T ranks[NR];
+        const T* s = block_.get() + (j - column_begin(chunk)) * NR;
+        for (int v = 0; v < P::kVectors; ++v) store(ranks + v * kLanes<T>, rank(s + v * kLanes<T>, j));
+        for (int64_t c = 0; c < count; ++c) {
+          const int64_t lane = open[c];
+          if (!(ranks[lane] >= least[lane])) continue;
+          const T value = measure(row + lane, j, rows_.get());
+          if (value < smallest[lane]) smallest[lane] = value, index[lane] = j;
+        }
+      }
+    }
+  }
+
+  const Operands<T>& o_;
+  const Screen* screen_;
+  Buffer<T> rows_, packed_, block_;
+  Buffer<uint32_t> pairs_;
+  alignas(64) T squares_[P::kStripRows], best_[P::kStripRows], second_[P::kStripRows];
+  alignas(64) T norm_[P::kStripRows], lost_[P::kStripRows];  // of Screen::pack_panel
+};
+
+}  // namespace
+}  // namespace nearfar

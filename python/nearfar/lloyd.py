@@ -1,0 +1,198 @@
+"""The steps of k-means: data, first centroids, one fused pass, Lloyd's iterations.
+
+Everything here is NumPy on K x D numbers around two kernels: `operations.lloyd`, which assigns every row to its nearest
+centroid and adds it to that centroid's sum, and `operations.seeding`, greedy k-means++.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import operations
+from .arrays import Array, cast, compute_dtype, is_torch
+
+__all__ = ["Data", "Fit", "Numbers", "Pass", "lloyd", "seed", "unit"]
+
+Numbers = NDArray[Any]
+
+
+class Pass(NamedTuple):
+    """What one pass over the data gives."""
+
+    labels: Numbers  # (n,) int64
+    distances: Numbers | None  # (n,) squared; None where nobody asked, and then there is no inertia
+    sums: Numbers  # (k, d) float64
+    counts: Numbers  # (k,) float64
+    inertia: float
+    changed: int
+
+
+class Data:
+    """Points, weights and whether rows are brought to unit norm; results are NumPy arrays whatever the points are."""
+
+    def __init__(self, x: Array, weights: Numbers | None, normalize: bool) -> None:
+        self.x, self.weights, self.normalize = x, weights, normalize
+        self.n, self.d = map(int, x.shape)
+        self.dtype = np.dtype(compute_dtype(x))
+
+    def rows(self, index: Any) -> Numbers:
+        """Some rows in the compute dtype."""
+        rows = np.asarray(cast(self.x[index], self.dtype.name))
+        return unit(rows) if self.normalize else rows
+
+    def part(self, index: Numbers) -> Data:
+        """The data of some rows."""
+        return Data(self.x[index], None if self.weights is None else self.weights[index], self.normalize)
+
+    def draw(self, count: int, generator: np.random.RandomState) -> Data:
+        """Rows drawn with probabilities that are their weights, which the result no longer has."""
+        return Data(self.x[generator.choice(self.n, count, p=self.probabilities())], None, self.normalize)
+
+    def total_weight(self) -> float:
+        return float(self.n) if self.weights is None else float(self.weights.sum(dtype=np.float64))
+
+    def probabilities(self) -> Numbers:
+        if self.weights is None:
+            return np.full(self.n, 1 / self.n)
+        weights = self.weights.astype(np.float64)
+        shares: Numbers = weights / weights.sum()
+        return shares
+
+    def iterate(self, centers: Numbers, labels: Numbers | None = None, measure: bool = True) -> Pass:
+        """Assign all rows; `labels` are the previous ones and are overwritten."""
+        labels = np.full(self.n, -1, np.int64) if labels is None else labels
+        distances = np.empty(self.n, self.dtype) if measure else None
+        sums, counts = np.empty(centers.shape), np.empty(len(centers))
+        inertia, changed = operations.lloyd(
+            self.x, centers, self.normalize, self.weights, labels, distances, sums, counts
+        )
+        return Pass(labels, distances, sums, counts, inertia, changed)
+
+    def assign(self, centers: Numbers) -> Pass:
+        """The same without the sums."""
+        labels, distances = np.full(self.n, -1, np.int64), np.empty(self.n, self.dtype)
+        inertia, changed = operations.lloyd(
+            self.x, centers, self.normalize, self.weights, labels, distances, None, None
+        )
+        if not math.isfinite(inertia):
+            self.refuse(labels)
+        return Pass(labels, distances, np.empty(0), np.empty(0), inertia, changed)
+
+    def tolerance(self, tol: float) -> float:
+        """`tol` times the mean over coordinates of their variance: the inertia of one cluster, per row and coordinate.
+
+        Also refuses rows that are not finite, which have no distance to anything.
+        """
+        plain = Data(self.x, None, self.normalize)
+        first = plain.iterate(self.rows(slice(0, 1)))
+        if not math.isfinite(first.inertia):
+            self.refuse(first.labels)
+        if tol == 0:
+            return 0.0
+        mean = first.sums / self.n
+        if self.normalize:  # E|u|^2 - |mean|^2
+            return tol * max(1 - float((mean**2).sum()), 0.0) / self.d
+        return tol * plain.assign(mean.astype(self.dtype)).inertia / (self.n * self.d)
+
+    def check_finite(self) -> None:
+        """For what is not a pass over the data."""
+        total = self.x.double().sum(1) if is_torch(self.x) else self.x.sum(1, dtype=np.float64)
+        bad = ~np.isfinite(np.asarray(total))
+        if bad.any():
+            self.refuse(np.where(bad, -1, 0))
+
+    def refuse(self, labels: Numbers) -> None:
+        bad = int(np.flatnonzero(labels < 0)[0])
+        if np.isfinite(np.asarray(cast(self.x[bad], self.dtype.name))).all():
+            raise ValueError(f"X: row {bad} is so large that its squared distances overflow {self.dtype}")
+        raise ValueError(f"X: expected finite numbers, got NaN or inf in row {bad}")
+
+
+def unit(rows: Numbers) -> Numbers:
+    """Rows of unit norm; a zero row stays zero."""
+    norms = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
+    result: Numbers = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0, casting="same_kind")
+    return result
+
+
+# ---- the steps -------------------------------------------------------------------------------------------------------
+
+
+def seed(data: Data, k: int, generator: np.random.RandomState) -> Numbers:
+    """Greedy k-means++: the indices of k rows. Draws the same random numbers as scikit-learn."""
+    trials = 2 + int(math.log(k))
+    first = int(generator.choice(data.n, p=data.probabilities()))
+    uniforms = generator.uniform(size=(k - 1, trials))
+    chosen: Numbers = operations.seeding(data.x, data.normalize, data.weights, first, uniforms)
+    return chosen
+
+
+def relocate(data: Data, step: Pass, centers: Numbers) -> None:
+    """Give every empty centroid one of the rows that are farthest from their own, and take it away there."""
+    empty = np.flatnonzero(step.counts == 0)
+    if not len(empty):
+        return
+    distances = data.assign(centers).distances if step.distances is None else step.distances
+    assert distances is not None
+    if data.weights is not None:
+        distances = np.where(data.weights > 0, distances, -1)
+    if distances.max() <= 0:  # fewer distinct rows than centroids
+        return
+    farthest = np.argpartition(distances, -len(empty))[: -len(empty) - 1 : -1]
+    rows = data.rows(farthest).astype(np.float64)
+    for target, index, row in zip(empty, farthest, rows, strict=True):
+        weight = 1.0 if data.weights is None else float(data.weights[index])
+        source = step.labels[index]
+        step.sums[source] -= weight * row
+        step.counts[source] -= weight
+        step.sums[target] = weight * row
+        step.counts[target] = weight
+
+
+def means(data: Data, step: Pass, centers: Numbers) -> Numbers:
+    """Centroids from sums; one without rows stays where it is."""
+    filled = step.counts > 0
+    new = centers.astype(np.float64)
+    new[filled] = step.sums[filled] / step.counts[filled, None]
+    if data.normalize:
+        directions = unit(new)
+        new = np.where(directions.any(1, keepdims=True), directions, centers)
+    return new.astype(centers.dtype)
+
+
+class Fit(NamedTuple):
+    labels: Numbers
+    inertia: float
+    centers: Numbers
+    n_iter: int
+
+
+def lloyd(data: Data, centers: Numbers, max_iter: int, tol: float, verbose: bool) -> Fit:
+    """Lloyd's iterations until labels stay, or centroids move by less than `tol` (squared, summed)."""
+    labels = np.full(data.n, -1, np.int64)
+    still = False
+    for iteration in range(max_iter):
+        step = data.iterate(centers, labels, measure=verbose)
+        relocate(data, step, centers)
+        new = means(data, step, centers)
+        shift = float(((new.astype(np.float64) - centers) ** 2).sum())
+        if verbose:
+            print(f"Iteration {iteration}, inertia {step.inertia:.6g}.")
+        still = np.array_equal(new, centers)
+        centers = new
+        if step.changed == 0 or shift <= tol:
+            if verbose:
+                why = (
+                    "strict convergence"
+                    if step.changed == 0
+                    else f"center shift {shift:.3g} within tolerance {tol:.3g}"
+                )
+                print(f"Converged at iteration {iteration}: {why}.")
+            break
+    if not still or step.distances is None:  # labels and inertia of the centroids that are returned
+        step = data.assign(centers)
+    return Fit(step.labels, step.inertia, centers, iteration + 1)
