@@ -12,7 +12,7 @@ from . import kernels, losses
 from .clustering import kmeans_assign
 from .distances import cdist, pdist
 from .gradients import value_and_grad
-from .kernels import gram
+from .kernels import cka, gram, hsic, mmd, mmd_permutation_test
 from .losses import (
     alignment,
     clip_loss,
@@ -34,9 +34,11 @@ __all__ = [
     "alignment",
     "build_info",
     "cdist",
+    "cka",
     "clip_loss",
     "get_num_threads",
     "gram",
+    "hsic",
     "info_nce_limit",
     "info_nce_loss",
     "is_psd",
@@ -44,6 +46,8 @@ __all__ = [
     "kmeans_assign",
     "knn",
     "losses",
+    "mmd",
+    "mmd_permutation_test",
     "nt_xent_loss",
     "pdist",
     "psd_report",
