@@ -12,6 +12,7 @@ from . import kernels, losses
 from .clustering import kmeans_assign
 from .distances import cdist, pdist
 from .gradients import value_and_grad
+from .kernel_methods import KernelPCA, KernelRidge
 from .kernels import cka, gram, hsic, mmd, mmd_permutation_test
 from .losses import (
     alignment,
@@ -22,6 +23,7 @@ from .losses import (
     uniformity,
     uniformity_of_sphere,
 )
+from .low_rank import nystrom, pivoted_cholesky, random_features
 from .neighbors import knn
 from .psd import PSDReport, is_psd, psd_report
 from .runtime import build_info, get_num_threads, set_num_threads
@@ -30,6 +32,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     *losses.MODULES,
+    "KernelPCA",
+    "KernelRidge",
     "PSDReport",
     "alignment",
     "build_info",
@@ -49,8 +53,11 @@ __all__ = [
     "mmd",
     "mmd_permutation_test",
     "nt_xent_loss",
+    "nystrom",
     "pdist",
+    "pivoted_cholesky",
     "psd_report",
+    "random_features",
     "set_num_threads",
     "uniformity",
     "uniformity_of_sphere",
