@@ -113,8 +113,8 @@ class KernelRidge(_KernelEstimator):
     Notes
     -----
     scikit-learn's interface (`fit`, `predict`, `score`, `get_params`, pipelines, searches), which is not needed at run
-    time. Its own KernelRidge stores N x N doubles. The preconditioner: Avron, Clarkson and Woodruff, Faster kernel ridge
-    regression using sketching and preconditioning, 2017; Diaz, Epperly, Frangella, Tropp and Webber, 2023.
+    time. Its own KernelRidge stores N x N numbers. The preconditioner: Avron, Clarkson and Woodruff, Faster kernel
+    ridge regression using sketching and preconditioning, 2017; Diaz, Epperly, Frangella, Tropp and Webber, 2023.
 
     Examples
     --------
