@@ -54,16 +54,37 @@ def store_grad_samples():
         yield torch.randn_like(value), value, x, y, map, normalize, condensed
 
 
+# The scores of a kernel on two sets of columns, side by side.
+PROGRAM = "sqeuclidean 0 2; dot 2 3; matern52 0 0; affine 1 1; multiply 2 3"
+PARAMETERS = torch.tensor([0.7, 1.0, 2.0], dtype=torch.float64)
+
+
+def gram_samples():
+    x, y = torch.randn(2, 5, 3), torch.randn(2, 4, 3)
+    yield x, y, PARAMETERS, PROGRAM
+    yield y.double(), None, PARAMETERS, PROGRAM
+    yield x.half(), y.half(), PARAMETERS[:0], "dot 0 -1"
+
+
+def gram_grad_samples():
+    for sample in gram_samples():
+        grad = torch.randn_like(torch.ops.nearfar.gram(*sample))
+        for wanted in ("xyp", "x", "p", ""):
+            yield grad, *sample, wanted
+
+
 def matmul_samples():
     x, y, v = torch.randn(2, 5, 3), torch.randn(2, 4, 3), torch.randn(2, 4, 2)
-    yield x, y, v, "gaussian"
-    yield y.double(), None, v.double(), "gaussian"
-    yield x.half(), y.half(), v.half(), "gaussian"
+    yield x, y, v, PARAMETERS, PROGRAM
+    yield y.double(), None, v.double(), PARAMETERS, PROGRAM
+    yield x.half(), y.half(), v.half(), PARAMETERS, PROGRAM
 
 
 def matmul_grad_samples():
-    for x, y, v, map in matmul_samples():
-        yield torch.randn_like(torch.ops.nearfar.matmul(x, y, v, map)), x, y, v, map
+    for sample in matmul_samples():
+        grad = torch.randn_like(torch.ops.nearfar.matmul(*sample))
+        for wanted in ("xyvp", "v", "yp"):
+            yield grad, *sample, wanted
 
 
 SAMPLES = {
@@ -84,6 +105,8 @@ SAMPLES = {
     ],
     "store": store_samples,
     "store_grad": store_grad_samples,
+    "gram": gram_samples,
+    "gram_grad": gram_grad_samples,
     "matmul": matmul_samples,
     "matmul_grad": matmul_grad_samples,
 }  # fmt: skip

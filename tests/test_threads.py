@@ -30,8 +30,9 @@ def select(x, y, threads, k=3):
 
 def matmul_grad(threads):
     dx, dy = np.zeros_like(X[None]), np.zeros_like(Y[None])
-    _core.matmul_grad(X[None], Y[None], V[None], V[None], "gaussian", dx, dy, threads)
-    return dx, dy
+    program, parameters, dp = "sqeuclidean 0 -1; dot 0 20; gaussian 0 0; add 1 2", np.array([0.5]), np.zeros(1)
+    _core.matmul_grad(X[None], Y[None], V[None], V[None], program, parameters, dx, dy, dp, threads)
+    return dx, dy, dp
 
 
 def store_grad(threads):
@@ -67,6 +68,7 @@ OPERATIONS = {
     "cdist of a batch": with_threads(lambda: nf.cdist(X[:1000].reshape(20, 50, 37), Y[:1000].reshape(20, 50, 37))),
     "pdist": with_threads(lambda: nf.pdist(X)),
     "gram": with_threads(lambda: nf.gram(X)),
+    "composed gram": with_threads(lambda: (nf.kernels.Matern(3.0) + nf.kernels.Laplacian(9.0))(X, Y)),
     "gram matmul": with_threads(lambda: nf.kernels.Gaussian(3.0).matmul(X, Y, V)),
     "matmul_grad": matmul_grad,
     "store_grad": store_grad,

@@ -1,77 +1,9 @@
 // Kernels as programs: Gram matrices, products with them, their gradients.
-#include <sstream>
-
 #include "bindings/call.hpp"
+#include "bindings/program.hpp"
 
 namespace nearfar {
 namespace {
-
-struct ScoreName {
-  const char* name;
-  ScoreKind kind;
-};
-constexpr ScoreName kScoreNames[] = {{"dot", ScoreKind::dot},
-                                     {"unit_dot", ScoreKind::unit_dot},
-                                     {"sqeuclidean", ScoreKind::sqeuclidean},
-                                     {"absolute", ScoreKind::absolute}};
-
-struct StepName {
-  const char* name;
-  StepKind kind;
-  int parameters;
-};
-constexpr StepName kStepNames[] = {{"gaussian", StepKind::gaussian, 1},
-                                   {"matern12", StepKind::matern12, 1},
-                                   {"matern32", StepKind::matern32, 1},
-                                   {"matern52", StepKind::matern52, 1},
-                                   {"rational_quadratic", StepKind::rational_quadratic, 2},
-                                   {"laplacian", StepKind::laplacian, 1},
-                                   {"affine", StepKind::affine, 2},
-                                   {"tanh", StepKind::tanh, 0},
-                                   {"power", StepKind::power, 0},
-                                   {"scale", StepKind::scale, 1},
-                                   {"add", StepKind::add, 0},
-                                   {"multiply", StepKind::multiply, 0}};
-
-/// "name left right; ...", scores first. A score: its columns begin and end (-1: the last). A step: its register and
-/// its first parameter; `power`: register and exponent; `add`, `multiply`: two registers.
-Program parse(const std::string& text, py::handle parameters, int64_t depth) {
-  Program program;
-  const Array values = borrow(parameters, "parameters", {DType::f64});
-  if (values.ndim != 1 || !values.on_cpu() || values.shape[0] > Program::kParameters)
-    refuse_value("parameters", "expected a vector of at most 64 numbers, got shape " + shape_of(values));
-  program.parameters = static_cast<int>(values.shape[0]);
-  for (int k = 0; k < program.parameters; ++k) program.parameter[k] = values.as<const double>()[k * values.strides[0]];
-  std::istringstream lines(text);
-  for (std::string line; std::getline(lines, line, ';');) {
-    std::istringstream words(line);
-    std::string name;
-    int64_t left = 0, right = 0;
-    const int registers = program.scores + program.steps;
-    auto refuse = [&] { refuse_value("program", "cannot use \"" + line + "\""); };
-    if (!(words >> name >> left >> right)) refuse();
-    bool known = false;
-    for (const ScoreName& s : kScoreNames)
-      if (name == s.name) {
-        if (right < 0) right = depth;
-        if (program.steps || program.scores == Program::kScores || left < 0 || left >= right || right > depth) refuse();
-        program.score[program.scores++] = {s.kind, left, right};
-        known = true;
-      }
-    for (const StepName& s : kStepNames)
-      if (name == s.name) {
-        if (program.steps == Program::kSteps || left < 0 || left >= registers || right < 0) refuse();
-        const bool two = s.kind == StepKind::add || s.kind == StepKind::multiply;
-        if (two ? right >= registers : right + s.parameters > program.parameters && s.kind != StepKind::power) refuse();
-        if (s.kind == StepKind::power && (right < 1 || right > (1 << 20))) refuse();
-        program.step[program.steps++] = {s.kind, static_cast<int>(left), static_cast<int>(right)};
-        known = true;
-      }
-    if (!known) refuse();
-  }
-  if (program.scores == 0 || (program.steps == 0 && program.scores > 1)) refuse_value("program", "has no value");
-  return program;
-}
 
 /// A result that may be missing.
 template <class T>
@@ -88,7 +20,7 @@ void gram(py::handle x, py::handle y, const std::string& text, py::handle parame
           int threads) {
   const PairInputs in(x, y);
   if (same && in.n() != in.m()) refuse_value("y", "expected the rows of x");
-  const Program program = parse(text, parameters, in.d());
+  const Program program = parse_program(text, parameters, in.d());
   with_compute_type(in.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t size = in.n() * in.m();
@@ -122,7 +54,7 @@ struct Gradients {
 void gram_grad(py::handle x, py::handle y, const std::string& text, py::handle parameters, py::handle grad,
                py::handle dx, py::handle dy, py::handle dparameters, int threads) {
   const PairInputs in(x, y);
-  const Program program = parse(text, parameters, in.d());
+  const Program program = parse_program(text, parameters, in.d());
   with_compute_type(in.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     const T* upstream = output<T>(grad, "grad", {in.batches(), in.n(), in.m()});
@@ -142,15 +74,14 @@ void matmul(py::handle x, py::handle y, py::handle v, const std::string& text, p
   const Array values = input(v, "v", 3);
   require_dtype(values, "v", in.x.dtype);
   require_shape(values, "v", {in.batches(), in.m(), values.shape[2]});
-  const Program program = parse(text, parameters, in.d());
+  const Program program = parse_program(text, parameters, in.d());
   with_compute_type(in.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t size = in.n() * values.shape[2];
     T* data = output<T>(out, "out", {in.batches(), in.n(), values.shape[2]});
     py::gil_scoped_release release;
     for_batches(in.batches(), in.work(), threads, [&](int64_t b, int t) {
-      of<T>(ops()).matmul(
-          {rows_of(in.x, b), rows_of(in.y, b), rows_of(values, b), &program, same, data + b * size, t});
+      of<T>(ops()).matmul({rows_of(in.x, b), rows_of(in.y, b), rows_of(values, b), &program, same, data + b * size, t});
     });
   });
 }
@@ -163,7 +94,7 @@ void matmul_grad(py::handle x, py::handle y, py::handle v, py::handle grad, cons
   require_dtype(upstream, "grad", in.x.dtype);
   require_shape(values, "v", {in.batches(), in.m(), values.shape[2]});
   require_shape(upstream, "grad", {in.batches(), in.n(), values.shape[2]});
-  const Program program = parse(text, parameters, in.d());
+  const Program program = parse_program(text, parameters, in.d());
   with_compute_type(in.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     const Gradients<T> g(in, program, dx, dy, dparameters);

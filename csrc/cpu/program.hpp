@@ -5,6 +5,7 @@
 // a run and what a step leaves is read from L1.
 #pragma once
 
+#include <limits>
 #include <new>
 
 #include "cpu/strip.hpp"
@@ -41,7 +42,8 @@ class Scores {
   Scores& operator=(const Scores&) = delete;
 
   Operands<T>& operator[](int s) const {
-    return *std::launder(reinterpret_cast<Operands<T>*>(const_cast<unsigned char*>(operands_) + s * sizeof(Operands<T>)));
+    return *std::launder(
+        reinterpret_cast<Operands<T>*>(const_cast<unsigned char*>(operands_) + s * sizeof(Operands<T>)));
   }
   const Chunks& chunks() const { return (*this)[0].chunks; }
 
@@ -105,7 +107,12 @@ class Evaluator {
   static constexpr int64_t kRun = 2048 / static_cast<int64_t>(sizeof(T));
 
   explicit Evaluator(const Program& program) : p_(program) {
-    for (int k = 0; k < p_.parameters; ++k) parameter_[k] = static_cast<T>(p_.parameter[k]);
+    // Finite with room for the factors of a map: the kernel of a tiny length scale is 1 at distance 0, not inf * 0.
+    const double most = static_cast<double>(std::numeric_limits<T>::max()) / 16;
+    for (int k = 0; k < p_.parameters; ++k) {
+      const double p = p_.parameter[k];
+      parameter_[k] = static_cast<T>(p > most ? most : p < -most ? -most : p);
+    }
   }
 
   /// out[k] = the program's value for k < count, whole vectors; `out` may be one of the tiles.

@@ -114,8 +114,8 @@ NEARFAR_INLINE V select(Mask mask, V a, V b) {
 }
 
 // Without the bit of the sign; of a NaN too.
-NEARFAR_INLINE Vec<float> abs(Vec<float> v) { return (Vec<float>)((IVec<float>)v & 0x7fffffff); }
-NEARFAR_INLINE Vec<double> abs(Vec<double> v) { return (Vec<double>)((IVec<double>)v & 0x7fffffffffffffff); }
+NEARFAR_INLINE Vec<float> absolute(Vec<float> v) { return (Vec<float>)((IVec<float>)v & 0x7fffffff); }
+NEARFAR_INLINE Vec<double> absolute(Vec<double> v) { return (Vec<double>)((IVec<double>)v & 0x7fffffffffffffff); }
 
 // 1, -1, 0 with the sign of v; of a NaN 1 or -1.
 template <class T>

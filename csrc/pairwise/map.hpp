@@ -6,7 +6,8 @@
 // differentiated through a square root; `score` is r again, from the value. A map of the dot product has kDistance =
 // false and dx_i = sum_j g_ij pull_ij y_j. Both are given the value again, which the backward pass has at hand.
 //
-// `exp_flush`, `expm1`, `log1p`, `sqrt` and `select` are those of the backend: include cpu/vector.hpp (or the CUDA one) first.
+// `exp_flush`, `expm1`, `log1p`, `sqrt` and `select` are those of the backend: include cpu/vector.hpp (or the CUDA one)
+// first.
 #pragma once
 
 #include "pairwise/pair_map.hpp"
@@ -147,15 +148,19 @@ struct MaternStep {
     return e + t * e * (t * T(1.0 / 3) + T(1));
   }
   template <class V>
-  NEARFAR_FN V slope(V s, V) const {
+  NEARFAR_FN V slope_over_a(V s) const {
     const V t = sqrt(V(s * (a * T(TWICE)))), e = exp_flush(V(-t));
-    if constexpr (TWICE == 1) return select(t > V{}, e / t, V{}) * (a * T(-0.5));
-    if constexpr (TWICE == 3) return e * (a * T(-1.5));
-    return (e + t * e) * (a * T(-5.0 / 6));
+    if constexpr (TWICE == 1) return select(t > V{}, e / t, V{}) * T(-0.5);
+    if constexpr (TWICE == 3) return e * T(-1.5);
+    return (e + t * e) * T(-5.0 / 6);
   }
   template <class V>
-  NEARFAR_FN V by(int, V s, V value) const {
-    return slope(s, value) * s / a;
+  NEARFAR_FN V slope(V s, V) const {
+    return slope_over_a(s) * a;
+  }
+  template <class V>
+  NEARFAR_FN V by(int, V s, V) const {
+    return slope_over_a(s) * s;
   }
   T a;
 };
@@ -177,7 +182,7 @@ struct RationalQuadraticStep {
   template <class V>
   NEARFAR_FN V by(int p, V s, V value) const {
     const V z = s * factor, u = z / (z + T(1));
-    if (p == 0) return value * u * (-alpha / a);
+    if (p == 0) return value * s * T(-0.5) / (z + T(1));
     // u - log(1 + z) = u + log(1 - u): its series where that cancels.
     V series = u * T(1.0 / 9) + T(1.0 / 8);
 #pragma GCC unroll 6

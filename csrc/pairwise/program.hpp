@@ -1,5 +1,5 @@
-// Program: a kernel, composed or not, as a short list of steps on the scores of a pair. The scores come first, each once
-// however many steps read it; then steps, each on the values of earlier ones. What a step computes: map.hpp.
+// Program: a kernel, composed or not, as a short list of steps on the scores of a pair. The scores come first, each
+// once however many steps read it; then steps, each on the values of earlier ones. What a step computes: map.hpp.
 //
 // Registers are numbered: the scores 0, 1, ..., then one register a step. The value of the program is the last one.
 #pragma once

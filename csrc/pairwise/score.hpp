@@ -5,7 +5,7 @@
 //   AbsoluteDifference  s += |x_k - y_k|
 //
 // A is a scalar that is broadcast (CPU: the tile side, GPU: either side), V the accumulator's type: a SIMD vector on
-// the CPU, a float on the GPU.
+// the CPU, a float on the GPU. `absolute` is that of the backend.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -32,11 +32,10 @@ struct SquaredDifference {
   }
 };
 
-/// `abs` is that of the backend.
 struct AbsoluteDifference {
   template <class A, class V>
   static NEARFAR_FN void accumulate(V& s, A x, V y) {
-    s += abs(V(x - y));
+    s += absolute(V(x - y));
   }
 };
 

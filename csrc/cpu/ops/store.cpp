@@ -1,5 +1,5 @@
-// Store: the whole matrix of a map or of a kernel's program, and the gradient through it. Here, and only here, the matrix exists: it is the
-// result.
+// Store: the whole matrix of a map or of a kernel's program, and the gradient through it. Here, and only here, the
+// matrix exists: it is the result.
 //
 // The second index runs along the lanes, so that rows of the result are written in order. Where y is x, tiles on and
 // above the diagonal are computed and mirrored.

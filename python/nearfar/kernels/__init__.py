@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import Kernel, Power, Product, Scaled, Sum
+from .custom import Custom
 from .families import (
     RBF,
     Cosine,
@@ -23,6 +24,7 @@ from .statistics import MMDTest, cka, hsic, mmd, mmd_permutation_test
 __all__ = [
     "RBF",
     "Cosine",
+    "Custom",
     "Gaussian",
     "Kernel",
     "Laplacian",

@@ -13,6 +13,8 @@ from ..arrays import Array, batched, cast, check_points, compute_dtype, dtype_na
 from ..distances import common_batch, pair_shapes
 from .program import Builder, Register
 
+_BLOCK = 1 << 22  # pairs at a time where a kernel is no program
+
 
 def _wanted(names: str, tensors: tuple[Any, ...]) -> str:
     """The names of the tensors whose gradient will be asked for; under a transform that hides it, all of them."""
@@ -35,6 +37,9 @@ class Kernel:
 
     __array_ufunc__ = None  # a NumPy number times a kernel is a kernel, not an array of objects
 
+    # Whether it is a program for the engine; else (`Custom`) every node of the expression makes its matrix.
+    _compiles = True
+
     @property
     def is_mercer(self) -> bool | None:
         """Whether every Gram matrix is positive semi-definite, in any dimension: True and False are proved, None is
@@ -48,6 +53,10 @@ class Kernel:
         return False
 
     def _build(self, program: Builder) -> Register:
+        raise NotImplementedError
+
+    def _dense(self, x: Array, y: Array | None) -> Array:
+        """The Gram matrix where it is no program."""
         raise NotImplementedError
 
     def _diag(self, x: Array) -> Array:
@@ -74,6 +83,8 @@ class Kernel:
         array (..., N, M)
             float32 for half precisions, else the inputs' dtype. Differentiable, first and second order.
         """
+        if not self._compiles:
+            return self._dense(x, y)
         batch, x3, y3, parameters, text = self._program(x, y)
         if is_torch(x3):
             from .. import autograd
@@ -106,7 +117,7 @@ class Kernel:
         """
         kind_of(v, "v")
         check_points(x=x, y=y, v=v)
-        batch, x3, y3, parameters, text = self._program(x, y)
+        batch, x3, y3 = pair_shapes(x, y)
         m, given = x3.shape[1] if y3 is None else y3.shape[1], tuple(v.shape)
         vector = v.ndim == 1
         if vector:
@@ -115,16 +126,38 @@ class Kernel:
             raise ValueError(f"v: expected {m} rows to match y, got shape {given}")
         if common_batch(batch, v, "v") != batch:
             raise ValueError(f"v: expected batch dimensions to match {batch}, got {given[:-2]}")
-        v3 = cast(batched(v, batch), dtype_name(x3))
-        if is_torch(x3):
-            from .. import autograd
-
-            tensors = (x3, y3, v3, parameters)
-            out = autograd.apply("matmul", tensors, (text, _wanted("xyvp", tensors)))
-        else:
-            out = operations.matmul(x3, y3, v3, parameters, text)
+        v3 = batched(v, batch)
+        out = (self._product if self._compiles else self._product_by_rows)(x3, y3, v3)
         out = out.reshape(*batch, x3.shape[1], v.shape[-1])
         return out[..., 0] if vector else out
+
+    def _product(self, x: Array, y: Array | None, v: Array) -> Array:
+        _, x, y, parameters, text = self._program(x, y)
+        v = cast(v, dtype_name(x))
+        if not is_torch(x):
+            return operations.matmul(x, y, v, parameters, text)
+        from .. import autograd
+
+        tensors = (x, y, v, parameters)
+        return autograd.apply("matmul", tensors, (text, _wanted("xyvp", tensors)))
+
+    def _product_by_rows(self, x: Array, y: Array | None, v: Array) -> Array:
+        """The same where the kernel is no program: blocks of the matrix, made once more for gradients."""
+        columns = x if y is None else y
+        v = cast(v, compute_dtype(v))
+        rows = max(1, _BLOCK // max(1, columns.shape[1]))
+
+        def block(x: Array, columns: Array, v: Array) -> Array:
+            return self(x, columns) @ v
+
+        if is_torch(x):
+            import torch
+            from torch.utils.checkpoint import checkpoint
+
+            parts = [checkpoint(block, own, columns, v, use_reentrant=False) for own in x.split(rows, 1)]
+            return torch.cat(parts, 1)
+        starts = range(0, max(1, x.shape[1]), rows)
+        return np.concatenate([block(x[:, begin : begin + rows], columns, v) for begin in starts], 1)
 
     def operator(self, x: Array) -> Any:
         """``k(x, x)`` as a `scipy.sparse.linalg.LinearOperator` of NumPy vectors: for `cg`, `eigsh`, `lobpcg`.
@@ -228,59 +261,97 @@ def _grouped(kernel: Kernel) -> str:
     return f"({kernel!r})" if isinstance(kernel, Sum) else repr(kernel)
 
 
-class Sum(Kernel):
-    """k + l. Mercer if both are."""
+class _Pair(Kernel):
+    """Two kernels joined entry by entry."""
+
+    _step = ""
 
     def __init__(self, left: Kernel, right: Kernel) -> None:
         self.left, self.right = left, right
 
+    def _join(self, left: Array, right: Array) -> Array:
+        raise NotImplementedError
+
     @property
     def is_mercer(self) -> bool | None:
         return True if self.left.is_mercer and self.right.is_mercer else None
+
+    @property
+    def _compiles(self) -> bool:  # type: ignore[override]
+        return self.left._compiles and self.right._compiles
+
+    def _build(self, program: Builder) -> Register:
+        return program.step(self._step, self.left._build(program), self.right._build(program))
+
+    def _dense(self, x: Array, y: Array | None) -> Array:
+        return self._join(self.left(x, y), self.right(x, y))
+
+    def _diag(self, x: Array) -> Array:
+        return self._join(self.left._diag(x), self.right._diag(x))
+
+
+class Sum(_Pair):
+    """k + l. Mercer if both are."""
+
+    _step = "add"
+
+    def _join(self, left: Array, right: Array) -> Array:
+        return left + right
 
     @property
     def _vanishes(self) -> bool:
         return self.left._vanishes and self.right._vanishes
 
-    def _build(self, program: Builder) -> Register:
-        return program.step("add", self.left._build(program), self.right._build(program))
-
-    def _diag(self, x: Array) -> Array:
-        return self.left._diag(x) + self.right._diag(x)
-
     def __repr__(self) -> str:
         return f"{self.left!r} + {self.right!r}"
 
 
-class Product(Kernel):
+class Product(_Pair):
     """k l. Mercer if both are (Schur's product theorem)."""
 
-    def __init__(self, left: Kernel, right: Kernel) -> None:
-        self.left, self.right = left, right
+    _step = "multiply"
 
-    @property
-    def is_mercer(self) -> bool | None:
-        return True if self.left.is_mercer and self.right.is_mercer else None
+    def _join(self, left: Array, right: Array) -> Array:
+        return left * right
 
     @property
     def _vanishes(self) -> bool:
         return self.left._vanishes or self.right._vanishes
 
-    def _build(self, program: Builder) -> Register:
-        return program.step("multiply", self.left._build(program), self.right._build(program))
-
-    def _diag(self, x: Array) -> Array:
-        return self.left._diag(x) * self.right._diag(x)
-
     def __repr__(self) -> str:
         return f"{_grouped(self.left)} * {_grouped(self.right)}"
 
 
-class Scaled(Kernel):
+class _Changed(Kernel):
+    """One kernel changed entry by entry."""
+
+    kernel: Kernel
+
+    def _change(self, values: Array) -> Array:
+        raise NotImplementedError
+
+    @property
+    def _compiles(self) -> bool:  # type: ignore[override]
+        return self.kernel._compiles
+
+    def _dense(self, x: Array, y: Array | None) -> Array:
+        return self._change(self.kernel(x, y))
+
+    def _diag(self, x: Array) -> Array:
+        return self._change(self.kernel._diag(x))
+
+
+class Scaled(_Changed):
     """c k. Mercer if c = 0, or if c > 0 and k is; for c < 0 not Mercer if k is, since some k(x, x) > 0."""
 
     def __init__(self, factor: Any, kernel: Kernel) -> None:
         self.factor, self.kernel = scalar(factor, "factor"), kernel
+
+    def _change(self, values: Array) -> Array:
+        return values * self.factor
+
+    def _build(self, program: Builder) -> Register:
+        return program.step("scale", self.kernel._build(program), program.parameters(self.factor))
 
     @property
     def is_mercer(self) -> bool | None:
@@ -296,21 +367,21 @@ class Scaled(Kernel):
     def _vanishes(self) -> bool:
         return plain(self.factor) == 0 or self.kernel._vanishes
 
-    def _build(self, program: Builder) -> Register:
-        return program.step("scale", self.kernel._build(program), program.parameters(self.factor))
-
-    def _diag(self, x: Array) -> Array:
-        return self.kernel._diag(x) * self.factor
-
     def __repr__(self) -> str:
         return f"{self.factor!r} * {_grouped(self.kernel)}"
 
 
-class Power(Kernel):
+class Power(_Changed):
     """k^n, n >= 1. Mercer if k is."""
 
     def __init__(self, kernel: Kernel, exponent: int) -> None:
         self.kernel, self.exponent = kernel, exponent
+
+    def _change(self, values: Array) -> Array:
+        return values**self.exponent
+
+    def _build(self, program: Builder) -> Register:
+        return program.step("power", self.kernel._build(program), self.exponent)
 
     @property
     def is_mercer(self) -> bool | None:
@@ -320,12 +391,6 @@ class Power(Kernel):
     def _vanishes(self) -> bool:
         return self.kernel._vanishes
 
-    def _build(self, program: Builder) -> Register:
-        return program.step("power", self.kernel._build(program), self.exponent)
-
-    def _diag(self, x: Array) -> Array:
-        return self.kernel._diag(x) ** self.exponent
-
     def __repr__(self) -> str:
-        composed = isinstance(self.kernel, (Sum, Product, Scaled, Power))
+        composed = isinstance(self.kernel, (_Pair, _Changed))
         return f"({self.kernel!r}) ** {self.exponent}" if composed else f"{self.kernel!r} ** {self.exponent}"

@@ -74,11 +74,9 @@ class _Stationary(Kernel):
             return program.score(self._distance), program.derived((square, program.key(scale)), inverse)
         if shape != (program.d,):
             raise ValueError(f"lengthscale: expected a number or shape ({program.d},) to match x, got {shape}")
-        dtype = compute_dtype(program.x)
-        divisor, center = program.array(scale, "lengthscale", dtype), common_center(program.x)
-        return program.score(
-            self._distance, ("over", program.key(scale)), lambda x: (cast(x, dtype) - center) / divisor
-        ), 1.0
+        divisor = program.array(scale, "lengthscale", compute_dtype(program.x))
+        center = common_center(program.x)
+        return program.score(self._distance, ("over", program.key(scale)), lambda x: (x - center) / divisor), 1.0
 
     def _build(self, program: Builder) -> Register:
         score, factor = self._score(program)
@@ -269,9 +267,7 @@ class Periodic(Kernel):
     def _build(self, program: Builder) -> Register:
         for name, value in (("lengthscale", self.lengthscale), ("period", self.period)):
             if _shape(value) not in ((), (1,), (program.d,)):
-                raise ValueError(
-                    f"{name}: expected a number or shape ({program.d},) to match x, got {_shape(value)}"
-                )
+                raise ValueError(f"{name}: expected a number or shape ({program.d},) to match x, got {_shape(value)}")
         dtype = compute_dtype(program.x)
         center = common_center(program.x)
         scale = program.array(self.lengthscale, "lengthscale", dtype)
@@ -463,7 +459,6 @@ class Cosine(Kernel):
 
 def _unit(x: Array) -> Array:
     """Rows of unit norm, scaled by their largest entry first; a zero row stays zero, with zero derivatives."""
-    x = cast(x, compute_dtype(x))
     if is_torch(x):
         import torch
 

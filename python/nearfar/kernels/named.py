@@ -8,18 +8,8 @@ from typing import Any
 
 from ..arrays import Array, check_points, number
 from ..distances import check_set
+from . import families
 from .base import Kernel
-from .families import (
-    Cosine,
-    Gaussian,
-    Laplacian,
-    Linear,
-    Matern,
-    Periodic,
-    Polynomial,
-    RationalQuadratic,
-    Sigmoid,
-)
 
 
 def _gamma(x: Array, params: dict[str, Any]) -> float | None:
@@ -39,12 +29,12 @@ def _gamma(x: Array, params: dict[str, Any]) -> float | None:
 
 def _rbf(x: Array, **params: Any) -> Kernel:
     gamma = _gamma(x, params)
-    return Gaussian(**params) if gamma is None else Gaussian(1 / math.sqrt(2 * gamma))
+    return families.Gaussian(**params) if gamma is None else families.Gaussian(1 / math.sqrt(2 * gamma))
 
 
 def _laplacian(x: Array, **params: Any) -> Kernel:
     gamma = _gamma(x, params)
-    return Laplacian(**params) if gamma is None else Laplacian(1 / gamma)
+    return families.Laplacian(**params) if gamma is None else families.Laplacian(1 / gamma)
 
 
 def _of(make: Callable[..., Kernel]) -> Callable[..., Kernel]:
@@ -55,17 +45,17 @@ def _of(make: Callable[..., Kernel]) -> Callable[..., Kernel]:
 _NAMES: dict[str, tuple[Callable[..., Kernel], tuple[frozenset[str], ...]]] = {
     name: (make, tuple(frozenset(one.split()) for one in parameters))
     for name, make, *parameters in (
-        ("gaussian", _of(Gaussian), "lengthscale"),
+        ("gaussian", _of(families.Gaussian), "lengthscale"),
         ("rbf", _rbf, "gamma", "lengthscale"),
         ("laplacian", _laplacian, "gamma", "lengthscale"),
-        ("matern", _of(Matern), "lengthscale nu"),
-        ("rational_quadratic", _of(RationalQuadratic), "lengthscale alpha"),
-        ("periodic", _of(Periodic), "lengthscale period"),
-        ("linear", _of(Linear), "bias"),
-        ("poly", _of(Polynomial), "degree gamma coef0"),
-        ("polynomial", _of(Polynomial), "degree gamma coef0"),
-        ("sigmoid", _of(Sigmoid), "gamma coef0"),
-        ("cosine", _of(Cosine), ""),
+        ("matern", _of(families.Matern), "lengthscale nu"),
+        ("rational_quadratic", _of(families.RationalQuadratic), "lengthscale alpha"),
+        ("periodic", _of(families.Periodic), "lengthscale period"),
+        ("linear", _of(families.Linear), "bias"),
+        ("poly", _of(families.Polynomial), "degree gamma coef0"),
+        ("polynomial", _of(families.Polynomial), "degree gamma coef0"),
+        ("sigmoid", _of(families.Sigmoid), "gamma coef0"),
+        ("cosine", _of(families.Cosine), ""),
     )
 }
 

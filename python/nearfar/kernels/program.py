@@ -11,8 +11,8 @@ are the first registers, every step is one more; the last is the kernel's value)
 ``add``, ``multiply``                   of registers `left` and `right`
 =====================================  =====================================================================
 
-The formulas of the maps are in ``csrc/pairwise/map.hpp``, for second derivatives in `nearfar.formulas`. Equal scores and
-equal steps are shared. Where scores are of different points (a length scale for every coordinate divides them out of
+The formulas of the maps are in ``csrc/pairwise/map.hpp``, for second derivatives in `nearfar.formulas`. Equal scores
+and equal steps are shared. Where scores are of different points (a length scale for every coordinate is divided out of
 the points; a periodic kernel bends every coordinate into a circle), the point sets lie side by side as columns of one
 array, so gradients of whatever prepared them are PyTorch's own.
 """
@@ -50,6 +50,16 @@ class Builder:
         """Columns of the points as given."""
         return int(self.x.shape[-1])
 
+    def wide(self) -> tuple[Array, Array | None]:
+        """Both sets in the dtype that computes; once, so that gradients are rounded to a half precision once."""
+
+        def make() -> tuple[Array, Array | None]:
+            dtype = compute_dtype(self.x)
+            return cast(self.x, dtype), None if self.y is None else cast(self.y, dtype)
+
+        pair: tuple[Array, Array | None] = self.derived("wide", make)
+        return pair
+
     def key(self, value: Any) -> Hashable:
         """A name for a hyper-parameter: numbers by their value, arrays by identity."""
         if isinstance(value, (int, float)):
@@ -60,8 +70,11 @@ class Builder:
     def score(self, kind: str, points: Hashable = None, prepare: Callable[[Array], Array] | None = None) -> Register:
         """A score of the points as given, or of ``prepare(points)``, which `points` names."""
         if points not in self._sets:
-            y = None if self.y is None else self.y if prepare is None else prepare(self.y)
-            self._sets[points] = (self.x if prepare is None else prepare(self.x), y)
+            if prepare is None:
+                self._sets[points] = self.x, self.y
+            else:
+                x, y = self.wide()
+                self._sets[points] = prepare(x), None if y is None else prepare(y)
         return "score", self._scores.setdefault((kind, points), len(self._scores))
 
     def step(self, name: str, left: Register, right: Register | int = 0) -> Register:
@@ -118,9 +131,10 @@ class Builder:
         for points, (own, _) in self._sets.items():
             columns[points] = (begin, begin + own.shape[-1])
             begin += own.shape[-1]
-        dtype = compute_dtype(self.x)
-        x_parts = [cast(own, dtype) for own, _ in self._sets.values()]
-        y_parts = [cast(other, dtype) for _, other in self._sets.values() if other is not None]
+        if None in self._sets:
+            self._sets[None] = self.wide()
+        x_parts = [own for own, _ in self._sets.values()]
+        y_parts = [other for _, other in self._sets.values() if other is not None]
         return _beside(x_parts), _beside(y_parts) if y_parts else None, columns
 
     def _vector(self) -> Array:

@@ -6,7 +6,14 @@ from fnmatch import fnmatchcase
 
 from ..case import Case
 from .distances import CDIST, CDIST_BACKWARD
-from .kernels import GAUSSIAN_GRAM, GAUSSIAN_MATMUL
+from .kernels import (
+    COMPOSED_MATMUL,
+    GAUSSIAN_GRAM,
+    GAUSSIAN_MATMUL,
+    GAUSSIAN_MATMUL_GRADIENT,
+    MATERN_MATMUL,
+    RATIONAL_QUADRATIC_MATMUL,
+)
 from .losses import CLIP, INFO_NCE, INFO_NCE_MEMORY, NT_XENT, UNIFORMITY
 from .neighbors import KMEANS_ASSIGN, KNN
 
@@ -20,6 +27,10 @@ CASES: tuple[Case, ...] = (
     CDIST_BACKWARD,
     GAUSSIAN_GRAM,
     GAUSSIAN_MATMUL,
+    GAUSSIAN_MATMUL_GRADIENT,
+    MATERN_MATMUL,
+    RATIONAL_QUADRATIC_MATMUL,
+    COMPOSED_MATMUL,
     KMEANS_ASSIGN,
     KNN,
 )

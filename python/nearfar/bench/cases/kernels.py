@@ -1,8 +1,9 @@
-"""The Gaussian kernel: its Gram matrix, and products with it that never store it."""
+"""Kernels: a Gram matrix, and products with Gram matrices that never store them."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 import nearfar as nf
 
 from .. import reference
-from ..case import CHECKED_ROWS, Array, Case, Problem, Shape, Step, first_rows, load, normal
+from ..case import CHECKED_ROWS, Array, Builder, Case, Problem, Shape, Step, first_rows, load, normal
 
 
 def _lengthscale(problem: Problem) -> float:
@@ -61,28 +62,52 @@ GAUSSIAN_GRAM = Case(
 
 # ---- Gram matrix times vectors ---------------------------------------------------------------------------------------
 
+# name -> (kernel of a length scale, values of KeOps' squared distance over that of the scale, the same in NumPy)
+_KERNELS: dict[str, tuple[Callable[[float], Any], Callable[[Any], Any], Callable[[Array], Array]]] = {
+    "gaussian": (
+        nf.kernels.Gaussian,
+        lambda r: (-r / 2).exp(),
+        lambda r: np.exp(-r / 2),
+    ),
+    "matern": (
+        nf.kernels.Matern,
+        lambda r: (1 + (5 * r).sqrt() + 5 * r / 3) * (-(5 * r).sqrt()).exp(),
+        lambda r: (1 + np.sqrt(5 * r) + 5 * r / 3) * np.exp(-np.sqrt(5 * r)),
+    ),
+    "rational_quadratic": (
+        nf.kernels.RationalQuadratic,
+        lambda r: 1 / (1 + r / 2),
+        lambda r: 1 / (1 + r / 2),
+    ),
+}
 
-def _points_and_vector(shape: Shape, rng: np.random.Generator) -> dict[str, Array]:
+
+def _points_and_vectors(shape: Shape, rng: np.random.Generator) -> dict[str, Array]:
     x = rng.standard_normal((shape["n"], shape["d"]), np.float32)
-    return {"x": x, "v": rng.standard_normal((shape["n"], 1), np.float32)}
+    return {"x": x, "v": rng.standard_normal((shape["n"], shape["columns"]), np.float32)}
 
 
-def _matmul(problem: Problem) -> Step:
-    kernel, x, v = nf.kernels.Gaussian(_lengthscale(problem)), problem["x"], problem["v"]
-    return lambda: (kernel.matmul(x, x, v),)
+def _kernel(problem: Problem, terms: tuple[str, ...]) -> Any:
+    kernel, *more = (_KERNELS[name][0](_lengthscale(problem)) for name in terms)
+    for other in more:
+        kernel = kernel + other
+    return kernel
 
 
-def _keops(problem: Problem) -> Step:
+def _keops_product(lazy: Any, x: Any, y: Any, v: Any, lengthscale: float, terms: tuple[str, ...]) -> Any:
+    squared = ((lazy(x[:, None, :]) - lazy(y[None, :, :])) ** 2).sum(-1) / lengthscale**2
+    kernel, *more = (_KERNELS[name][1](squared) for name in terms)
+    for other in more:
+        kernel = kernel + other
+    return kernel.__matmul__(v)
+
+
+def _keops(problem: Problem, terms: tuple[str, ...]) -> Step:
     pykeops = load("pykeops")
     pykeops.set_verbose(False)
     lazy = load("pykeops.numpy").LazyTensor
-    x, v, gamma = problem["x"], problem["v"], 1 / (2 * _lengthscale(problem) ** 2)
-
-    def step() -> tuple[Any, ...]:
-        differences = lazy(x[:, None, :]) - lazy(x[None, :, :])
-        return ((-gamma * (differences**2).sum(-1)).exp().__matmul__(v),)
-
-    return step
+    x, v = problem["x"], problem["v"]
+    return lambda: (_keops_product(lazy, x, x, v, _lengthscale(problem), terms),)
 
 
 def _torch_chunked(problem: Problem) -> Step:
@@ -97,15 +122,94 @@ def _torch_chunked(problem: Problem) -> Step:
     return step
 
 
-GAUSSIAN_MATMUL = Case(
-    name="gaussian_matmul",
-    what="kernels.Gaussian.matmul, one column",
-    shapes=({"n": 20000, "d": 3}, {"n": 20000, "d": 16}, {"n": 20000, "d": 64}),
-    quick={"n": 300, "d": 3},
-    make=_points_and_vector,
-    ours=_matmul,
-    peers={"KeOps": _keops, "torch chunked": _torch_chunked},
-    reference=lambda problem: (_gram_rows(problem) @ problem["v"],),
-    flops=lambda s: 2 * s["n"] ** 2 * (s["d"] + 1),  # at small D the exponential is the floor, not these
+def _product_rows(problem: Problem, terms: tuple[str, ...]) -> tuple[Array, ...]:
+    squared = reference.square_distances(problem["x"][:CHECKED_ROWS], problem["x"]) / _lengthscale(problem) ** 2
+    return (sum(_KERNELS[name][2](squared) for name in terms) @ problem["v"],)
+
+
+def _matmul_case(name: str, what: str, terms: tuple[str, ...], shapes: tuple[Shape, ...], **peers: Builder) -> Case:
+    def ours(problem: Problem) -> Step:
+        kernel, x, v = _kernel(problem, terms), problem["x"], problem["v"]
+        return lambda: (kernel.matmul(x, x, v),)
+
+    return Case(
+        name=name,
+        what=what,
+        shapes=shapes,
+        quick={"n": 300, "d": 3, "columns": 1},
+        make=_points_and_vectors,
+        ours=ours,
+        peers={"KeOps": lambda problem: _keops(problem, terms), **peers},
+        reference=lambda problem: _product_rows(problem, terms),
+        flops=lambda s: 2 * s["n"] ** 2 * (s["d"] + s["columns"]),  # at small D the map is the floor, not these
+        view=first_rows,
+    )
+
+
+GAUSSIAN_MATMUL = _matmul_case(
+    "gaussian_matmul",
+    "kernels.Gaussian.matmul",
+    ("gaussian",),
+    tuple({"n": 20000, "d": d, "columns": columns} for d in (3, 16, 64, 256) for columns in (1, 16)),
+    **{"torch chunked": _torch_chunked},
+)
+MATERN_MATMUL = _matmul_case(
+    "matern_matmul", "kernels.Matern(nu=2.5).matmul", ("matern",), ({"n": 20000, "d": 16, "columns": 1},)
+)
+RATIONAL_QUADRATIC_MATMUL = _matmul_case(
+    "rational_quadratic_matmul",
+    "kernels.RationalQuadratic.matmul",
+    ("rational_quadratic",),
+    ({"n": 20000, "d": 16, "columns": 1},),
+)
+COMPOSED_MATMUL = _matmul_case(
+    "composed_matmul",
+    "matmul of a sum of Gaussian, Matern and rational quadratic",
+    ("gaussian", "matern", "rational_quadratic"),
+    ({"n": 20000, "d": 16, "columns": 1},),
+)
+
+
+# ---- its gradient ----------------------------------------------------------------------------------------------------
+
+
+def _matmul_gradient(problem: Problem) -> Step:
+    torch = load("torch")
+    kernel = _kernel(problem, ("gaussian",))
+    x = torch.from_numpy(problem["x"]).requires_grad_()
+    y, v = x.detach().clone(), torch.from_numpy(problem["v"])
+    return lambda: (torch.autograd.grad(kernel.matmul(x, y, v).sum(), x)[0].numpy(),)
+
+
+def _keops_gradient(problem: Problem) -> Step:
+    torch, pykeops = load("torch"), load("pykeops")
+    pykeops.set_verbose(False)
+    lazy = load("pykeops.torch").LazyTensor
+    x = torch.from_numpy(problem["x"]).requires_grad_()
+    y, v = x.detach().clone(), torch.from_numpy(problem["v"])
+
+    def step() -> tuple[Any, ...]:
+        total = _keops_product(lazy, x, y, v, _lengthscale(problem), ("gaussian",)).sum()
+        return (torch.autograd.grad(total, x)[0].numpy(),)
+
+    return step
+
+
+def _gradient_rows(problem: Problem) -> tuple[Array, ...]:
+    x = problem["x"].astype(np.float64)
+    weights = _gram_rows(problem) * problem["v"].sum(1) / _lengthscale(problem) ** 2
+    return (weights @ x - weights.sum(1, keepdims=True) * x[:CHECKED_ROWS],)
+
+
+GAUSSIAN_MATMUL_GRADIENT = Case(
+    name="gaussian_matmul_gradient",
+    what="kernels.Gaussian.matmul, one column: value and gradient in x",
+    shapes=({"n": 20000, "d": 3, "columns": 1}, {"n": 20000, "d": 64, "columns": 1}),
+    quick={"n": 300, "d": 3, "columns": 1},
+    make=_points_and_vectors,
+    ours=_matmul_gradient,
+    peers={"KeOps": _keops_gradient},
+    reference=_gradient_rows,
+    flops=lambda s: 2 * s["n"] ** 2 * (3 * s["d"] + 2),
     view=first_rows,
 )
