@@ -139,7 +139,7 @@ def main():
     parser.add_argument("--output", default="09_mercer.png", help="the picture")
     args = parser.parse_args()
     verdicts()
-    implicit(5000 if args.short else 20000)
+    implicit(5000 if args.short else 10000)
     picture(fill_in(4, 0.3) if args.short else fill_in(2, 0.3), args.output)
     print(f"picture: {args.output}")
 

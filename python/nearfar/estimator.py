@@ -129,7 +129,7 @@ def weights_of(sample_weight: Any, X: Array) -> np.ndarray[Any, Any] | None:
 def check_random_state(seed: Any) -> np.random.RandomState:
     """As scikit-learn's: None is NumPy's global generator, an int seeds a new one."""
     if seed is None or seed is np.random:
-        return np.random.mtrand._rand  # type: ignore[no-any-return]
+        return np.random.mtrand._rand
     if isinstance(seed, np.random.RandomState):
         return seed
     try:
