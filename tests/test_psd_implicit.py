@@ -120,7 +120,7 @@ def test_violation_that_no_subsample_shows():
     report = nf.psd_report(kernel, x)
     values = check(report, kernel, x)
     assert (report.verdict, report.method) == ("not_psd", "lanczos")
-    assert report.min_eigenvalue == pytest.approx(values[0], rel=1e-2)
+    assert report.min_eigenvalue == pytest.approx(values[0], rel=5e-2)
 
 
 def test_kinds_seeds_and_dtypes():

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from .arrays import Array, cast, check_matrix, check_points, compute_dtype, is_torch
 
-__all__ = ["ImplicitGram"]
+__all__ = ["ImplicitGram", "of_kind"]
 
 Numbers = NDArray[Any]
 
@@ -53,15 +53,20 @@ class ImplicitGram:
 
     def matmul(self, v: Numbers, x: Array | None = None) -> Numbers:
         """``k(x, self.x) @ v`` for v (n, r) or (n,); x defaults to the points themselves."""
-        values: Any = np.ascontiguousarray(v, self.dtype)
-        if is_torch(self.x):
-            import torch
-
-            values = torch.from_numpy(values)
+        values = of_kind(np.ascontiguousarray(v, self.dtype), self.x)
         with _no_gradient(self.x):
             if x is None:
                 return _numpy(self.kernel.matmul(self.x, None, values))
             return _numpy(self.kernel.matmul(x, self.x, values))
+
+
+def of_kind(values: Numbers, like: Array) -> Array:
+    """NumPy values as an array of the kind of `like`."""
+    if not is_torch(like):
+        return values
+    import torch
+
+    return torch.from_numpy(np.array(values, order="C"))
 
 
 def _numpy(array: Array) -> Numbers:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from .arrays import Array, cast, integer, is_torch, number
 from .estimator import Estimator, convergence_warning, floating
-from .implicit import ImplicitGram
+from .implicit import ImplicitGram, of_kind
 from .kernels.named import resolve
 from .lanczos import BlockLanczos
 from .low_rank import nystrom, pivoted_cholesky
@@ -58,14 +58,6 @@ class _KernelEstimator(Estimator):
             wanted, got = ("torch", "numpy")[:: 1 if is_torch(gram.x) else -1]
             raise TypeError(f"X: expected a {wanted} array to match the points of fit, got {got}")
         return gram.matmul(np.asarray(weights), cast(x, gram.dtype.name)), x
-
-
-def _of_kind(values: Numbers, like: Array) -> Array:
-    if not is_torch(like):
-        return values
-    import torch
-
-    return torch.from_numpy(np.ascontiguousarray(values))
 
 
 # ---- ridge regression ------------------------------------------------------------------------------------------------
@@ -182,14 +174,14 @@ class KernelRidge(_KernelEstimator):
         else:
             beta = self._factorise(gram, targets, alpha)
         beta = beta.astype(gram.dtype)
-        self.dual_coef_ = _of_kind(beta[:, 0] if flat else beta, gram.x)
+        self.dual_coef_ = of_kind(beta[:, 0] if flat else beta, gram.x)
         return self
 
     def predict(self, X: Any) -> Array:
         """``k(X, X_fit_) @ dual_coef_``: (M,) or (M, T), of the kind of X."""
         self._check_fitted()
         product, x = self._product(X, self.dual_coef_)
-        return _of_kind(product, x)
+        return of_kind(product, x)
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The coefficient of determination R^2, the mean over targets; 1 where a constant target is met."""
@@ -392,15 +384,15 @@ class KernelPCA(_KernelEstimator):
         self._weights = np.where(kept, vectors / np.sqrt(np.where(kept, values, 1)), 0.0)
         self._weights -= self._weights.mean(0)
         self._shift = gram.matmul(self._weights).astype(np.float64).mean(0)
-        self.eigenvalues_ = _of_kind(values.astype(gram.dtype), gram.x)
-        self.eigenvectors_ = _of_kind(vectors.astype(gram.dtype), gram.x)
+        self.eigenvalues_ = of_kind(values.astype(gram.dtype), gram.x)
+        self.eigenvectors_ = of_kind(vectors.astype(gram.dtype), gram.x)
         return self
 
     def transform(self, X: Any) -> Array:
         """Components (M, n_components) of points, of the kind of X."""
         self._check_fitted()
         product, x = self._product(X, self._weights)
-        return _of_kind((product - self._shift).astype(product.dtype), x)
+        return of_kind((product - self._shift).astype(product.dtype), x)
 
     def fit_transform(self, X: Any, y: Any = None) -> Array:
         """`fit`, then the components of X: ``eigenvectors_ sqrt(eigenvalues_)``."""

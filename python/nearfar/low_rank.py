@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import Array, cast, check_matrix, check_points, compute_dtype, integer, is_torch, number
-from .implicit import ImplicitGram
+from .implicit import ImplicitGram, of_kind
 from .kernels.families import Gaussian, Laplacian, Matern
 from .kernels.named import resolve
 
@@ -62,15 +62,7 @@ class LowRank:
     def transform(self, y: Array) -> Array:
         """Features (M, r) of other points: ``transform(y) transform(z)^T ~ k(y, z)``; the factor for the points."""
         gram = ImplicitGram(self._kernel, self.landmarks)
-        return _of_kind(gram.matmul(self._map, y), y)
-
-
-def _of_kind(values: Numbers, like: Array) -> Array:
-    if not is_torch(like):
-        return values
-    import torch
-
-    return torch.from_numpy(np.array(values))
+        return of_kind(gram.matmul(self._map, y), y)
 
 
 @dataclass(frozen=True)
@@ -159,7 +151,7 @@ def pivoted_cholesky(kernel: Any, x: Array, rank: int, tol: float = 1e-6) -> Low
     mapped = np.linalg.inv(corner).T if len(found.pivots) else corner
     factor = np.ascontiguousarray(found.factor.T)
     left = max(float(found.residual.sum()), 0.0)
-    return LowRank(_of_kind(factor, x), left, gram.x[found.pivots], found.pivots, gram.kernel, mapped)
+    return LowRank(of_kind(factor, x), left, gram.x[found.pivots], found.pivots, gram.kernel, mapped)
 
 
 def nystrom(kernel: Any, x: Array, landmarks: Any, *, seed: int = 0) -> LowRank:
@@ -224,7 +216,7 @@ def nystrom(kernel: Any, x: Array, landmarks: Any, *, seed: int = 0) -> LowRank:
     mapped = vectors[:, keep] / np.sqrt(values[keep])
     factor = ImplicitGram(gram.kernel, points).matmul(mapped, gram.x)
     left = float(gram.diagonal().sum(dtype=np.float64) - np.einsum("ij,ij->", factor, factor, dtype=np.float64))
-    return LowRank(_of_kind(factor, x), max(left, 0.0), points, indices, gram.kernel, mapped)
+    return LowRank(of_kind(factor, x), max(left, 0.0), points, indices, gram.kernel, mapped)
 
 
 @dataclass(frozen=True, eq=False)
@@ -251,7 +243,7 @@ class RandomFeatures:
         if x.shape[1] != len(self.frequencies):
             raise ValueError(f"x: expected {len(self.frequencies)} columns, got shape {tuple(x.shape)}")
         scale = 1 / math.sqrt(self.frequencies.shape[1])
-        angle = cast(x, "float64") @ _of_kind(self.frequencies, x)
+        angle = cast(x, "float64") @ of_kind(self.frequencies, x)
         if not is_torch(x):
             return cast(scale * np.concatenate([np.cos(angle), np.sin(angle)], 1), compute_dtype(x))
         import torch

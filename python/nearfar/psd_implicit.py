@@ -99,7 +99,7 @@ def judge(
         matvecs = 2 * COLUMNS * done
         if best.value < -1.05 * floor - best.error and errors[-1] <= 0.01 * norm:
             return _disproved(best, gram.n, floor, high, asymmetry, matvecs)._replace(rank=rank)
-        if low < -2 * floor and (errors[0] <= -0.01 * low or done == passes):
+        if low < -2 * floor and (errors[0] <= -0.05 * low or done == passes):
             witness = _ritz_witness(double, whole.vectors(coefficients[:, :1])[:, 0], noise64 * norm)
             if witness.value < -floor - witness.error:
                 found = _disproved(witness, gram.n, floor, high, asymmetry, matvecs + 1, "lanczos")

@@ -32,6 +32,7 @@ from ..arrays import (
     integer,
     is_torch,
 )
+from ..implicit import of_kind
 from .base import Kernel
 from .families import Linear
 from .named import resolve
@@ -207,13 +208,8 @@ def _discrepancies(kernel: Kernel, z: Array, groups: NDArray[np.bool_], unbiased
 
 
 def _like(values: NDArray[Any], z: Array, dtype: str | None = None) -> Array:
-    """NumPy values as an array of the kind of z."""
-    values = np.ascontiguousarray(values, dtype or compute_dtype(z))
-    if not is_torch(z):
-        return values
-    import torch
-
-    return torch.from_numpy(values)
+    """NumPy values as an array of the kind of z, in the dtype that computes."""
+    return of_kind(np.asarray(values, dtype or compute_dtype(z)), z)
 
 
 def _scalar(value: Array, x: Array) -> Array:
