@@ -65,8 +65,8 @@ def mmd(x: Array, y: Array, kernel: Any = "gaussian", unbiased: bool = True) -> 
     Returns
     -------
     0-d array
-        MMD squared, never its root: of a negative estimate it would be NaN. Differentiable where `kernel.matmul` is.
-        NaN where a point is.
+        MMD squared, never its root: of a negative estimate it would be NaN. Differentiable for tensors, where
+        `kernel.matmul` is. NaN where a point is.
 
     Raises
     ------
@@ -245,7 +245,7 @@ def hsic(x: Array, y: Array, kernel_x: Any = "gaussian", kernel_y: Any = "gaussi
     Returns
     -------
     0-d array
-        Differentiable where the kernels are: tiles are computed again in the backward pass, not stored.
+        Differentiable for tensors, where the kernels are: tiles are computed again in the backward pass, not stored.
 
     Raises
     ------
