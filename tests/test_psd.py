@@ -208,13 +208,13 @@ def test_witness_value_is_right_to_the_last_bits():
     """A value of -2^-60 next to entries of 1: plain float64 sums would return 0 or noise."""
     K = np.array([[1.0, 1.0], [1.0, 1.0 - 2.0**-52]])
     c = np.array([1.0, -1.0])
-    assert psd._quadratic_form(K, c) == -(2.0**-52)
+    assert psd.quadratic_form(K, c) == -(2.0**-52)
     x = normal(30, 2)
     K = x @ x.T
     K = (K + K.T) / 2
     for seed in range(20):
         c = np.linalg.qr(np.hstack([x, normal(30, 1, seed)]))[0][:, 2]  # in the null space up to round-off
-        assert psd._quadratic_form(K, c) == pytest.approx(exact_form(K, c), rel=1e-9)
+        assert psd.quadratic_form(K, c) == pytest.approx(exact_form(K, c), rel=1e-9)
 
 
 # ---- Mercer: accepted, in the arithmetic that made them --------------------------------------------------------------
@@ -588,7 +588,7 @@ def test_input_is_left_alone():
 def test_report_fields():
     names = (
         "verdict is_psd min_eigenvalue max_eigenvalue noise_floor rank jitter witness witness_value asymmetry method "
-        "matvecs miss_probability"
+        "matvecs miss_probability error_bound"
     )
     assert [field.name for field in dataclasses.fields(PSDReport)] == names.split()
     report = psd_report(np.eye(2))

@@ -16,6 +16,8 @@ from .evaluation import Report, evaluate
 from .gradients import value_and_grad
 from .kernels import gram
 from .kmeans import KMeans
+from .kernel_methods import KernelPCA, KernelRidge
+from .kernels import cka, gram, hsic, mmd, mmd_permutation_test
 from .losses import (
     alignment,
     batch_triplet_loss,
@@ -40,6 +42,7 @@ from .losses import (
 )
 from .minibatch import MiniBatchKMeans
 from .mutual_information import mi_lower_bound
+from .low_rank import nystrom, pivoted_cholesky, random_features
 from .neighbors import knn
 from .psd import PSDReport, is_psd, psd_report
 from .runtime import build_info, get_num_threads, set_num_threads
@@ -54,6 +57,8 @@ __all__ = [
     *_LATER,
     "KMeans",
     "MiniBatchKMeans",
+    "KernelPCA",
+    "KernelRidge",
     "PSDReport",
     "Report",
     "alignment",
@@ -61,6 +66,7 @@ __all__ = [
     "build_info",
     "cdist",
     "circle_loss",
+    "cka",
     "clip_loss",
     "evaluate",
     "dcl_loss",
@@ -68,6 +74,7 @@ __all__ = [
     "get_num_threads",
     "gram",
     "hcl_loss",
+    "hsic",
     "info_nce_limit",
     "info_nce_loss",
     "is_psd",
@@ -79,10 +86,15 @@ __all__ = [
     "mi_lower_bound",
     "n_pairs_loss",
     "mine_triplets",
+    "mmd",
+    "mmd_permutation_test",
     "nt_xent_loss",
+    "nystrom",
     "pdist",
     "proxy_anchor_loss",
+    "pivoted_cholesky",
     "psd_report",
+    "random_features",
     "set_num_threads",
     "siglip_loss",
     "sup_con_loss",

@@ -29,13 +29,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import Array, cast, check_points, compute_dtype, dtype_name, is_torch
+from .quadratic_form import evaluation_error, quadratic_form
 
 __all__ = ["DENSE_LIMIT", "PSDReport", "is_psd", "psd_report"]
 
 Float64 = NDArray[np.float64]
 
 # Up to here a symmetric eigen-solver is run at once: 4096 points are 134 MB a copy in float64 and up to a minute of
-# work. A larger K is first searched for a disproof that takes milliseconds; a kernel is not evaluated beyond it.
+# work. A larger K is first searched for a disproof that takes milliseconds; the matrix of a kernel is not stored.
 DENSE_LIMIT = 4096
 
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
@@ -56,22 +57,24 @@ class PSDReport:
     ----------
     verdict : str
         ``"psd"``: no negative eigenvalue. ``"psd_within_noise"``: a negative eigenvalue, not below ``-noise_floor``.
-        ``"not_psd"``: below, and `witness` proves it. ``"undecided"``: the eigen-solver gives a value below
-        ``-noise_floor``, but no vector confirms it: a `tol` smaller than what float64 can resolve.
+        ``"not_psd"``: below, and `witness` proves it. ``"undecided"``: neither. Dense, the eigen-solver gives a value
+        below ``-noise_floor`` that no vector confirms, since `tol` is smaller than what float64 can resolve;
+        matrix-free, ``min_eigenvalue - error_bound`` is below it and ``min_eigenvalue`` is not.
     is_psd : bool
         True for ``"psd"`` and ``"psd_within_noise"``.
     min_eigenvalue, max_eigenvalue : float
-        Of ``(K + K^T) / 2``. With method ``"subsample"`` bounds: the minimum from above, the maximum from below
+        Of ``(K + K^T) / 2``. With a method other than ``"eigh"`` bounds: the minimum from above, the maximum from below
         (Cauchy interlacing). 0 for a matrix of no points.
     noise_floor : float
         `tol` if given, else ``c eps(dtype of K) max |eigenvalue|``, c = 10 (32 in float64); the largest modulus is
         `max_eigenvalue` unless K is mostly negative. With method ``"subsample"`` the modulus is bounded from above by
         the largest row sum of ``|K|``, so that the disproof holds.
     rank : int
-        Number of eigenvalues above `noise_floor`; with method ``"subsample"`` a lower bound.
+        Number of eigenvalues above `noise_floor`; with a method other than ``"eigh"`` a lower bound.
     jitter : float
         The least shift t for which Cholesky factorisation of ``K + t I`` succeeds in the dtype of K (float32 for
-        half precisions); 0 if it does without. Found by attempts with `numpy.linalg.cholesky`.
+        half precisions); 0 if it does without. Found by attempts with `numpy.linalg.cholesky`; NaN where K is not
+        stored.
     witness : array or None
         For ``"not_psd"``: a unit vector c (float64, of the kind of K) with ``c^T K c = witness_value``.
     witness_value : float or None
@@ -79,9 +82,14 @@ class PSDReport:
     asymmetry : float
         ``max |K - K^T|``.
     method : str
-        ``"eigh"`` or ``"subsample"``.
+        ``"eigh"``, ``"subsample"``, ``"lanczos"``; ``"lanczos, structure"`` where Lanczos found nothing negative, its
+        bound does not decide, and the kernel is Mercer by theorem (`is_mercer`).
     matvecs, miss_probability : int, float
-        Products of K with a vector that a matrix-free method used, and its probability to miss; 0 for a dense one.
+        Products of K with a vector that a matrix-free method used, and the probability that `error_bound` is wrong,
+        over its random starts; 0 for a dense one.
+    error_bound : float
+        The smallest eigenvalue is not below ``min_eigenvalue - error_bound``. Dense: the round-off of the eigen-solver.
+        Infinite with method ``"subsample"``.
 
     Examples
     --------
@@ -103,22 +111,23 @@ class PSDReport:
     method: str
     matvecs: int
     miss_probability: float
+    error_bound: float
 
     def __str__(self) -> str:
         meaning = {
             "psd": "positive semi-definite",
             "psd_within_noise": "positive semi-definite within round-off",
             "not_psd": "not positive semi-definite, proved by a witness",
-            "undecided": "undecided: the violation is below what float64 resolves",
+            "undecided": "neither proved nor disproved to the noise floor",
         }
-        at_least, at_most = ("at least ", "at most ") if self.method == "subsample" else ("", "")
+        at_least, at_most = ("", "") if self.method == "eigh" else ("at least ", "at most ")
         lines = [
             f"{self.verdict}: {meaning[self.verdict]}",
-            f"  min eigenvalue  {at_most}{self.min_eigenvalue:.6g}",
+            f"  min eigenvalue  {at_most}{self.min_eigenvalue:.6g}, by at most {self.error_bound:.3g}",
             f"  max eigenvalue  {at_least}{self.max_eigenvalue:.6g}",
             f"  noise floor     {self.noise_floor:.3g}",
             f"  rank            {at_least}{self.rank}",
-            f"  jitter          {self.jitter:.3g}",
+            f"  jitter          {'unknown' if math.isnan(self.jitter) else format(self.jitter, '.3g')}",
             f"  asymmetry       {self.asymmetry:.3g}",
         ]
         if self.witness_value is not None:
@@ -139,14 +148,15 @@ def psd_report(
     K : array (n, n) or callable
         A matrix, or a kernel: then ``kernel(x)`` is evaluated and judged.
     x : array (n, d), optional
-        The points, for a kernel. At most ``nearfar.psd.DENSE_LIMIT`` (4096) of them, since the matrix is stored.
+        The points, for a kernel. Beyond ``nearfar.psd.DENSE_LIMIT`` (4096) of them the matrix is not stored; this needs
+        a kernel of `nearfar.kernels`.
     tol : float, optional
         The noise floor, in units of K. Default: what round-off in the dtype of K can produce,
         ``10 eps max|eigenvalue|`` (32 eps in float64, where the eigen-solver's own round-off counts). Give it when K
         was made by coarser arithmetic than its dtype says: TF32 or bfloat16 products inside a float32 Gram matrix leave
         eigenvalues down to minus hundreds of ``eps lambda_max``.
     seed : int
-        For the sub-samples of a K larger than the limit.
+        For the sub-samples and random starts of a K larger than the limit.
 
     Returns
     -------
@@ -161,7 +171,7 @@ def psd_report(
     TypeError
         K neither a floating array nor a kernel; `x` missing for a kernel or given with a matrix.
     NotImplementedError
-        A kernel with more than 4096 points; an array that is not in CPU memory.
+        More than 4096 points for a function that is no kernel of `nearfar.kernels`; an array that is not in CPU memory.
 
     Notes
     -----
@@ -176,7 +186,11 @@ def psd_report(
     alone. "psd" is exact up to the solver's round-off, a few ``2^-52 lambda_max``.
 
     **Large K.** Above the limit, principal sub-matrices of 64 points are tried first. The eigenvector of a negative
-    eigenvalue, padded by zeros, is a witness for K. If none is found, the eigen-solver runs, at its price of n^3.
+    eigenvalue, padded by zeros, is a witness for K. If none is found, the eigen-solver runs, at its price of n^3; for a
+    kernel, block Lanczos on the fused product, O(n) memory, at most 40 products with 8 columns. Smallest Ritz values
+    bound the smallest eigenvalue from above only; from below it is bounded, but for `miss_probability`, by Lanczos on
+    what a pivoted Cholesky factor leaves of K (`nearfar.psd_implicit` says how). That decides for kernels that are
+    smooth on the scale of the points. Else a Mercer kernel is accepted by its theorem, and the method says so.
 
     **Jitter.** That Cholesky succeeds proves little about semi-definiteness: it is certain to fail only when the least
     eigenvalue of K, scaled to unit diagonal, is below about ``-n^2 eps / 2`` (Higham, Accuracy and Stability of
@@ -210,6 +224,8 @@ def psd_report(
     (True, 1)
     """
     floor = _check_tol(tol)
+    if x is not None and _is_large(K, x):
+        return _implicit_report(K, x, floor, seed)
     given = _evaluate(K, x)
     matrix, dtype = _to_numpy(given, "K")
     survey = _survey(matrix, dtype, floor)
@@ -231,7 +247,34 @@ def psd_report(
         method=found.method,
         matvecs=0,
         miss_probability=0.0,
+        error_bound=NOISE["float64"] * EPS["float64"] * max(-found.low, found.high)
+        if found.method == "eigh"
+        else math.inf,
     )
+
+
+def _is_large(K: Any, x: Array) -> bool:
+    """Whether this is a kernel of this package at more points than are stored."""
+    from .kernels.base import Kernel
+
+    return isinstance(K, Kernel) and getattr(x, "ndim", 0) == 2 and x.shape[0] > DENSE_LIMIT
+
+
+def _implicit_report(kernel: Any, x: Array, tol: float | None, seed: int) -> PSDReport:
+    points, _ = _to_numpy(x, "x")
+    if not np.isfinite(points).all():
+        raise ValueError("x: expected finite numbers, got NaN or inf")
+    from . import psd_implicit
+    from .implicit import ImplicitGram
+
+    gram = ImplicitGram(kernel, x)
+    dtype = gram.dtype.name
+    found = psd_implicit.judge(
+        gram, NOISE[dtype] * EPS[dtype], NOISE["float64"] * EPS["float64"], tol, seed, (SUBSAMPLES, SUBSAMPLE_SIZE)
+    )
+    if found.witness is not None and is_torch(x):
+        found = found._replace(witness=sys.modules["torch"].from_numpy(found.witness))
+    return PSDReport(is_psd=found.verdict.startswith("psd"), jitter=math.nan, **found._asdict())
 
 
 def is_psd(K: Array, tol: float | None = None) -> bool:
@@ -372,8 +415,8 @@ def _judge(matrix: NDArray[Any], dtype: str, survey: _Survey, tol: float | None,
     if low >= -floor:
         return _Found("psd" if low >= 0 else "psd_within_noise", low, high, floor, rank, None, None, "eigh")
     witness = _lowest_vector(symmetric, low, norm)
-    value = _quadratic_form(matrix, witness)
-    if value < -floor - _evaluation_error(len(matrix), survey.norm):
+    value = quadratic_form(matrix, witness)
+    if value < -floor - evaluation_error(len(matrix), survey.norm):
         return _Found("not_psd", low, high, floor, rank, witness, value, "eigh")
     return _Found("undecided", low, high, floor, rank, None, None, "eigh")
 
@@ -392,8 +435,8 @@ def _subsample(matrix: NDArray[Any], norm: float, floor: float, seed: int) -> _F
     if values[best, 0] >= -floor:
         return None
     small = np.linalg.eigh(grams[best])[1][:, 0]
-    value = _quadratic_form(matrix[np.ix_(picks[best], picks[best])], small)
-    if value >= -floor - _evaluation_error(m, norm):
+    value = quadratic_form(matrix[np.ix_(picks[best], picks[best])], small)
+    if value >= -floor - evaluation_error(m, norm):
         return None
     witness = np.zeros(n)
     witness[picks[best]] = small
@@ -423,49 +466,6 @@ def _lowest_vector(symmetric: Float64, low: float, norm: float) -> Float64:
     except np.linalg.LinAlgError:  # exactly singular
         vector = np.asarray(np.linalg.eigh(symmetric)[1][:, 0], np.float64)
     return vector
-
-
-# ---- c^T K c in twice the precision of float64 -----------------------------------------------------------------------
-
-
-def _two_product(a: Float64, b: Any) -> tuple[Float64, Float64]:
-    """a b = product + error exactly (Dekker 1971, Veltkamp's splitting)."""
-
-    def split(value: Any) -> tuple[Any, Any]:
-        scaled = 134217729.0 * value
-        upper = scaled - (scaled - value)
-        return upper, value - upper
-
-    product = a * b
-    (a1, a2), (b1, b2) = split(a), split(b)
-    return product, a2 * b2 - (((product - a1 * b1) - a2 * b1) - a1 * b2)
-
-
-def _quadratic_form(matrix: NDArray[Any], c: Float64) -> float:
-    """c^T K c of the stored entries, correct to 2^-53 relative and `_evaluation_error` absolute (algorithm Dot2).
-
-    The matrix is scaled by a power of two, which is exact, so that splitting does not overflow.
-    """
-    _, exponent = math.frexp(float(np.abs(matrix).max()))
-    total, error = np.zeros(len(c)), np.zeros(len(c))
-    for row, weight in zip(matrix, c, strict=True):
-        if weight == 0.0:
-            continue
-        product, lost = _two_product(np.ldexp(row.astype(np.float64), -exponent), weight)
-        sum_ = total + product
-        part = sum_ - total
-        error += lost + ((total - (sum_ - part)) + (product - part))  # Knuth's two-sum
-        total = sum_
-    product, lost = _two_product(total, c)
-    return math.ldexp(math.fsum([*product, *lost, *(error * c)]), exponent)
-
-
-def _evaluation_error(n: int, norm: float) -> float:
-    """Bound of what twice the precision of float64 leaves, gamma_n^2 |c|^T |K| |c|, four times over.
-
-    Without it, tol=0 disproves the constant kernel: (sum of c)^2 is 0 for its eigenvectors, and the sum ends at -1e-29.
-    """
-    return n * n * 2.0**-104 * norm
 
 
 # ---- Cholesky --------------------------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ void gradient(const MatmulGradParams<T>& p) {
   auto upstream = [&](const Block<T>& b, int64_t panel, T* out) {
     Buffer<T> rows(coefficients.row_buffer()), packed(P::NR * p.v.d);
     coefficients.pack_panel(b.row + panel * P::NR, T(1), rows.get(), packed.get(), nullptr);
-    coefficients.block(b.column / P::MR, (b.column + b.columns) / P::MR, 0, packed.get(), nullptr, out);
+    coefficients.raw_block(b.column / P::MR, (b.column + b.columns) / P::MR, packed.get(), out);
   };
   program_gradient(*p.program, p.x, p.y, upstream, p.dx, p.dy, p.dparameters, p.threads);
 }

@@ -19,6 +19,7 @@ from .families import (
 )
 from .mercer import MercerReport, check_mercer
 from .named import gram
+from .statistics import MMDTest, cka, hsic, mmd, mmd_permutation_test
 
 __all__ = [
     "RBF",
@@ -28,6 +29,7 @@ __all__ = [
     "Kernel",
     "Laplacian",
     "Linear",
+    "MMDTest",
     "Matern",
     "MercerReport",
     "Periodic",
@@ -40,5 +42,9 @@ __all__ = [
     "SquaredExponential",
     "Sum",
     "check_mercer",
+    "cka",
     "gram",
+    "hsic",
+    "mmd",
+    "mmd_permutation_test",
 ]

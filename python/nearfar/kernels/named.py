@@ -105,10 +105,24 @@ def gram(x: Array, y: Array | None = None, kernel: Any = "gaussian", **params: A
         if params:
             raise TypeError(f"params: not with a kernel object, got {', '.join(params)}")
         return kernel(x, y)
+    return by_name(kernel, x, **params)(x, y)
+
+
+def by_name(kernel: str, x: Array, **params: Any) -> Kernel:
+    """The kernel of a name and parameters of `gram`; some defaults depend on the points' columns."""
     if kernel not in _NAMES:
         raise ValueError(f"kernel: expected one of {', '.join(_NAMES)}, got {kernel!r}")
     make, choices = _NAMES[kernel]
     if not any(params.keys() <= choice for choice in choices):
         known = " or ".join(", ".join(sorted(choice)) or "nothing" for choice in choices)
         raise TypeError(f"params: expected {known} with kernel={kernel!r}, got {', '.join(params)}")
-    return make(x, **params)(x, y)
+    return make(x, **params)
+
+
+def resolve(kernel: Any, x: Array, name: str = "kernel") -> Kernel:
+    """A kernel object as it is; a name of `gram` with its default parameters."""
+    if isinstance(kernel, str):
+        return by_name(kernel, x)
+    if not isinstance(kernel, Kernel):
+        raise TypeError(f"{name}: expected a kernel of nearfar.kernels or a name, got {type(kernel).__name__}")
+    return kernel

@@ -6,6 +6,8 @@ from fnmatch import fnmatchcase
 
 from ..case import Case
 from .distances import CDIST, CDIST_BACKWARD, CDIST_CITYBLOCK
+from .distances import CDIST, CDIST_BACKWARD
+from .gram import CKA_GAUSSIAN, CKA_LINEAR, KERNEL_RIDGE
 from .kernels import (
     COMPOSED_MATMUL,
     GAUSSIAN_GRAM,
@@ -44,6 +46,9 @@ CASES: tuple[Case, ...] = (
     MATERN_MATMUL,
     RATIONAL_QUADRATIC_MATMUL,
     COMPOSED_MATMUL,
+    CKA_LINEAR,
+    CKA_GAUSSIAN,
+    KERNEL_RIDGE,
     KMEANS_ASSIGN,
     KMEANS,
     KMEANS_SEEDING,
