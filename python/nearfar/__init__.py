@@ -14,10 +14,9 @@ from .clustering import kmeans_assign
 from .distances import cdist, pdist
 from .evaluation import Report, evaluate
 from .gradients import value_and_grad
-from .kernels import gram
-from .kmeans import KMeans
 from .kernel_methods import KernelPCA, KernelRidge
 from .kernels import cka, gram, hsic, mmd, mmd_permutation_test
+from .kmeans import KMeans
 from .losses import (
     alignment,
     batch_triplet_loss,
@@ -40,9 +39,9 @@ from .losses import (
     uniformity_gap,
     uniformity_of_sphere,
 )
+from .low_rank import nystrom, pivoted_cholesky, random_features
 from .minibatch import MiniBatchKMeans
 from .mutual_information import mi_lower_bound
-from .low_rank import nystrom, pivoted_cholesky, random_features
 from .neighbors import knn
 from .psd import PSDReport, is_psd, psd_report
 from .runtime import build_info, get_num_threads, set_num_threads

@@ -6,7 +6,6 @@ from fnmatch import fnmatchcase
 
 from ..case import Case
 from .distances import CDIST, CDIST_BACKWARD, CDIST_CITYBLOCK
-from .distances import CDIST, CDIST_BACKWARD
 from .gram import CKA_GAUSSIAN, CKA_LINEAR, KERNEL_RIDGE
 from .kernels import (
     COMPOSED_MATMUL,
