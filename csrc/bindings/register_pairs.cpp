@@ -4,15 +4,6 @@
 namespace nearfar {
 namespace {
 
-PairMap map_of(const std::string& name) {
-  if (name == "dot") return PairMap::dot;
-  if (name == "one_minus_dot") return PairMap::one_minus_dot;
-  if (name == "sqeuclidean") return PairMap::sqeuclidean;
-  if (name == "euclidean") return PairMap::euclidean;
-  if (name == "gaussian") return PairMap::gaussian;
-  refuse_value("map", "unknown map " + name);
-}
-
 /// x and y as (batch, rows, depth) of one dtype and depth.
 struct PairInputs {
   Array x, y;

@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from . import _core
 from .arrays import Array, cast, compute_dtype, empty
-from .runtime import get_num_threads
+from .backend import kernel, on_cuda
 
 # Workspace for exp(scores) of a strip of 128 rows. Beyond it (more than 64 Ki columns in float32) scores are computed
 # twice: four matrix products instead of three.
@@ -45,11 +44,26 @@ def _row_weights(weights: Array | None, x: Array, reduction: str) -> tuple[float
     return (1.0 / max(x.shape[0], 1) if reduction == "mean" else 1.0), None
 
 
-def _codes(ids: Array, columns: int) -> tuple[Array, Array]:
-    """Integer ids as dense int32 codes of rows and columns; columns past the ids (queues) match nothing."""
+def _codes(ids: Array, columns: int) -> tuple[Array, Array | None]:
+    """Integer ids as dense int32 codes of rows and columns; columns past the ids (queues) match nothing.
+
+    On the GPU the ids themselves, of the rows: codes would have to be counted, and the stream waited for.
+    """
+    if on_cuda(ids):
+        return _contiguous(cast(ids, "int64")), None
     _, codes = np.unique(np.asarray(ids), return_inverse=True)
     rows = np.ascontiguousarray(codes.reshape(-1), np.int32)
     return rows, np.concatenate([rows, np.full(columns - len(rows), -1, np.int32)])
+
+
+def _multiplier(scale: Any, x: Array) -> Any:
+    """A checked number; on the GPU an array stays there, and one that is not positive gives NaN."""
+    if on_cuda(scale) and on_cuda(x):
+        return cast(scale, "float64")
+    scale = float(scale)
+    if not 0 < scale <= LARGEST[compute_dtype(x)]:
+        raise ValueError(f"temperature, logit_scale: expected a positive number, got logit_scale = {scale}")
+    return scale
 
 
 def softmax(
@@ -71,9 +85,7 @@ def softmax(
 
     ``y=None``: the columns are x itself. ``positive=None``: the positives are the first n columns, row ``i + shift``.
     """
-    scale = float(scale)
-    if not 0 < scale <= LARGEST[compute_dtype(x)]:
-        raise ValueError(f"temperature, logit_scale: expected a positive number, got logit_scale = {scale}")
+    scale = _multiplier(scale, x)
     n, d = x.shape
     columns = x if y is None else y
     own_positive = positive is not None
@@ -87,7 +99,7 @@ def softmax(
         dpaired = empty(x, tuple(paired.shape)) if paired is not None else None
     ids_x, ids_y = (None, None) if ids is None else _codes(ids, columns.shape[0])
     weight, weights = _row_weights(weights, x, reduction)
-    total, dscale = _core.softmax(
+    total, dscale = kernel(x, "softmax")(
         mode,
         x,
         columns,
@@ -108,7 +120,6 @@ def softmax(
         dpositive,
         None if dpaired is None else dpaired.reshape(-1, d),
         STRIP_BUDGET,
-        get_num_threads(),
     )
     value = _reduced(x, rows, total, reduction)
     if not gradients:
@@ -123,7 +134,7 @@ def potential(x: Array, t: float, normalize: bool, gradients: bool) -> tuple[Any
     """log mean over i < j of exp(-t |x_i - x_j|^2): value and gradient."""
     n = x.shape[0]
     dx = empty(x, tuple(x.shape), zero=True) if gradients else None
-    log_sum = _core.potential(x, t, normalize, dx, get_num_threads())
+    log_sum = kernel(x, "potential")(x, t, normalize, dx)
     value = empty(x, ())
     value[...] = log_sum - math.log(n * (n - 1) / 2)
     return value, dx
@@ -137,7 +148,7 @@ def alignment(
     rows = empty(x, (n,))
     dx, dy = (empty(x, tuple(x.shape)), empty(x, tuple(x.shape))) if gradients else (None, None)
     weight, weights = _row_weights(weights, x, reduction)
-    total = _core.alignment(x, y, alpha, normalize, weights, weight, rows, dx, dy, get_num_threads())
+    total = kernel(x, "alignment")(x, y, alpha, normalize, weights, weight, rows, dx, dy)
     value = _reduced(x, rows, total, reduction)
     return value, dx, dy
 
@@ -149,7 +160,7 @@ def store(x: Array, y: Array | None, map: str, normalize: bool, condensed: bool,
     shape = (b, n * (n - 1) // 2) if condensed else (b, n, columns.shape[1])
     if out is None:
         out = empty(x, shape)
-    _core.store(x, columns, map, normalize, y is None, condensed, out, get_num_threads())
+    kernel(x, "store")(x, columns, map, normalize, y is None, condensed, out)
     return out
 
 
@@ -162,7 +173,7 @@ def store_grad(
     dtype = compute_dtype(x)
     grad = cast(grad, dtype)
     grad = _contiguous(grad)
-    _core.store_grad(x, columns, map, normalize, condensed, value, grad, dx, dy, get_num_threads())
+    kernel(x, "store_grad")(x, columns, map, normalize, condensed, value, grad, dx, dy)
     if y is None:
         dx += dy
         return dx, None
@@ -172,7 +183,7 @@ def store_grad(
 def matmul(x: Array, y: Array | None, v: Array, map: str) -> Array:
     """K(x, y) v for (b, n, d), (b, m, d), (b, m, r)."""
     out = empty(x, (x.shape[0], x.shape[1], v.shape[2]))
-    _core.matmul(x, x if y is None else y, v, map, out, get_num_threads())
+    kernel(x, "matmul")(x, x if y is None else y, v, map, out)
     return out
 
 
@@ -183,7 +194,7 @@ def matmul_grad(grad: Array, x: Array, y: Array | None, v: Array, map: str) -> t
     x, y, v, grad = (None if a is None else cast(a, dtype) for a in (x, y, v, grad))
     columns = x if y is None else y
     dx, dy = empty(x, tuple(x.shape), zero=True), empty(x, tuple(columns.shape), zero=True)
-    _core.matmul_grad(x, columns, v, grad, map, dx, dy, get_num_threads())
+    kernel(x, "matmul_grad")(x, columns, v, grad, map, dx, dy)
     dv = matmul(columns, x, grad, map)  # radial and dot kernels are symmetric: K(x, y)^T = K(y, x)
     if y is None:
         dx += dy
@@ -196,5 +207,5 @@ def select(x: Array, y: Array | None, map: str, normalize: bool, exclude_self: b
     value = empty(x, (x.shape[0], x.shape[1], k))
     index = empty(x, (x.shape[0], x.shape[1], k), "int64")
     columns = x if y is None else y
-    _core.select(x, columns, map, normalize, exclude_self, k, value, index, get_num_threads())
+    kernel(x, "select")(x, columns, map, normalize, exclude_self, k, value, index)
     return value, index
