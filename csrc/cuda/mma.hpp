@@ -7,7 +7,7 @@
 #include "cuda/tile.hpp"
 
 namespace nearfar {
-namespace {
+inline namespace device {
 
 /// What a fragment is read from and how wide a step is.
 template <class E>
@@ -179,5 +179,5 @@ struct Mma {
   }
 };
 
-}  // namespace
+}  // namespace device
 }  // namespace nearfar

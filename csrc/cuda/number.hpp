@@ -8,7 +8,7 @@
 #include "pairwise/score.hpp"
 
 namespace nearfar {
-namespace {
+inline namespace device {
 
 struct BF16 {
   uint16_t bits;
@@ -67,5 +67,5 @@ NEARFAR_DEVICE double largest(double a, double b) { return fmax(a, b); }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-}  // namespace
+}  // namespace device
 }  // namespace nearfar

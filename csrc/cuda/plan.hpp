@@ -9,7 +9,7 @@
 #include "cuda/simt.hpp"
 
 namespace nearfar {
-namespace {
+inline namespace device {
 
 struct Plan {
   const char* operation;
@@ -96,5 +96,5 @@ void with_element(DType dtype, bool distance, F f) {
   }
 }
 
-}  // namespace
+}  // namespace device
 }  // namespace nearfar

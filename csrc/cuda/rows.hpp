@@ -6,7 +6,7 @@
 #include "cuda/number.hpp"
 
 namespace nearfar {
-namespace {
+inline namespace device {
 
 /// Squared distances come from differences up to this depth, and for pairs closer than kNear (|x|^2 + |y|^2).
 constexpr int64_t kDirectDims = 16;
@@ -247,6 +247,7 @@ struct FinishRows {
   const double* scale;  // on the device; null: 1
   double multiply;
   double* along;  // null: not wanted
+  bool fresh = false;  // the terms are all there is: what lies in `grad` is not read
 
   NEARFAR_DEVICE void operator()() const {
     const int64_t i = cuda::global_warp(), d = source.rows.d;
@@ -255,7 +256,7 @@ struct FinishRows {
     T* g = grad + i * d;
     double sum = 0;
     for (int64_t k = cuda::lane_index(); k < d; k += cuda::kWarp) {
-      T value = g[k];
+      T value = fresh ? T(0) : g[k];
       for (const Term<T>& term : terms)
         for (int64_t c = 0; c < term.count(i); ++c) value += term.value(i, c, k);
       value *= factor;
@@ -299,5 +300,5 @@ struct OrderedSum {
   }
 };
 
-}  // namespace
+}  // namespace device
 }  // namespace nearfar

@@ -4,7 +4,7 @@
 #include "cuda/plan.hpp"
 
 namespace nearfar {
-namespace {
+inline namespace device {
 
 /// A part of all pairs: rows of x against rows of y, whole tiles.
 struct Block {
@@ -124,5 +124,5 @@ NEARFAR_DEVICE T map_score(PairMap map, T value) {
   }
 }
 
-}  // namespace
+}  // namespace device
 }  // namespace nearfar

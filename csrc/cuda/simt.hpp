@@ -4,7 +4,7 @@
 #include "cuda/tile.hpp"
 
 namespace nearfar {
-namespace {
+inline namespace device {
 
 template <class Score, class T_, int TILE>
 struct Simt {
@@ -74,5 +74,5 @@ struct Simt {
   }
 };
 
-}  // namespace
+}  // namespace device
 }  // namespace nearfar

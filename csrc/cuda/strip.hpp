@@ -10,7 +10,7 @@
 #include "cuda/scores.hpp"
 
 namespace nearfar {
-namespace {
+inline namespace device {
 
 /// A block of weights: element (i, j) of all pairs is w[(i - row) * pitch + j - column]. Bits of `near` mark pairs that
 /// enter by their difference, where x_i and y_j would cancel in the products.
@@ -161,6 +161,15 @@ struct AddRows {
   }
 };
 
+/// Weights times packed rows, in parts of the depth; and the transpose of weights times packed rows, added to out. One
+/// place for the kernels of both, products.cu.
+template <class T, class E>
+void multiply_parts(cuda::Context& c, const Plan& plan, const Operand<T, true>& w, const Operand<E, false>& rows,
+                    const Block& b, int64_t d, T* parts);
+template <class T, class E>
+void multiply_transposed(cuda::Context& c, const Plan& plan, const Operand<T, false>& w, const Operand<E, false>& rows,
+                         const Block& b, int64_t d, const AddRows<T>& add);
+
 /// What the caller gets back from a strip: rows and columns of its blocks, by the shape alone.
 struct StripShape {
   int64_t rows, columns;
@@ -224,10 +233,7 @@ class Strip {
     {
       const Operand<T, true> w{weights.w, weights.pitch, factor(pairs_.y, b.column)};
       const Operand<E, false> rows{pairs_.y.data + b.column * pairs_.y.pitch, pairs_.y.pitch};
-      with_product_policy<E, true>(c_, plan_, [&](auto policy) {
-        launch_tiles<decltype(policy)>(c_, w, rows, b.rows, d, b.columns, plan_.splits,
-                                       StoreParts<T>{parts_, b.rows, d});
-      });
+      multiply_parts<T, E>(c_, plan_, w, rows, b, d, parts_);
       const int64_t valid = b.rows < pairs_.x.n - b.row ? b.rows : pairs_.x.n - b.row;
       c_.launch_threads(valid * d, MergeParts<T>{parts_, plan_.splits, b.rows, valid, d, distance ? row_sums_ : nullptr,
                                                  own(pairs_.x, b.row), pairs_.x.pitch, dx_ + b.row * d});
@@ -237,11 +243,9 @@ class Strip {
     const Operand<T, false> w{weights.w, weights.pitch, factor(pairs_.x, b.row)};
     const Operand<E, false> rows{pairs_.x.data + b.row * pairs_.x.pitch, pairs_.x.pitch};
     const int64_t valid = b.columns < pairs_.y.n - b.column ? b.columns : pairs_.y.n - b.column;
-    with_product_policy<E, false>(c_, down, [&](auto policy) {
-      launch_tiles<decltype(policy)>(c_, w, rows, b.columns, d, b.rows, 1,
-                                     AddRows<T>{dy_ + b.column * d, valid, d, distance ? column_sums_ : nullptr,
-                                                own(pairs_.y, b.column), pairs_.y.pitch});
-    });
+    multiply_transposed<T, E>(c_, down, w, rows, b, d,
+                              AddRows<T>{dy_ + b.column * d, valid, d, distance ? column_sums_ : nullptr,
+                                         own(pairs_.y, b.column), pairs_.y.pitch});
   }
 
   StripShape shape;
@@ -264,5 +268,5 @@ class Strip {
   T *parts_ = nullptr, *row_sums_ = nullptr, *column_sums_ = nullptr;
 };
 
-}  // namespace
+}  // namespace device
 }  // namespace nearfar

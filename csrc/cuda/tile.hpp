@@ -14,7 +14,7 @@
 #include "pairwise/map.hpp"
 
 namespace nearfar {
-namespace {
+inline namespace device {
 
 /// Element (row, k) is data[row * stride + k], or with K_CONTIGUOUS false data[k * stride + row]. `factor` multiplies
 /// step k; null: 1.
@@ -241,5 +241,5 @@ NEARFAR_DEVICE double block_largest(double value) {
   return value;
 }
 
-}  // namespace
+}  // namespace device
 }  // namespace nearfar

@@ -18,6 +18,7 @@ from .arrays import (
     dtype_name,
     is_torch,
     kind_of,
+    namespace,
     number,
 )
 from .distances import check_set, common_batch, matrix, pair_shapes
@@ -85,7 +86,7 @@ class Gaussian:
             import torch
 
             return torch.as_tensor(scale, dtype=getattr(torch, dtype), device=x.device)
-        return np.asarray(scale, dtype)
+        return namespace(x).asarray(scale, dtype)
 
     def _points(self, x: Array, y: Array | None) -> tuple[tuple[int, ...], Array, Array | None]:
         """The batch and both sets over the length scale: the engine knows the unit kernel only, and gradients of the

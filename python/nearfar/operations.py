@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import Array, cast, compute_dtype, empty
+from .arrays import Array, cast, compute_dtype, empty, namespace
 from .backend import kernel, on_cuda
 
 # Workspace for exp(scores) of a strip of 128 rows. Beyond it (more than 64 Ki columns in float32) scores are computed
@@ -34,7 +34,7 @@ def _reduced(like: Array, rows: Array, total: float, reduction: str) -> Array:
 
 
 def _contiguous(array: Array) -> Array:
-    return array.contiguous() if hasattr(array, "contiguous") else np.ascontiguousarray(array)
+    return array.contiguous() if hasattr(array, "contiguous") else namespace(array).ascontiguousarray(array)
 
 
 def _row_weights(weights: Array | None, x: Array, reduction: str) -> tuple[float, Array | None]:

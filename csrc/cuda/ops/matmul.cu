@@ -116,9 +116,7 @@ void matmul(Context& c, const MatmulParams<T>& p) {
     }
     const Operand<T, true> k{weights.w, weights.pitch};
     const Operand<T, false> columns{v.data + b.column * v.pitch, v.pitch};
-    with_product_policy<T, true>(c, down, [&](auto policy) {
-      launch_tiles<decltype(policy)>(c, k, columns, b.rows, r, b.columns, down.splits, StoreParts<T>{parts, b.rows, r});
-    });
+    multiply_parts<T, T>(c, down, k, columns, b, r, parts);
     const int64_t valid = b.rows < n - b.row ? b.rows : n - b.row;
     c.launch_threads(valid * r,
                      MergeParts<T>{parts, down.splits, b.rows, valid, r, nullptr, nullptr, 0, p.out + b.row * r});

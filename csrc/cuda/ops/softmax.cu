@@ -411,6 +411,7 @@ class Softmax {
     }
     if (p.dpaired) {
       other.terms[0] = {Enter::paired_by, paired_weight, x, n, 0, p.paired_per_row};
+      other.fresh = true;
       finish_rows(c, paired_, p.dpaired, other);
     }
   }
