@@ -98,9 +98,7 @@ def test_negative_keys(own, in_batch, dtype):
     query, key = pair(n, d, dtype)
     negatives = tensor(g.points(n * 3, d, seed=5).reshape((n, 3, d) if own else (n * 3, d)), dtype)
     wanted = ["query", "positive_key", "negative_keys"]
-    check(
-        nf.info_nce_loss, wanted, dtype, query=query, positive_key=key, negative_keys=negatives, in_batch=in_batch
-    )
+    check(nf.info_nce_loss, wanted, dtype, query=query, positive_key=key, negative_keys=negatives, in_batch=in_batch)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -123,7 +121,9 @@ def test_learnable_scale_stays_on_the_device():
     query, key = pair(50, 20, "float64")
     scale = torch.tensor(12.0, dtype=torch.float64, device=DEVICE, requires_grad=True)
     nf.clip_loss(query, key, scale).backward()
-    (expected,) = g.reference(nf.clip_loss, ["logit_scale"], image_features=query, text_features=key, logit_scale=12.0)[1]
+    (expected,) = g.reference(nf.clip_loss, ["logit_scale"], image_features=query, text_features=key, logit_scale=12.0)[
+        1
+    ]
     assert scale.grad.device == scale.device
     g.assert_value(scale.grad, expected, 1e-10)
 
@@ -149,9 +149,7 @@ def test_reductions(reduction):
     query, key = pair(40, 12, "float64")
     weights = torch.linspace(-1, 1, 40, dtype=torch.float64, device=DEVICE) if reduction == "none" else None
     wanted = ["query", "positive_key"]
-    check(
-        nf.info_nce_loss, wanted, "float64", query=query, positive_key=key, reduction=reduction, weights=weights
-    )
+    check(nf.info_nce_loss, wanted, "float64", query=query, positive_key=key, reduction=reduction, weights=weights)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -254,7 +252,7 @@ def test_gaussian_matmul(d, columns, small_strips):
     v = tensor(g.points(140, columns, seed=2), "float64")
     leaves = [z.requires_grad_() for z in (x, y, v)]
     upstream = tensor(g.points(150, columns, seed=3), "float64")
-    value = nf.Gaussian(3.0).matmul(x, y, v)
+    value = nf.kernels.Gaussian(3.0).matmul(x, y, v)
     grads = torch.autograd.grad((value * upstream).sum(), leaves)
     wide = [leaf.detach().cpu().requires_grad_() for leaf in leaves]
     expected = torch.exp(-references.torch_distances(wide[0], wide[1], "sqeuclidean") / 18) @ wide[2]
@@ -346,7 +344,7 @@ def results():
     found = []
     for loss in (nf.info_nce_loss(query, key), nf.clip_loss(query, key), nf.nt_xent_loss(query, key)):
         found += [loss, *torch.autograd.grad(loss, [query, key])]
-    for value in (nf.uniformity(x), nf.cdist(x), nf.Gaussian().matmul(x, None, x)):
+    for value in (nf.uniformity(x), nf.cdist(x), nf.kernels.Gaussian().matmul(x, None, x)):
         found += [value, *torch.autograd.grad(value.sum(), [x])]
     found += nf.knn(x, k=4)
     return [z.detach().cpu() for z in found]

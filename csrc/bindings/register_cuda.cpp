@@ -135,9 +135,9 @@ void store_grad(py::handle x, py::handle y, const std::string& map, bool normali
     const PairMap pair_map = map_of(map);
     for (int64_t b = 0; b < in.batches() && in.results(condensed) > 0; ++b)
       in.call.run(where, [&](cuda::Context& c) {
-        cuda::store_grad<T>(c, {rows_of(in.x, b), rows_of(in.y, b), pair_map, normalize, condensed,
-                                values + b * in.results(condensed), grads + b * in.results(condensed),
-                                x_out + b * in.n() * in.d(), y_out + b * in.m() * in.d(), 0});
+        cuda::store_grad<T>(
+            c, {rows_of(in.x, b), rows_of(in.y, b), pair_map, normalize, condensed, values + b * in.results(condensed),
+                grads + b * in.results(condensed), x_out + b * in.n() * in.d(), y_out + b * in.m() * in.d(), 0});
       });
   });
 }
@@ -153,7 +153,8 @@ void matmul(py::handle x, py::handle y, py::handle v, const std::string& map, py
     const PairMap pair_map = map_of(map);
     for (int64_t b = 0; b < in.batches() && in.n() * r > 0; ++b)
       in.call.run(where, [&](cuda::Context& c) {
-        cuda::matmul<T>(c, {rows_of(in.x, b), rows_of(in.y, b), rows_of(values, b), pair_map, data + b * in.n() * r, 0});
+        cuda::matmul<T>(c,
+                        {rows_of(in.x, b), rows_of(in.y, b), rows_of(values, b), pair_map, data + b * in.n() * r, 0});
       });
   });
 }
@@ -309,15 +310,15 @@ void register_cuda(py::module_& module) {
 #else
       false;
 #endif
-  m.def("store", cuda_bindings::store, arg("x"), arg("y"), arg("map"), arg("normalize"), arg("same"), arg("condensed"), arg("out"),
-        arg("where"));
-  m.def("store_grad", cuda_bindings::store_grad, arg("x"), arg("y"), arg("map"), arg("normalize"), arg("condensed"), arg("value"),
-        arg("grad"), arg("dx"), arg("dy"), arg("where"));
+  m.def("store", cuda_bindings::store, arg("x"), arg("y"), arg("map"), arg("normalize"), arg("same"), arg("condensed"),
+        arg("out"), arg("where"));
+  m.def("store_grad", cuda_bindings::store_grad, arg("x"), arg("y"), arg("map"), arg("normalize"), arg("condensed"),
+        arg("value"), arg("grad"), arg("dx"), arg("dy"), arg("where"));
   m.def("matmul", cuda_bindings::matmul, arg("x"), arg("y"), arg("v"), arg("map"), arg("out"), arg("where"));
   m.def("matmul_grad", cuda_bindings::matmul_grad, arg("x"), arg("y"), arg("v"), arg("grad"), arg("map"), arg("dx"),
         arg("dy"), arg("where"));
-  m.def("select", cuda_bindings::select, arg("x"), arg("y"), arg("map"), arg("normalize"), arg("exclude_self"), arg("k"),
-        arg("value"), arg("index"), arg("where"));
+  m.def("select", cuda_bindings::select, arg("x"), arg("y"), arg("map"), arg("normalize"), arg("exclude_self"),
+        arg("k"), arg("value"), arg("index"), arg("where"));
   m.def("softmax", cuda_bindings::softmax, arg("mode"), arg("x"), arg("y"), arg("positive"), arg("positive_shift"),
         arg("positive_is_column"), arg("positive_in_sum"), arg("paired"), arg("ids_x"), arg("ids_y"), arg("scale"),
         arg("normalize"), arg("weights"), arg("weight"), arg("loss"), arg("dx"), arg("dy"), arg("dpositive"),

@@ -27,7 +27,12 @@ struct Device {
 class Context {
  public:
   Context(void* base, int64_t size, void* stream, bool exact, int64_t strip_bytes, const Device& device)
-      : exact(exact), strip_bytes(strip_bytes), device(device), base_(static_cast<char*>(base)), size_(size), stream_(stream) {}
+      : exact(exact),
+        strip_bytes(strip_bytes),
+        device(device),
+        base_(static_cast<char*>(base)),
+        size_(size),
+        stream_(stream) {}
 
   /// `count` numbers of the workspace, aligned, not initialised.
   template <class T>
@@ -48,7 +53,7 @@ class Context {
 #if defined(NEARFAR_EMULATE)
     emulation::run(blocks, [](const void* kernel) { (*static_cast<const Body*>(kernel))(); }, &body);
 #else
-    kernel<Body><<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream_)>>>(body);
+    kernel<Body><<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream_)> > >(body);
     const cudaError_t error = cudaGetLastError();
     if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 #endif
@@ -63,7 +68,7 @@ class Context {
     launch((count + kWarps - 1) / kWarps, body);
   }
 
-  const bool exact;  // float32 inputs keep float32 accuracy; else tf32
+  const bool exact;           // float32 inputs keep float32 accuracy; else tf32
   const int64_t strip_bytes;  // about the most that a block of weights takes
   const Device device;
 

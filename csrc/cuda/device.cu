@@ -1,6 +1,6 @@
-#include "cuda/device.hpp"
-
 #include <atomic>
+
+#include "cuda/device.hpp"
 
 namespace nearfar::cuda {
 

@@ -12,6 +12,7 @@
 #define NEARFAR_DEVICE inline
 #define NEARFAR_SHARED static
 #define NEARFAR_UNROLL
+#define NEARFAR_ROLLED
 
 namespace nearfar::cuda {
 
@@ -146,7 +147,8 @@ inline void mma(KindTF32, float (&c)[4], const uint32_t (&a)[4], const uint32_t 
       const emulation::Operands other = emulation::of(4 * (2 * t + column) + q);
       for (int half = 0; half < 2; ++half)
         for (int lower = 0; lower < 2; ++lower)
-          c[2 * lower + column] += float_of(row.a[2 * half + lower] & 0xffffe000u) * float_of(other.b[half] & 0xffffe000u);
+          c[2 * lower + column] +=
+              float_of(row.a[2 * half + lower] & 0xffffe000u) * float_of(other.b[half] & 0xffffe000u);
     }
   }
   sync_warp();

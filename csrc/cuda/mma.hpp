@@ -1,7 +1,7 @@
 // Multiply on the tensor cores by mma.sync, float32 accumulators. 2 x 4 warps.
 //
-// PIECES = 2 splits every element of A into a rounded part and the rounded rest, so that weights keep twice the digits of
-// the operand type (bfloat16: 16, tf32: 22 bits): the products of a gradient, whose other operand is exact.
+// PIECES = 2 splits every element of A into a rounded part and the rounded rest, so that weights keep twice the digits
+// of the operand type (bfloat16: 16, tf32: 22 bits): the products of a gradient, whose other operand is exact.
 #pragma once
 
 #include "cuda/tile.hpp"
@@ -81,16 +81,14 @@ struct Mma {
   NEARFAR_DEVICE static float& value(Accumulators& acc, int a, int b) { return acc.v[a / 2][b / 2][a % 2 * 2 + b % 2]; }
   NEARFAR_DEVICE static void clear(Accumulators& acc) {
     NEARFAR_UNROLL
-    for (int m = 0; m < kMmaM; ++m)
-      NEARFAR_UNROLL
-      for (int n = 0; n < kMmaN; ++n)
-        NEARFAR_UNROLL
-        for (int k = 0; k < 4; ++k) acc.v[m][n][k] = 0;
+    for (int m = 0; m < kMmaM; ++m) NEARFAR_UNROLL
+    for (int n = 0; n < kMmaN; ++n) NEARFAR_UNROLL
+    for (int k = 0; k < 4; ++k) acc.v[m][n][k] = 0;
   }
 
   template <class A, class B>
-  NEARFAR_DEVICE static void put(Memory& memory, const Stage<A, kM, kDepth>& stage_a, const Stage<B, kN, kDepth>& stage_b,
-                                 const A& a, const B& b, int64_t k0) {
+  NEARFAR_DEVICE static void put(Memory& memory, const Stage<A, kM, kDepth>& stage_a,
+                                 const Stage<B, kN, kDepth>& stage_b, const A& a, const B& b, int64_t k0) {
     static_assert(A::kContiguous == A_CONTIGUOUS && B::kContiguous == B_CONTIGUOUS, "operands as the policy was told");
     stage_a.store(a, k0, [&](int row, int k, const Vector<typename A::Element>& vector, const float* factor) {
       put_vector<A, PIECES>(memory.a, row, k, vector, factor);
@@ -129,14 +127,13 @@ struct Mma {
       uint32_t b[kMmaN][2];
       read_b(memory.b, k, b);
       NEARFAR_UNROLL
-      for (int piece = 0; piece < PIECES; ++piece)
+      for (int piece = 0; piece < PIECES; ++piece) NEARFAR_UNROLL
+      for (int m = 0; m < kMmaM; ++m) {
+        uint32_t a[4];
+        read_a(memory.a[piece], warp_m() * kWarpM + 16 * m, k, a);
         NEARFAR_UNROLL
-        for (int m = 0; m < kMmaM; ++m) {
-          uint32_t a[4];
-          read_a(memory.a[piece], warp_m() * kWarpM + 16 * m, k, a);
-          NEARFAR_UNROLL
-          for (int n = 0; n < kMmaN; ++n) cuda::mma(typename Type::Kind{}, acc.v[m][n], a, b[n]);
-        }
+        for (int n = 0; n < kMmaN; ++n) cuda::mma(typename Type::Kind{}, acc.v[m][n], a, b[n]);
+      }
     }
   }
 
@@ -172,9 +169,8 @@ struct Mma {
       }
     } else {
       NEARFAR_UNROLL
-      for (int n = 0; n < kMmaN; ++n)
-        NEARFAR_UNROLL
-        for (int q = 0; q < 2; ++q) b[n][q] = *plane.at(column + 8 * n + lane / 4, k + lane % 4 + 4 * q);
+      for (int n = 0; n < kMmaN; ++n) NEARFAR_UNROLL
+      for (int q = 0; q < 2; ++q) b[n][q] = *plane.at(column + 8 * n + lane / 4, k + lane % 4 + 4 * q);
     }
   }
 };

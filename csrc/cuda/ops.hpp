@@ -1,5 +1,5 @@
-// The plain-C++ interface of the CUDA kernels: the params of the CPU's (cpu/ops.hpp; `threads` is not read), with device
-// pointers, and what must stay on the device because nothing here waits for it.
+// The plain-C++ interface of the CUDA kernels: the params of the CPU's (cpu/ops.hpp; `threads` is not read), with
+// device pointers, and what must stay on the device because nothing here waits for it.
 #pragma once
 
 #include "cpu/ops.hpp"
@@ -9,10 +9,10 @@ namespace nearfar::cuda {
 
 template <class T>
 struct SoftmaxDevice : SoftmaxParams<T> {
-  const int64_t* ids = nullptr;    // (x.n): in place of codes; columns past them match nothing
+  const int64_t* ids = nullptr;      // (x.n): in place of codes; columns past them match nothing
   const double* scale_at = nullptr;  // null: `scale`
-  double* loss_total = nullptr;    // out: sum of losses
-  double* dscale_at = nullptr;     // out
+  double* loss_total = nullptr;      // out: sum of losses
+  double* dscale_at = nullptr;       // out
 };
 
 template <class T>
@@ -43,10 +43,10 @@ void matmul_grad(Context& c, const MatmulGradParams<T>& p);
 template <class T>
 void select(Context& c, const SelectParams<T>& p);
 
-#define NEARFAR_INSTANTIATE(operation, Params)                       \
-  namespace nearfar::cuda {                                          \
-  template void operation<float>(Context&, const Params<float>&);    \
-  template void operation<double>(Context&, const Params<double>&);  \
+#define NEARFAR_INSTANTIATE(operation, Params)                      \
+  namespace nearfar::cuda {                                         \
+  template void operation<float>(Context&, const Params<float>&);   \
+  template void operation<double>(Context&, const Params<double>&); \
   }
 
 }  // namespace nearfar::cuda

@@ -48,9 +48,9 @@ Plan plan(const cuda::Context& c, const char* operation, int64_t rows, int64_t c
   }();
   if (print && !c.measuring())
     std::fprintf(stderr, "nearfar: %s %lld x %lld x %lld %s: %s, tile %d, %lld splits (sm_%d, %d multiprocessors)\n",
-                 operation, static_cast<long long>(rows), static_cast<long long>(columns), static_cast<long long>(depth),
-                 name_of_element<E>(), plan.policy, plan.tile, static_cast<long long>(plan.splits),
-                 c.device.architecture, c.device.multiprocessors);
+                 operation, static_cast<long long>(rows), static_cast<long long>(columns),
+                 static_cast<long long>(depth), name_of_element<E>(), plan.policy, plan.tile,
+                 static_cast<long long>(plan.splits), c.device.architecture, c.device.multiprocessors);
   return plan;
 }
 

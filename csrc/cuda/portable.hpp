@@ -23,6 +23,7 @@ inline constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
 #define NEARFAR_DEVICE __device__ __forceinline__
 #define NEARFAR_SHARED __shared__
 #define NEARFAR_UNROLL _Pragma("unroll")
+#define NEARFAR_ROLLED _Pragma("unroll 1")
 
 namespace nearfar::cuda {
 
@@ -74,10 +75,9 @@ NEARFAR_DEVICE void mma(KindBF16, float (&c)[4], const uint32_t (&a)[4], const u
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 NEARFAR_DEVICE void mma(KindF16, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 NEARFAR_DEVICE void mma(KindTF32, float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
@@ -87,7 +87,8 @@ NEARFAR_DEVICE void mma(KindTF32, float (&c)[4], const uint32_t (&a)[4], const u
 }
 
 /// Four 8 x 8 matrices of 16-bit numbers from shared memory: lane l gives the address of row l % 8 of matrix l / 8 and
-/// gets of matrix q the numbers (l / 4, 2 (l % 4)) and the next, or with TRANSPOSE (2 (l % 4), l / 4) and the one below.
+/// gets of matrix q the numbers (l / 4, 2 (l % 4)) and the next, or with TRANSPOSE (2 (l % 4), l / 4) and the one
+/// below.
 template <bool TRANSPOSE>
 NEARFAR_DEVICE void load_matrices(uint32_t (&r)[4], const uint16_t* row) {
   const uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));

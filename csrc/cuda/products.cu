@@ -19,10 +19,10 @@ void multiply_transposed(cuda::Context& c, const Plan& plan, const Operand<T, fa
       c, plan, [&](auto policy) { launch_tiles<decltype(policy)>(c, w, rows, b.columns, d, b.rows, 1, add); });
 }
 
-#define NEARFAR_PRODUCTS(T, E)                                                                                         \
-  template void multiply_parts<T, E>(cuda::Context&, const Plan&, const Operand<T, true>&, const Operand<E, false>&,   \
-                                     const Block&, int64_t, T*);                                                       \
-  template void multiply_transposed<T, E>(cuda::Context&, const Plan&, const Operand<T, false>&,                       \
+#define NEARFAR_PRODUCTS(T, E)                                                                                       \
+  template void multiply_parts<T, E>(cuda::Context&, const Plan&, const Operand<T, true>&, const Operand<E, false>&, \
+                                     const Block&, int64_t, T*);                                                     \
+  template void multiply_transposed<T, E>(cuda::Context&, const Plan&, const Operand<T, false>&,                     \
                                           const Operand<E, false>&, const Block&, int64_t, const AddRows<T>&);
 NEARFAR_PRODUCTS(float, float)
 NEARFAR_PRODUCTS(float, BF16)

@@ -59,7 +59,8 @@ NEARFAR_DEVICE double warp_dot(const Source<T>& x, int64_t i, const Source<T>& y
   return cuda::warp_sum(sum);
 }
 
-// ---- inverse norms ---------------------------------------------------------------------------------------------------
+// ---- inverse norms
+// ---------------------------------------------------------------------------------------------------
 
 /// A warp a row. The norm is taken of the row over its largest entry, so that squares stay in range. A zero row stays
 /// zero.
@@ -95,11 +96,13 @@ Source<T> source_of(cuda::Context& c, const Rows& rows, bool normalize) {
   return source;
 }
 
-// ---- packed rows -----------------------------------------------------------------------------------------------------
+// ---- packed rows
+// -----------------------------------------------------------------------------------------------------
 
 /// Rows ready for the engine: contiguous, zero up to a whole tile in both directions (and one row more, because a tile
 /// may read past the depth of the last row). Row i is `factor[i] * data[i]`: 16-bit rows are packed exactly, times a
-/// power of two, and their norm is left to who uses the product. float32 and float64 rows are normalised or centred here.
+/// power of two, and their norm is left to who uses the product. float32 and float64 rows are normalised or centred
+/// here.
 template <class T, class E>
 struct Packed {
   E* data = nullptr;
@@ -123,7 +126,8 @@ struct Pack {
     if (kExact && out.factor) {
       const T inverse = inside ? source.scale(i) : T(0);
       T power = 1;
-      if (inverse > 0 && inverse < infinity<T>()) power = ldexp(T(1), ilogb(inverse) + 8);  // away from the subnormal numbers of float16
+      if (inverse > 0 && inverse < infinity<T>())
+        power = ldexp(T(1), ilogb(inverse) + 8);  // away from the subnormal numbers of float16
       multiply = power;
       if (cuda::lane_index() == 0 && i < out.padded) out.factor[i] = inverse / power;
     }
@@ -205,7 +209,8 @@ const T* center_of(cuda::Context& c, const Source<T>& source) {
   return center;
 }
 
-// ---- the last step of a gradient -------------------------------------------------------------------------------------
+// ---- the last step of a gradient
+// -------------------------------------------------------------------------------------
 
 /// Rows of another set that enter the gradient of a row by themselves: sum over c of weight * other.
 enum class Enter {
@@ -237,8 +242,8 @@ struct Term {
   }
 };
 
-/// A warp a row: adds the terms, multiplies, and goes from the gradient of the normalised row to that of the row itself:
-/// for u = x / |x|, dx = (du - u <u, du>) / |x|. along_i = <u, du>.
+/// A warp a row: adds the terms, multiplies, and goes from the gradient of the normalised row to that of the row
+/// itself: for u = x / |x|, dx = (du - u <u, du>) / |x|. along_i = <u, du>.
 template <class T>
 struct FinishRows {
   Source<T> source;
@@ -246,7 +251,7 @@ struct FinishRows {
   Term<T> terms[3];
   const double* scale;  // on the device; null: 1
   double multiply;
-  double* along;  // null: not wanted
+  double* along;       // null: not wanted
   bool fresh = false;  // the terms are all there is: what lies in `grad` is not read
 
   NEARFAR_DEVICE void operator()() const {

@@ -63,19 +63,19 @@ Plan plan_scores(const cuda::Context& c, const char* operation, const Pairs<T, E
 }
 
 template <class T, class E, class Epilogue>
-void launch_scores(cuda::Context& c, const Plan& plan, const Pairs<T, E>& pairs, const Block& b, const Epilogue& epilogue) {
+void launch_scores(cuda::Context& c, const Plan& plan, const Pairs<T, E>& pairs, const Block& b,
+                   const Epilogue& epilogue) {
   const Operand<E, true> x{pairs.x.data + b.row * pairs.x.pitch, pairs.x.pitch};
   const Operand<E, true> y{pairs.y.data + b.column * pairs.y.pitch, pairs.y.pitch};
-  auto run = [&](auto policy) {
-    launch_tiles<decltype(policy)>(c, x, y, b.rows, b.columns, pairs.x.d, 1, epilogue);
-  };
+  auto run = [&](auto policy) { launch_tiles<decltype(policy)>(c, x, y, b.rows, b.columns, pairs.x.d, 1, epilogue); };
   if constexpr (std::is_same_v<E, T> && Epilogue::kDistances) {
     if (pairs.scores.direct) return run(Simt<SquaredDifference, T, 64>{});
   }
   with_score_policy<E>(c, plan, run);
 }
 
-// ---- maps by name ----------------------------------------------------------------------------------------------------
+// ---- maps by name
+// ----------------------------------------------------------------------------------------------------
 
 inline bool is_distance(PairMap map) { return map != PairMap::dot && map != PairMap::one_minus_dot; }
 

@@ -31,14 +31,13 @@ struct Simt {
   NEARFAR_DEVICE static T& value(Accumulators& acc, int a, int b) { return acc.v[a][b]; }
   NEARFAR_DEVICE static void clear(Accumulators& acc) {
     NEARFAR_UNROLL
-    for (int a = 0; a < kRows; ++a)
-      NEARFAR_UNROLL
-      for (int b = 0; b < kCols; ++b) acc.v[a][b] = 0;
+    for (int a = 0; a < kRows; ++a) NEARFAR_UNROLL
+    for (int b = 0; b < kCols; ++b) acc.v[a][b] = 0;
   }
 
   template <class A, class B>
-  NEARFAR_DEVICE static void put(Memory& memory, const Stage<A, kM, kDepth>& stage_a, const Stage<B, kN, kDepth>& stage_b,
-                                 const A& a, const B& b, int64_t k0) {
+  NEARFAR_DEVICE static void put(Memory& memory, const Stage<A, kM, kDepth>& stage_a,
+                                 const Stage<B, kN, kDepth>& stage_b, const A& a, const B& b, int64_t k0) {
     put_one<A>(memory.a, stage_a, a, k0);
     put_one<B>(memory.b, stage_b, b, k0);
   }
@@ -67,9 +66,8 @@ struct Simt {
       read(memory.a[k] + row(0), x);
       read(memory.b[k] + col(0), y);
       NEARFAR_UNROLL
-      for (int a = 0; a < kRows; ++a)
-        NEARFAR_UNROLL
-        for (int b = 0; b < kCols; ++b) Score::accumulate(acc.v[a][b], x[a], y[b]);
+      for (int a = 0; a < kRows; ++a) NEARFAR_UNROLL
+      for (int b = 0; b < kCols; ++b) Score::accumulate(acc.v[a][b], x[a], y[b]);
     }
   }
 };

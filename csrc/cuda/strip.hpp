@@ -25,9 +25,7 @@ struct Weights {
   NEARFAR_DEVICE uint32_t* word(int64_t i, int64_t j) const {
     return near + ((i - block.row) * pitch + j - block.column) / 32;
   }
-  NEARFAR_DEVICE void mark(int64_t i, int64_t j) const {
-    cuda::atomic_or(word(i, j), 1u << (j - block.column) % 32);
-  }
+  NEARFAR_DEVICE void mark(int64_t i, int64_t j) const { cuda::atomic_or(word(i, j), 1u << ((j - block.column) & 31)); }
 };
 
 template <class T>
@@ -52,10 +50,11 @@ struct NearColumns {
     if (j >= y.rows.n || j >= b.column + b.columns) return;
     for (int64_t i0 = b.row; i0 < b.row + b.rows && i0 < x.rows.n; i0 += cuda::kWarp) {
       const int64_t own = i0 + cuda::lane_index();
-      const bool near = own < x.rows.n && (*weights.word(own, j) >> (j - b.column) % 32 & 1);
+      const bool near = own < x.rows.n && (*weights.word(own, j) >> ((j - b.column) & 31) & 1);
       for (uint32_t bits = cuda::ballot(near); bits; bits &= bits - 1) {
         const int64_t i = i0 + cuda::lowest_bit(bits);
         const T w = weights.at(i, j);
+        NEARFAR_ROLLED
         for (int64_t k = cuda::lane_index(); k < d; k += cuda::kWarp) dy[j * d + k] += w * (y.get(j, k) - x.get(i, k));
       }
     }
@@ -84,6 +83,7 @@ struct NearRows {
           const T w = weights.at(i, j);
           cuda::sync_warp();
           if (lane == 0) weights.at(i, j) = 0;
+          NEARFAR_ROLLED
           for (int64_t k = lane; k < d; k += cuda::kWarp) dx[i * d + k] += w * (x.get(i, k) - y.get(j, k));
         }
       }
@@ -212,7 +212,8 @@ class Strip {
   Weights<T> open(int64_t row, int64_t column) {
     const int64_t rows = pairs_.x.padded - row, columns = pairs_.y.padded - column;
     Weights<T> weights = weights_;
-    weights.block = {row, rows < shape.rows ? rows : shape.rows, column, columns < shape.columns ? columns : shape.columns};
+    weights.block = {row, rows < shape.rows ? rows : shape.rows, column,
+                     columns < shape.columns ? columns : shape.columns};
     return weights;
   }
   void clear_near(const Weights<T>& weights) {

@@ -1,9 +1,9 @@
 // The tile engine: one kernel, C[i][j] = sum_k A[i][k] B[j][k], whose epilogue is a functor on the tile in registers.
 //
 // Every product of the library is this kernel: scores (A = rows of x, B = rows of y), dX = W Y (A = a strip of weights,
-// B = the columns of y) and dY = W^T X. An operand is a matrix with one contiguous direction, padded with zeros to whole
-// tiles, so that no load has a bound. How a tile is multiplied is a policy: simt.hpp (true float32 and float64) or mma.hpp
-// (tensor cores).
+// B = the columns of y) and dY = W^T X. An operand is a matrix with one contiguous direction, padded with zeros to
+// whole tiles, so that no load has a bound. How a tile is multiplied is a policy: simt.hpp (true float32 and float64)
+// or mma.hpp (tensor cores).
 //
 // A policy gives each thread an outer product of rows and columns of the tile: accumulator (a, b) is row `row(a)` and
 // column `col(b)`. Lanes that differ in the bits below kRowLanes share rows, the others share columns; kWarpsN warps
@@ -91,9 +91,8 @@ struct Fragment {
   template <class F>
   NEARFAR_DEVICE void for_each(F f) const {
     NEARFAR_UNROLL
-    for (int a = 0; a < P::kRows; ++a)
-      NEARFAR_UNROLL
-      for (int b = 0; b < P::kCols; ++b) f(i(a), j(b), P::value(acc, a, b));
+    for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
+    for (int b = 0; b < P::kCols; ++b) f(i(a), j(b), P::value(acc, a, b));
   }
   /// The same, of pairs for which `hard` is true only `rest(i, j)` afterwards: rare and long work, which would keep the
   /// accumulators waiting and be in the code once for every one of them.
@@ -102,15 +101,14 @@ struct Fragment {
     static_assert(P::kRows * P::kCols <= 64, "one bit for every accumulator");
     uint64_t later = 0;
     NEARFAR_UNROLL
-    for (int a = 0; a < P::kRows; ++a)
-      NEARFAR_UNROLL
-      for (int b = 0; b < P::kCols; ++b) {
-        if (hard(i(a), j(b), P::value(acc, a, b))) {
-          later |= uint64_t(1) << (a * P::kCols + b);
-        } else {
-          f(i(a), j(b), P::value(acc, a, b));
-        }
+    for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
+    for (int b = 0; b < P::kCols; ++b) {
+      if (hard(i(a), j(b), P::value(acc, a, b))) {
+        later |= uint64_t(1) << (a * P::kCols + b);
+      } else {
+        f(i(a), j(b), P::value(acc, a, b));
       }
+    }
     for (; later; later &= later - 1) {
       const int bit = cuda::lowest_bit(later);
       rest(i(bit / P::kCols), j(bit % P::kCols));
@@ -165,11 +163,11 @@ template <class P, class A, class B, class Epilogue>
 void launch_tiles(cuda::Context& c, const A& a, const B& b, int64_t rows, int64_t columns, int64_t depth,
                   int64_t splits, const Epilogue& epilogue) {
   const int64_t tiles_m = ceil_div(rows, P::kM), tiles_n = ceil_div(columns, P::kN);
-  c.launch(tiles_m * tiles_n * splits,
-           TileKernel<P, A, B, Epilogue>{a, b, tiles_m, tiles_n, depth, splits, epilogue});
+  c.launch(tiles_m * tiles_n * splits, TileKernel<P, A, B, Epilogue>{a, b, tiles_m, tiles_n, depth, splits, epilogue});
 }
 
-// ---- reductions of a tile --------------------------------------------------------------------------------------------
+// ---- reductions of a tile
+// --------------------------------------------------------------------------------------------
 
 /// A mergeable pair, max m and sum s of e^(v - m), of a part of a row or column.
 template <class T>

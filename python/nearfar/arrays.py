@@ -71,7 +71,9 @@ def check_points(**arrays: Array) -> str:
                 f"{name}: expected device {device_name(first)} to match {first_name}, got {device_name(array)}"
             )
     if device_name(first).partition(":")[0] not in ("cpu", "cuda"):
-        raise NotImplementedError(f"{first_name}: expected an array on the CPU or a CUDA device, got {device_name(first)}")
+        raise NotImplementedError(
+            f"{first_name}: expected an array on the CPU or a CUDA device, got {device_name(first)}"
+        )
     return kind
 
 

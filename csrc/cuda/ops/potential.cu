@@ -1,9 +1,9 @@
 // Gaussian potential: log sum_{i<j} exp(-t |x_i - x_j|^2) and its gradient (Wang & Isola 2020).
 //
-// The normaliser is one number, so the gradient needs no second look at the scores: weights are exp(-t r + t r_0) with a
-// reference r_0, summed while they are made, and divided by their sum at the end. On the sphere r <= 4, so r_0 = 0 will
-// do unless t is large; else r_0 is the least distance, found by a pass of its own. All pairs i != j are taken, so that
-// one product with the symmetric weights is the whole gradient.
+// The normaliser is one number, so the gradient needs no second look at the scores: weights are exp(-t r + t r_0) with
+// a reference r_0, summed while they are made, and divided by their sum at the end. On the sphere r <= 4, so r_0 = 0
+// will do unless t is large; else r_0 is the least distance, found by a pass of its own. All pairs i != j are taken, so
+// that one product with the symmetric weights is the whole gradient.
 #include "cuda/ops.hpp"
 #include "cuda/strip.hpp"
 
@@ -46,8 +46,8 @@ struct PotentialEpilogue {
     };
     f.for_each(
         [&](int64_t i, int64_t j, T product) {
-          return inside(i, j) && scores.must_measure(block.row + i, block.column + j,
-                                                     scores(block.row + i, block.column + j, product));
+          return inside(i, j) &&
+                 scores.must_measure(block.row + i, block.column + j, scores(block.row + i, block.column + j, product));
         },
         [&](int64_t i, int64_t j, T product) {
           if (inside(i, j)) {
@@ -113,8 +113,8 @@ void run(cuda::Context& c, const PotentialDevice<T>& p) {
         if (store) strip.clear_near(weights);
         if (!store) weights.w = nullptr;
         launch_scores(c, plan, pairs, b,
-                      PotentialEpilogue<T>{pairs.scores, weights, b, p.x.n, tiles_n, least, static_cast<T>(p.t), reference,
-                                           of_tiles + tiles});
+                      PotentialEpilogue<T>{pairs.scores, weights, b, p.x.n, tiles_n, least, static_cast<T>(p.t),
+                                           reference, of_tiles + tiles});
         tiles += ceil_div(b.rows, plan.tile) * tiles_n;
         if (store) strip.products(weights);
       }

@@ -9,8 +9,8 @@
 namespace nearfar {
 namespace {
 
-/// What is minimised: the squared distance, 1 - <u, v> of unit rows, or the negative dot product; +inf where a column is
-/// not to be chosen.
+/// What is minimised: the squared distance, 1 - <u, v> of unit rows, or the negative dot product; +inf where a column
+/// is not to be chosen.
 template <class T>
 struct KeyEpilogue {
   static constexpr bool kDistances = true;
@@ -115,6 +115,7 @@ struct MeasureBest {
       const T own = j < 0 ? not_a_number<T>() : measure(i, j);
       if (cuda::lane_index() == 0) values[c] = own;
     }
+    cuda::sync_warp();  // all have read the indices
     if (cuda::lane_index() != 0) return;
     for (int64_t c = 1; c < k && indices[c] >= 0; ++c) {
       const T own = values[c];

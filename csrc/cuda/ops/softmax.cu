@@ -1,7 +1,7 @@
 // Softmax over pairs: InfoNCE, CLIP, NT-Xent. What is computed is said in cpu/ops/softmax.cpp; here is in which order.
 //
-// Log-sum-exps: strips of rows; every tile leaves one partial state for each of its rows (and columns), merged in order.
-// rows, where whole rows of scores fit a strip: scores stay in the strip, and become weights when the strip's
+// Log-sum-exps: strips of rows; every tile leaves one partial state for each of its rows (and columns), merged in
+// order. rows, where whole rows of scores fit a strip: scores stay in the strip, and become weights when the strip's
 // log-sum-exps are known: three products in all. Else the weights come from a second product of the same scores, once
 // every normaliser is known: four products (three for NT-Xent, whose weights are symmetric).
 #include "cuda/ops.hpp"
@@ -42,12 +42,11 @@ struct MaskedScores {
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t row, int64_t column) const {
     const T scale = static_cast<T>(multiplier());
     NEARFAR_UNROLL
-    for (int a = 0; a < P::kRows; ++a)
-      NEARFAR_UNROLL
-      for (int b = 0; b < P::kCols; ++b) {
-        const int64_t i = row + f.i(a), j = column + f.j(b);
-        f(a, b) = has(i, j) ? scale * scores(i, j, f(a, b)) : -infinity<T>();
-      }
+    for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
+    for (int b = 0; b < P::kCols; ++b) {
+      const int64_t i = row + f.i(a), j = column + f.j(b);
+      f(a, b) = has(i, j) ? scale * scores(i, j, f(a, b)) : -infinity<T>();
+    }
   }
 };
 
@@ -66,11 +65,10 @@ struct LseEpilogue {
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t tile_m, int64_t tile_n, int64_t) const {
     masked.apply(f, block.row, block.column);
     if (keep.w) f.for_each([&](int64_t i, int64_t j, T score) { keep.w[i * keep.pitch + j] = score; });
-    reduce_lse<P, true>(
-        f, [&](int i, const PartialSum<T>& sum) { of_rows[(f.i0 + i) * tiles_n + tile_n] = sum; });
+    reduce_lse<P, true>(f, [&](int i, const PartialSum<T>& sum) { of_rows[(f.i0 + i) * tiles_n + tile_n] = sum; });
     if (of_columns)
-      reduce_lse<P, false>(
-          f, [&](int j, const PartialSum<T>& sum) { of_columns[(f.j0 + j) * tiles_m + tile_m] = sum; });
+      reduce_lse<P, false>(f,
+                           [&](int j, const PartialSum<T>& sum) { of_columns[(f.j0 + j) * tiles_m + tile_m] = sum; });
   }
 };
 
@@ -106,7 +104,8 @@ struct MergeStates {
   }
 };
 
-/// What is in every denominator before any column: own negatives; and the positives, which are kept apart. A warp a row.
+/// What is in every denominator before any column: own negatives; and the positives, which are kept apart. A warp a
+/// row.
 template <class T>
 struct FirstStates {
   Source<T> x, positive, paired;
@@ -160,7 +159,7 @@ struct Denominator {
 
 template <class T>
 struct RowWeights {
-  const T* weights;  // null: `weight`
+  const T* weights;     // null: `weight`
   double weight, part;  // part: of the loss, one half where it is the mean of two
   NEARFAR_DEVICE double operator()(int64_t i) const {
     return part * (weights ? static_cast<double>(weights[i]) : weight);
@@ -295,8 +294,9 @@ class Softmax {
 
   void run() {
     first_states();
-    const MaskedScores<T> masked{pairs_.scores, multiplier_, n, m, p.positive_is_column ? p.positive_shift : -1,
-                                 p.mode == SoftmaxMode::pairs, p.ids};
+    const MaskedScores<T> masked{
+        pairs_.scores, multiplier_, n, m, p.positive_is_column ? p.positive_shift : -1, p.mode == SoftmaxMode::pairs,
+        p.ids};
     // The two passes cut all pairs alike, except that the first keeps whole rows together.
     const StripShape shape = keeps_scores() ? strip_.shape : StripShape::of(n, m, lse_pairs(), false);
     of_rows_ = c.take<PartialSum<T>>(shape.rows * ceil_div(shape.columns, 64));
@@ -308,8 +308,7 @@ class Softmax {
       column_weight_ = columns_ ? c.take<T>(pairs_.y.padded) : row_weight_;
     }
     for (int64_t row = 0; row < pairs_.x.padded; row += shape.rows)
-      for (int64_t column = 0; column < pairs_.y.padded; column += shape.columns)
-        lse_block(masked, row, column, shape);
+      for (int64_t column = 0; column < pairs_.y.padded; column += shape.columns) lse_block(masked, row, column, shape);
     if (p.dx && !keeps_scores()) weight_pass(masked);
     finish();
   }
@@ -352,8 +351,7 @@ class Softmax {
     if (columns_) c.launch_warps(columns, MergeStates<T>{of_columns_, tiles_m, columns, column_states_ + column});
     if (!keeps_scores()) return;
     fill(states_, row, b.rows, n, row_base_, row_weight_);
-    c.launch_threads(b.rows * b.columns,
-                     WeighStrip<T>{PairWeight<T>{row_base_, row_weight_, nullptr, nullptr}, kept});
+    c.launch_threads(b.rows * b.columns, WeighStrip<T>{PairWeight<T>{row_base_, row_weight_, nullptr, nullptr}, kept});
     strip_.products(kept);
   }
 

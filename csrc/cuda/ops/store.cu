@@ -97,8 +97,8 @@ void store_grad(Context& c, const StoreGradParams<T>& p) {
     strip.for_blocks([&](const Weights<T>& weights) {
       const Block& b = weights.block;
       if (p.condensed && b.column + b.columns <= b.row) return;
-      c.launch_threads(b.rows * b.columns, StoreWeights<T>{weights, pairs.scores, p.map, p.condensed, p.x.n, p.y.n,
-                                                           p.out, p.grad});
+      c.launch_threads(b.rows * b.columns,
+                       StoreWeights<T>{weights, pairs.scores, p.map, p.condensed, p.x.n, p.y.n, p.out, p.grad});
       strip.products(weights);
     });
     if (!p.normalize) return;
