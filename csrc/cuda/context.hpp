@@ -13,7 +13,8 @@ namespace nearfar::cuda {
 
 #if !defined(NEARFAR_EMULATE)
 template <class Body>
-__global__ void __launch_bounds__(kThreads) kernel(const __grid_constant__ Body body) {
+// One block a multiprocessor is enough to ask for: else the assembler spills registers to make room for more.
+__global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Body body) {
   body();
 }
 #endif
@@ -53,8 +54,10 @@ class Context {
 #if defined(NEARFAR_EMULATE)
     emulation::run(blocks, [](const void* kernel) { (*static_cast<const Body*>(kernel))(); }, &body);
 #else
-    kernel<Body><<<static_cast<unsigned>(blocks), kThreads, 0, static_cast<cudaStream_t>(stream_)> > >(body);
-    const cudaError_t error = cudaGetLastError();
+    void* arguments[] = {const_cast<Body*>(&body)};
+    const cudaError_t error =
+        cudaLaunchKernel(reinterpret_cast<const void*>(&kernel<Body>), dim3(static_cast<unsigned>(blocks)),
+                         dim3(kThreads), arguments, 0, static_cast<cudaStream_t>(stream_));
     if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 #endif
   }

@@ -18,7 +18,7 @@ from .runtime import get_num_threads
 # About the most that the weights of a strip of pairs take on the GPU.
 STRIP_BYTES = 64 << 20
 
-# A developer's build (NEARFAR_CUDA=EMULATE) runs the GPU's kernels on the CPU. Not for users: it is a thousand times slower.
+# A developer's build (NEARFAR_CUDA=EMULATE) runs the GPU's kernels on the CPU, a thousand times slower. Not for users.
 emulate = os.environ.get("NEARFAR_EMULATE", "") == "1"
 
 _SUMS = {"softmax": 2, "potential": 1, "alignment": 1}  # numbers that an operation returns

@@ -23,7 +23,7 @@ def _detached(value: Any) -> Any:
 
 
 def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define an operator of both devices; absent tensors in the result become empty ones, which a schema can express."""
+    """Define an operator of both devices; absent tensors in the result become empty ones, for the schema."""
     name = schema.split("(", 1)[0]
 
     def implementation(*args: Any) -> Any:

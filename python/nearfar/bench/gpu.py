@@ -1,9 +1,9 @@
 """``python -m nearfar bench --device cuda``: every operation on the GPU against what people write in torch.
 
 Times are medians between CUDA events, after a warm-up, the L2 cache flushed before every call. Speed is counted in the
-fewest flops that the operation can do, and set against the bfloat16 matrix-product rate measured in the same run. Memory
-is what torch's allocator peaks at above the inputs and results. Errors are relative, of value and gradients together,
-against float64 on a small size of the same dtype.
+fewest flops that the operation can do, and set against the bfloat16 matrix-product rate measured in the same run.
+Memory is what torch's allocator peaks at above what was there before the call. Errors are the largest relative one of
+value and gradients, in norm, against float64 at 1024 rows.
 """
 
 from __future__ import annotations
