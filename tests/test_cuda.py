@@ -271,8 +271,8 @@ def test_second_derivatives():
 
 
 @pytest.mark.parametrize("metric", references.METRICS)
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
-@pytest.mark.parametrize("k", [1, 5, 32, 33, 129])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("k", [1, 32, 129])
 def test_knn(k, dtype, metric):
     x, y = tensor(g.points(67, 20), dtype), tensor(g.points(129, 20, seed=1), dtype)
     distances, indices = nf.knn(x, y, k, metric=metric)

@@ -12,8 +12,8 @@
 namespace nearfar::cuda {
 
 #if !defined(NEARFAR_EMULATE)
-template <class Body>
 // One block a multiprocessor is enough to ask for: else the assembler spills registers to make room for more.
+template <class Body>
 __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Body body) {
   body();
 }

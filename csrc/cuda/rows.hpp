@@ -305,5 +305,14 @@ struct OrderedSum {
   }
 };
 
+struct StoreSum {
+  OrderedSum sum;
+  double* out;
+  NEARFAR_DEVICE void operator()() const {
+    const double total = sum();
+    if (cuda::thread_index() == 0) *out = total;
+  }
+};
+
 }  // namespace device
 }  // namespace nearfar

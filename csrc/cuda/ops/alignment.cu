@@ -48,15 +48,6 @@ struct AlignRows {
   }
 };
 
-struct SumValues {
-  OrderedSum sum;
-  double* out;
-  NEARFAR_DEVICE void operator()() const {
-    const double total = sum();
-    if (cuda::thread_index() == 0) *out = total;
-  }
-};
-
 }  // namespace
 
 namespace cuda {
@@ -65,7 +56,7 @@ void alignment(Context& c, const AlignmentDevice<T>& p) {
   const Source<double> x = source_of<double>(c, p.x, p.normalize), y = source_of<double>(c, p.y, p.normalize);
   double* wide = c.take<double>(p.x.n);
   c.launch_warps(p.x.n, AlignRows<T>{x, y, p.alpha, p.weights, p.weight, p.value, wide, p.dx, p.dy});
-  c.launch(1, SumValues{{wide, p.x.n}, p.value_total});
+  c.launch(1, StoreSum{{wide, p.x.n}, p.value_total});
 }
 }  // namespace cuda
 }  // namespace nearfar

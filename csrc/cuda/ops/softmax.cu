@@ -257,15 +257,6 @@ struct FinishLosses {
   }
 };
 
-struct SumLosses {
-  OrderedSum sum;
-  double* out;
-  NEARFAR_DEVICE void operator()() const {
-    const double total = sum();
-    if (cuda::thread_index() == 0) *out = total;
-  }
-};
-
 /// sum_ij (dL/ds_ij) s_ij = sum_i <x_i, dx_i> for unit rows before the projection, over scale; with pairs every score
 /// counts twice.
 struct ScaleGradient {
@@ -379,7 +370,7 @@ class Softmax {
     T* paired_weight = p.dx ? c.take<T>(p.paired.n) : nullptr;
     c.launch_threads(n, FinishLosses<T>{denominator(), states_, column_states_, row_weights(), n, p.paired_per_row,
                                         paired_score_, p.loss, wide, positive_weight, paired_weight});
-    c.launch(1, SumLosses{{wide, n}, p.loss_total});
+    c.launch(1, StoreSum{{wide, n}, p.loss_total});
     if (!p.dx) return;
     const Source<T>& x = pairs_.scores.x;
     const bool alias = p.dpositive == p.dx;
