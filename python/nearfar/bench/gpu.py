@@ -115,8 +115,8 @@ def _nearest(x: Any, y: Any) -> Any:
 
 def lines(quick: bool) -> list[Line]:
     """What is measured, in order of importance."""
-    n, middle, many, rows, centroids = (512, 256, 1024, 2048, 64) if quick else (32768, 8192, 65536, 10**6, 1024)
-    wide, deep = (64, 64) if quick else (768, 512)
+    n, middle, many, rows, centroids = (96, 64, 128, 256, 32) if quick else (32768, 8192, 65536, 10**6, 1024)
+    wide, deep = (48, 64) if quick else (768, 512)
 
     def clip(x: Any, y: Any) -> Any:
         return nf.clip_loss(x, y)
@@ -135,7 +135,7 @@ def lines(quick: bool) -> list[Line]:
              lambda x, y: _nt_xent(*x.chunk(2))),
         Line("uniformity", "bfloat16", (n, n, deep // 2), 1.5, uniformity, _uniformity),
         Line("info_nce", "float32", (middle, middle, 128), 3, nf.info_nce_loss, _info_nce, _chunked_info_nce),
-        Line("info_nce", "bfloat16", (256, 256, 128), 3, nf.info_nce_loss, _info_nce),
+        Line("info_nce", "bfloat16", (min(n, 256), min(n, 256), 128), 3, nf.info_nce_loss, _info_nce),
         Line("cdist", "float32", (middle, middle, 128), 1, nf.cdist, lambda x, y: load("torch").cdist(x, y),
              gradient=False, compiled=False),
         Line("gaussian_matmul", "float32", (many, many, 64), 1, matmul, _gaussian, gradient=False, compiled=False),
@@ -310,7 +310,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"nearfar bench: ops: no operation matches {args.ops!r}", file=sys.stderr)
         return 2
     budget = args.budget if args.budget is not None else 0.2 if args.quick else 1.0
-    rate = matrix_product_rate(device, budget, 256 if args.quick else 8192)
+    rate = matrix_product_rate(device, budget, 64 if args.quick else 8192)
     name = "emulation on the CPU: these are no speeds" if backend.emulate else torch.cuda.get_device_name()
     print(f"{name}; torch {torch.__version__}; bfloat16 matrix product {rate / 1e12:.1f} TFLOP/s", flush=True)
     results = []
