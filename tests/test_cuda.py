@@ -386,6 +386,7 @@ def test_runs_on_the_current_stream():
     query, key = pair(4096, 128, "bfloat16")
     expected = nf.clip_loss(query, key)
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.cuda._sleep(50_000_000)  # whoever does not wait for this stream reads zeros
         late = torch.zeros_like(query)
@@ -416,6 +417,7 @@ def test_no_hidden_synchronisation():
 def test_graph_capture(loss):
     query, key = (z.requires_grad_() for z in pair(300, 64, "bfloat16"))
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         torch.autograd.grad(loss(query, key), [query, key])
     torch.cuda.current_stream().wait_stream(stream)
