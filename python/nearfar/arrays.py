@@ -38,7 +38,7 @@ def dtype_name(array: Array) -> str:
 
 def device_name(array: Array) -> str:
     """'cpu' or 'cuda:0'."""
-    if isinstance(array, np.ndarray):
+    if isinstance(array, (np.ndarray, np.generic)):
         return "cpu"
     return str(array.device) if hasattr(array.device, "type") else f"cuda:{array.device.id}"
 
