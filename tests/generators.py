@@ -52,7 +52,7 @@ def of_kind(kind, array, dtype=None):
 def numpy_of(array):
     """float64 NumPy values of whatever kind and dtype."""
     if isinstance(array, torch.Tensor):
-        return array.detach().to(torch.float64).numpy()
+        return array.detach().cpu().to(torch.float64).numpy()
     return np.asarray(array, np.float64)
 
 
@@ -318,7 +318,7 @@ def _wide(value):
     if isinstance(value, np.ndarray):
         value = torch.from_numpy(np.array(value))
     if isinstance(value, torch.Tensor):
-        value = value.detach()
+        value = value.detach().cpu()
         return value.to(torch.float64) if value.is_floating_point() else value
     return value
 

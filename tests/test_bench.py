@@ -217,7 +217,7 @@ def test_command(tmp_path, capsys):
     [
         (["--ops", "nothing"], "ops: expected some of"),
         (["--threads", "0"], "threads: expected a positive number, got 0"),
-        (["--device", "cuda"], "device: this version computes on the CPU only"),
+        (["--device", "cuda"], "--device cuda needs a GPU and a build with CUDA"),
     ],
 )
 def test_command_refuses(arguments, message, capsys):

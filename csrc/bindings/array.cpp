@@ -88,7 +88,7 @@ struct Producer {
   py::object dlpack;             // type.__dlpack__, or empty
   py::object is_neg;             // torch's is_neg, or empty
   bool is_masked = false;        // numpy.ma, which exports its data without its mask
-  bool same_stream = false;      // CuPy orders its stream before the default stream unless told not to
+  bool same_stream = false;      // some order their stream before the default stream unless told not to
   bool always_writable = false;  // libraries that export no read-only memory in capsules that cannot say so
 
   Producer() = default;
@@ -103,7 +103,7 @@ struct Producer {
     is_masked = py::hasattr(type, "filled") && py::hasattr(type, "mask");
     std::string library = py::str(type.attr("__module__"));
     library.resize(std::min(library.size(), library.find('.')));
-    same_stream = library == "cupy";
+    same_stream = library == "cupy" || library == "torch";
     always_writable = library == "numpy" || library == "cupy" || is_neg;
   }
 };

@@ -70,8 +70,19 @@ void for_batches(int64_t batches, double work, int threads, F f) {
   }
 }
 
+/// The one switch from the name of a map.
+inline PairMap map_of(const std::string& name) {
+  if (name == "dot") return PairMap::dot;
+  if (name == "one_minus_dot") return PairMap::one_minus_dot;
+  if (name == "sqeuclidean") return PairMap::sqeuclidean;
+  if (name == "euclidean") return PairMap::euclidean;
+  if (name == "gaussian") return PairMap::gaussian;
+  refuse_value("map", "unknown map " + name);
+}
+
 void register_array(py::module_& m);
 void register_kernels(py::module_& m);
+void register_cuda(py::module_& m);  // where NEARFAR_WITH_CUDA
 void register_losses(py::module_& m);
 void register_clusters(py::module_& m);
 void register_pairs(py::module_& m);

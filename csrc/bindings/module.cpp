@@ -9,4 +9,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   nearfar::register_kernels(m);
   nearfar::register_clusters(m);
   nearfar::register_losses(m);
+#if defined(NEARFAR_WITH_CUDA)
+  nearfar::register_cuda(m);
+#endif
 }

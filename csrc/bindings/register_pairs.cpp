@@ -4,16 +4,7 @@
 namespace nearfar {
 namespace {
 
-PairMap map_of(const std::string& name) {
-  if (name == "dot") return PairMap::dot;
-  if (name == "one_minus_dot") return PairMap::one_minus_dot;
-  if (name == "sqeuclidean") return PairMap::sqeuclidean;
-  if (name == "euclidean") return PairMap::euclidean;
-  if (name == "gaussian") return PairMap::gaussian;
-  refuse_value("map", "unknown map " + name);
-}
-
-/// The same with the metrics of coordinates, for the operations that have them.
+/// The metrics of coordinates too, for the operations that have them.
 PairMap metric_of(const std::string& name) {
   if (name == "cityblock") return PairMap::cityblock;
   if (name == "chebyshev") return PairMap::chebyshev;

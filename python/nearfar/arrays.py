@@ -38,7 +38,7 @@ def dtype_name(array: Array) -> str:
 
 def device_name(array: Array) -> str:
     """'cpu' or 'cuda:0'."""
-    if isinstance(array, np.ndarray):
+    if isinstance(array, (np.ndarray, np.generic)):
         return "cpu"
     return str(array.device) if hasattr(array.device, "type") else f"cuda:{array.device.id}"
 
@@ -49,7 +49,7 @@ def compute_dtype(array: Array) -> str:
 
 
 def check_points(**arrays: Array) -> str:
-    """The kind of all arrays (None is skipped), which are floating and of one kind, device and dtype, on the CPU."""
+    """The kind of all arrays (None is skipped), which are floating and of one kind, device and dtype."""
     (first_name, first), *_ = arrays.items()  # never optional
     given = {name: array for name, array in arrays.items() if array is not None or name == first_name}
     kind = kind_of(first, first_name)
@@ -70,8 +70,10 @@ def check_points(**arrays: Array) -> str:
             raise ValueError(
                 f"{name}: expected device {device_name(first)} to match {first_name}, got {device_name(array)}"
             )
-    if device_name(first) != "cpu":
-        raise NotImplementedError(f"{first_name}: on {device_name(first)}, but this version computes on the CPU only")
+    if device_name(first).partition(":")[0] not in ("cpu", "cuda"):
+        raise NotImplementedError(
+            f"{first_name}: expected an array on the CPU or a CUDA device, got {device_name(first)}"
+        )
     return kind
 
 
@@ -129,6 +131,11 @@ def is_torch(array: Any) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
+def namespace(array: Array) -> Any:
+    """The module of functions for a NumPy or CuPy array."""
+    return np if isinstance(array, (np.ndarray, np.generic)) else sys.modules["cupy"]
+
+
 def empty(like: Array, shape: Sequence[int], dtype: str | None = None, *, zero: bool = False) -> Array:
     """A new C-contiguous array of the kind and device of `like`, in its compute dtype unless told otherwise."""
     dtype = dtype or compute_dtype(like)
@@ -136,7 +143,8 @@ def empty(like: Array, shape: Sequence[int], dtype: str | None = None, *, zero: 
         torch = sys.modules["torch"]
         make = torch.zeros if zero else torch.empty
         return make(tuple(shape), dtype=getattr(torch, dtype), device=like.device)
-    return (np.zeros if zero else np.empty)(tuple(shape), dtype)
+    make = namespace(like)
+    return (make.zeros if zero else make.empty)(tuple(shape), dtype)
 
 
 def cast(array: Array, dtype: str) -> Array:
@@ -168,7 +176,7 @@ def concatenate(arrays: Sequence[Array]) -> Array:
         return arrays[0]
     if is_torch(arrays[0]):
         return sys.modules["torch"].cat(list(arrays))
-    return np.concatenate(arrays)
+    return namespace(arrays[0]).concatenate(arrays)
 
 
 def batched(array: Array, batch: tuple[int, ...]) -> Array:
@@ -177,7 +185,7 @@ def batched(array: Array, batch: tuple[int, ...]) -> Array:
     if is_torch(array):
         expanded = array.expand(*batch, n, d)
     else:
-        expanded = np.broadcast_to(array, (*batch, n, d))
+        expanded = namespace(array).broadcast_to(array, (*batch, n, d))
     return expanded.reshape(math.prod(batch), n, d)
 
 
@@ -188,5 +196,6 @@ def common_center(x: Array) -> Array:
         torch = sys.modules["torch"]
         flat = torch.nan_to_num(x.detach().reshape(-1, x.shape[-1]), nan=0.0, posinf=0.0, neginf=0.0)
         return cast(flat.sum(0, dtype=torch.float64) / max(flat.shape[0], 1), dtype)
-    flat = np.where(np.isfinite(x), x, 0).reshape(-1, x.shape[-1])
+    make = namespace(x)
+    flat = make.where(make.isfinite(x), x, 0).reshape(-1, x.shape[-1])
     return cast(flat.sum(0, dtype=np.float64) / max(flat.shape[0], 1), dtype)

@@ -69,7 +69,12 @@ class _Forward(Function):
         backward = _Backward.apply if torch.is_grad_enabled() or _transformed() else _Backward.forward
         grads = backward(ctx.name, ctx.count, g, *output, *tensors, *ctx.config)
         needed = ctx.needs_input_grad[3 : 3 + operation.count]
-        own = [grad if need else None for grad, need in zip(pad(grads, operation.count), needed, strict=True)]
+        padded = pad(grads, operation.count)
+        # A scale may be a number on the CPU beside points on the GPU.
+        own = [
+            grad.to(tensor.device) if need and grad is not None else None
+            for grad, need, tensor in zip(padded, needed, tensors, strict=False)
+        ]
         return (None, None, None, *own, *(None,) * (ctx.count - operation.count + len(ctx.config)))
 
     @staticmethod

@@ -294,8 +294,8 @@ def store_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -
     if not condensed:
         return value
     n = x.shape[1]
-    row, column = torch.arange(n)[rows, None], torch.arange(n)
-    return value[:, column > row]
+    index = torch.arange(n, device=x.device)
+    return value[:, index > index[rows, None]]
 
 
 def gram_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .arrays import Array, as_bytes, cast, compute_dtype, empty
-from .runtime import get_num_threads
+from .arrays import Array, as_bytes, cast, common_center, compute_dtype, empty, namespace
+from .backend import kernel, on_cuda
 
 # Workspace for exp(scores) of a strip of 128 rows. Beyond it (more than 64 Ki columns in float32) scores are computed
 # twice: four matrix products instead of three.
@@ -40,7 +40,7 @@ def _reduced(like: Array, rows: Array, total: float, reduction: str, anchors: in
 
 
 def _contiguous(array: Array) -> Array:
-    return array.contiguous() if hasattr(array, "contiguous") else np.ascontiguousarray(array)
+    return array.contiguous() if hasattr(array, "contiguous") else namespace(array).ascontiguousarray(array)
 
 
 def _row_weights(weights: Array | None, x: Array, reduction: str) -> tuple[float, Array | None]:
@@ -50,8 +50,10 @@ def _row_weights(weights: Array | None, x: Array, reduction: str) -> tuple[float
     return (1.0 / max(x.shape[0], 1) if reduction == "mean" else 1.0), None
 
 
-def _multiplier(scale: Any, like: Array) -> float:
-    """The multiplier of dot products, checked where its value is known."""
+def _multiplier(scale: Any, like: Array) -> Any:
+    """The multiplier of dot products, checked; on the GPU an array stays there, and one not positive gives NaN."""
+    if on_cuda(scale) and on_cuda(like):
+        return cast(scale, "float64")
     multiplier = float(scale)
     if not 0 < multiplier <= LARGEST[compute_dtype(like)]:
         raise ValueError(f"temperature, logit_scale: expected a positive number, got logit_scale = {multiplier}")
@@ -65,8 +67,13 @@ def _number(like: Array, value: float) -> Array:
     return number
 
 
-def _codes(ids: Array, columns: int) -> tuple[Array, Array]:
-    """Integer ids as dense int32 codes of rows and columns; columns past the ids (queues) match nothing."""
+def _codes(ids: Array, columns: int) -> tuple[Array, Array | None]:
+    """Integer ids as dense int32 codes of rows and columns; columns past the ids (queues) match nothing.
+
+    On the GPU the ids themselves, of the rows: codes would have to be counted, and the stream waited for.
+    """
+    if on_cuda(ids):
+        return _contiguous(cast(ids, "int64")), None
     _, codes = np.unique(np.asarray(ids), return_inverse=True)
     rows = np.ascontiguousarray(codes.reshape(-1), np.int32)
     return rows, np.concatenate([rows, np.full(columns - len(rows), -1, np.int32)])
@@ -105,7 +112,7 @@ def softmax(
         dpaired = empty(x, tuple(paired.shape)) if paired is not None else None
     ids_x, ids_y = (None, None) if ids is None else _codes(ids, columns.shape[0])
     weight, weights = _row_weights(weights, x, reduction)
-    total, dscale = _core.softmax(
+    total, dscale = kernel(x, "softmax")(
         mode,
         x,
         columns,
@@ -126,7 +133,6 @@ def softmax(
         dpositive,
         None if dpaired is None else dpaired.reshape(-1, d),
         STRIP_BUDGET,
-        get_num_threads(),
     )
     value = _reduced(x, rows, total, reduction)
     if not gradients:
@@ -176,7 +182,7 @@ def sup_con(
         _, codes = np.unique(np.arange(len(x)) if labels is None else np.asarray(labels), return_inverse=True)
         classes = np.repeat(codes.reshape(-1).astype(np.int32), views)
     _, weights = _row_weights(weights, x, reduction)
-    total, dscale, anchors = _core.sup_con(
+    total, dscale, anchors = kernel(x, "sup_con")(
         x.reshape(-1, d),
         classes,
         None if positive_mask is None else as_bytes(positive_mask),
@@ -187,7 +193,6 @@ def sup_con(
         reduction == "mean",
         rows.reshape(-1),
         None if dx is None else dx.reshape(-1, d),
-        get_num_threads(),
     )
     value = _reduced(x, rows, total, reduction, anchors)
     return value, dx, _number(x, dscale) if gradients else None
@@ -205,7 +210,7 @@ def sigmoid(
     dx, dy = (empty(x, tuple(x.shape), zero=True) if gradients else None for _ in range(2))
     weight, weights = _row_weights(weights, x, reduction)
     scale = _multiplier(scale, x)
-    total, *scalars = _core.sigmoid(x, y, scale, bias, normalize, weights, weight, rows, dx, dy, get_num_threads())
+    total, *scalars = kernel(x, "sigmoid")(x, y, scale, bias, normalize, weights, weight, rows, dx, dy)
     value = _reduced(x, rows, total, reduction)
     return value, dx, dy, *(_number(x, g) if gradients else None for g in scalars)
 
@@ -230,11 +235,11 @@ def _labelled_lse(
     normalize: bool,
     *out: Any,
 ) -> float:
+    launch = kernel(x, "labelled_lse")
     columns, codes = (x if y is None else y), _labels(labels, x, y)
     multiplier, constants = _multiplier(scale, x), np.asarray(maps).reshape(-1).tolist()
-    return _core.labelled_lse(
-        x, columns, y is None, *codes, multiplier, normalize, constants, power, *out, get_num_threads()
-    )
+    dscale: float = launch(x, columns, y is None, *codes, multiplier, normalize, constants, power, *out)
+    return dscale
 
 
 def labelled_lse(
@@ -281,7 +286,7 @@ def potential(x: Array, t: float, normalize: bool, gradients: bool) -> tuple[Any
     """log mean over i < j of exp(-t |x_i - x_j|^2): value and gradient."""
     n = x.shape[0]
     dx = empty(x, tuple(x.shape), zero=True) if gradients else None
-    log_sum = _core.potential(x, t, normalize, dx, get_num_threads())
+    log_sum = kernel(x, "potential")(x, t, normalize, dx)
     value = empty(x, ())
     value[...] = log_sum - math.log(n * (n - 1) / 2)
     return value, dx
@@ -295,14 +300,19 @@ def alignment(
     rows = empty(x, (n,))
     dx, dy = (empty(x, tuple(x.shape)), empty(x, tuple(x.shape))) if gradients else (None, None)
     weight, weights = _row_weights(weights, x, reduction)
-    total = _core.alignment(x, y, alpha, normalize, weights, weight, rows, dx, dy, get_num_threads())
+    total = kernel(x, "alignment")(x, y, alpha, normalize, weights, weight, rows, dx, dy)
     value = _reduced(x, rows, total, reduction)
     return value, dx, dy
 
 
-def _power(map: str) -> tuple[str, float]:
+_ON_CUDA = ("dot", "one_minus_dot", "sqeuclidean", "euclidean", "gaussian")
+
+
+def _metric(x: Array, map: str) -> tuple[str, float]:
     """'minkowski:3.0' as name and power: an operator's map is one string."""
     name, _, power = map.partition(":")
+    if on_cuda(x) and name not in _ON_CUDA:
+        raise NotImplementedError(f"metric: {name} is not implemented on CUDA; pass arrays on the CPU")
     return name, float(power or 2)
 
 
@@ -313,7 +323,7 @@ def store(x: Array, y: Array | None, map: str, normalize: bool, condensed: bool,
     shape = (b, n * (n - 1) // 2) if condensed else (b, n, columns.shape[1])
     if out is None:
         out = empty(x, shape)
-    _core.store(x, columns, *_power(map), normalize, y is None, condensed, out, get_num_threads())
+    kernel(x, "store")(x, columns, *_metric(x, map), normalize, y is None, condensed, out)
     return out
 
 
@@ -326,7 +336,7 @@ def store_grad(
     dtype = compute_dtype(x)
     grad = cast(grad, dtype)
     grad = _contiguous(grad)
-    _core.store_grad(x, columns, *_power(map), normalize, condensed, value, grad, dx, dy, get_num_threads())
+    kernel(x, "store_grad")(x, columns, *_metric(x, map), normalize, condensed, value, grad, dx, dy)
     if y is None:
         dx += dy
         return dx, None
@@ -349,11 +359,33 @@ def _both_roles(dx: Array | None, dy: Array | None, y: Array | None) -> tuple[An
     return dx, dy
 
 
+def _unit_gaussian(x: Array, y: Array | None, parameters: Array, program: str) -> tuple[Any, Any, Any]:
+    """On the GPU, which knows the Gaussian of length scale 1 only: both sets about a centre, and the multiplier that
+    brings them there."""
+    if program != "sqeuclidean 0 -1; gaussian 0 0":
+        raise NotImplementedError("kernel: on CUDA only the Gaussian, by itself; pass arrays on the CPU")
+    x, y = (None if z is None else cast(z, compute_dtype(z)) for z in (x, y))
+    center = common_center(x)
+    return x - center, None if y is None else y - center, cast(parameters[0] ** 0.5, compute_dtype(x))
+
+
+def _unit_gaussian_gradients(
+    dx: Array, dy: Array | None, x: Array, y: Array | None, scale: Any, wanted: str
+) -> tuple[Any, Any, Any]:
+    """From gradients by the scaled points to those by the points and by the parameter, scale^2."""
+    along = (dx * x).sum() + (0 if dy is None else (dy * y).sum())
+    dp = cast((along / (2 * scale)).reshape(1), "float64") if "p" in wanted else None
+    return dx * scale if "x" in wanted else None, dy * scale if dy is not None and "y" in wanted else None, dp
+
+
 def gram(x: Array, y: Array | None, parameters: Array, program: str) -> Array:
     """k(x, y) of a kernel given as a program (`nearfar.kernels.program`), (b, n, m)."""
+    if on_cuda(x):
+        x, y, scale = _unit_gaussian(x, y, parameters, program)
+        return store(x * scale, None if y is None else y * scale, "gaussian", False, False)
     columns = x if y is None else y
     out = empty(x, (x.shape[0], x.shape[1], columns.shape[1]))
-    _core.gram(x, columns, program, parameters, y is None, out, get_num_threads())
+    kernel(x, "gram")(x, columns, program, parameters, y is None, out)
     return out
 
 
@@ -361,16 +393,27 @@ def gram_grad(
     grad: Array, x: Array, y: Array | None, parameters: Array, program: str, wanted: str
 ) -> tuple[Any, Any, Any]:
     """Gradients of ``<grad, gram(x, y)>`` with respect to those of x, y and the parameters ("p") that are wanted."""
+    if on_cuda(x):
+        x, y, scale = _unit_gaussian(x, y, parameters, program)
+        own, other = x * scale, None if y is None else y * scale
+        value = store(own, other, "gaussian", False, False)
+        dx, dy = store_grad(grad, value, own, other, "gaussian", False, False)
+        return _unit_gaussian_gradients(dx, dy, x, y, scale, wanted)
     dx, dy, dp = _pair_gradients(x, y, parameters, wanted)
     grad = _contiguous(cast(grad, compute_dtype(x)))
-    _core.gram_grad(x, x if y is None else y, program, parameters, grad, dx, dy, dp, get_num_threads())
+    kernel(x, "gram_grad")(x, x if y is None else y, program, parameters, grad, dx, dy, dp)
     return *_both_roles(dx, dy, y), dp
 
 
 def matmul(x: Array, y: Array | None, v: Array, parameters: Array, program: str) -> Array:
     """K(x, y) v for (b, n, d), (b, m, d), (b, m, r) and a kernel given as a program."""
     out = empty(x, (x.shape[0], x.shape[1], v.shape[2]))
-    _core.matmul(x, x if y is None else y, v, program, parameters, y is None, out, get_num_threads())
+    if on_cuda(x):
+        x, y, scale = _unit_gaussian(x, y, parameters, program)
+        x, y = x * scale, None if y is None else y * scale
+        kernel(x, "matmul")(x, x if y is None else y, cast(v, compute_dtype(x)), "gaussian", out)
+        return out
+    kernel(x, "matmul")(x, x if y is None else y, v, program, parameters, y is None, out)
     return out
 
 
@@ -382,9 +425,19 @@ def matmul_grad(
     dtype = compute_dtype(x)
     x, y, v, grad = (None if a is None else cast(a, dtype) for a in (x, y, v, grad))
     columns = x if y is None else y
+    if on_cuda(x):
+        dv = matmul(columns, None if y is None else x, grad, parameters, program) if "v" in wanted else None
+        x, y, scale = _unit_gaussian(x, y, parameters, program)
+        own = x * scale
+        other = own if y is None else y * scale
+        dx, dy = empty(x, tuple(own.shape), zero=True), empty(x, tuple(other.shape), zero=True)
+        kernel(x, "matmul_grad")(own, other, v, _contiguous(grad), "gaussian", dx, dy)
+        dx, dy = _both_roles(dx, dy, y)
+        dx, dy, dp = _unit_gaussian_gradients(dx, dy, x, y, scale, wanted)
+        return dx, dy, dv, dp
     dx, dy, dp = _pair_gradients(x, y, parameters, wanted)
     if dx is not None or dy is not None or dp is not None:
-        _core.matmul_grad(x, columns, v, grad, program, parameters, dx, dy, dp, get_num_threads())
+        kernel(x, "matmul_grad")(x, columns, v, grad, program, parameters, dx, dy, dp)
     dv = None
     if "v" in wanted:  # every score is symmetric: K(x, y)^T = K(y, x)
         dv = matmul(columns, None if y is None else x, grad, parameters, program)
@@ -396,7 +449,7 @@ def select(x: Array, y: Array | None, map: str, normalize: bool, exclude_self: b
     value = empty(x, (x.shape[0], x.shape[1], k))
     index = empty(x, (x.shape[0], x.shape[1], k), "int64")
     columns = x if y is None else y
-    _core.select(x, columns, *_power(map), normalize, exclude_self, k, value, index, SCREENING, get_num_threads())
+    kernel(x, "select")(x, columns, *_metric(x, map), normalize, exclude_self, k, value, index, SCREENING)
     return value, index
 
 
@@ -415,11 +468,12 @@ def lloyd(
     Returns the inertia and how many labels differ from what `labels` held. `weights` None: all 1.
     """
     centroids = _contiguous(centroids)
-    return _core.lloyd(x, centroids, normalize, weights, labels, distances, sums, counts, get_num_threads())
+    inertia, changed = kernel(x, "lloyd")(x, centroids, normalize, weights, labels, distances, sums, counts)
+    return inertia, changed
 
 
 def seeding(x: Array, normalize: bool, weights: Array | None, first: int, uniforms: Any) -> Any:
     """Greedy k-means++ from given random numbers (k - 1, trials): the int64 indices of the k chosen rows."""
     chosen = np.empty(len(uniforms) + 1, np.int64)
-    _core.seeding(x, normalize, weights, first, uniforms, chosen, get_num_threads())
+    kernel(x, "seeding")(x, normalize, weights, first, uniforms, chosen)
     return chosen

@@ -23,7 +23,7 @@ def _detached(value: Any) -> Any:
 
 
 def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define an operator of the CPU; absent tensors in the result become empty ones, which a schema can express."""
+    """Define an operator of both devices; absent tensors in the result become empty ones, for the schema."""
     name = schema.split("(", 1)[0]
 
     def implementation(*args: Any) -> Any:
@@ -33,7 +33,8 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> A
         return tuple(torch.empty(0) if part is None else part for part in result)
 
     _library.define(schema)
-    _library.impl(name, implementation, "CPU")
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, implementation, device)
     torch.library.register_fake(f"nearfar::{name}", fake, lib=_library)
     return getattr(torch.ops.nearfar, name).default
 

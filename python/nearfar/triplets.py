@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from . import _core
 from .arrays import Array, empty
-from .runtime import get_num_threads
+from .backend import kernel
 
 
 def codes_of(labels: Array) -> tuple[NDArray[np.int32], int]:
@@ -27,6 +26,7 @@ def _launch(
     places: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
 ) -> tuple[Array, Array | None, float, int]:
     """Sums of the anchors, gradient, sum, number of triplets; into `places` the triplets themselves."""
+    launch = kernel(x, "triplet")
     mining, margin, squared, soft, reduction, normalize = config
     codes, classes = codes_of(labels)
     rows = empty(x, (x.shape[0],))
@@ -36,7 +36,7 @@ def _launch(
         upstream = empty(x, (x.shape[0],))
         upstream[...] = weights
     positive, negative = places or (None, None)
-    total, count = _core.triplet(
+    total, count = launch(
         x,
         codes,
         classes,
@@ -52,7 +52,6 @@ def _launch(
         positive,
         negative,
         0 if positive is None else len(positive),
-        get_num_threads(),
     )
     return rows, dx, total, count
 

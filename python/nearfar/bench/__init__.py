@@ -14,7 +14,7 @@ from typing import Any
 
 import nearfar as nf
 
-from . import machine, measure, memory, report
+from . import gpu, machine, measure, memory, report
 from .case import Case, Shape, label
 from .cases import CASES, select
 
@@ -44,12 +44,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark from parsed options; the exit status."""
+    if args.device == "cuda":
+        return gpu.run(args)
     try:
         cases = select(args.ops)
         if args.threads is not None and args.threads < 1:
             raise ValueError(f"threads: expected a positive number, got {args.threads}")
-        if args.device != "cpu":
-            raise ValueError(f"device: this version computes on the CPU only, got {args.device!r}")
     except ValueError as error:
         print(f"nearfar bench: {error}", file=sys.stderr)
         return 2

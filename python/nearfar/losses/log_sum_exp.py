@@ -53,11 +53,11 @@ def _reduced(loss: Array, reduction: str, count: Any) -> Array:
 
 def _finite(value: Any, name: str, least: float = -math.inf, *, strict: bool = False) -> float:
     """A finite number, at least (or, strict, more than) `least`."""
-    value = number(value, name)
-    if not math.isfinite(value) or value < least or (strict and value == least):
+    finite = number(value, name)
+    if not math.isfinite(finite) or finite < least or (strict and finite == least):
         wanted = {-math.inf: "a finite"}.get(least, "a positive" if strict else "a non-negative")
-        raise ValueError(f"{name}: expected {wanted} number, got {value}")
-    return value
+        raise ValueError(f"{name}: expected {wanted} number, got {finite}")
+    return finite
 
 
 def _linear(slope: float, shift: float) -> tuple[float, float, float, float]:

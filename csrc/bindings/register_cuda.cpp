@@ -1,0 +1,333 @@
+// The submodule `cuda`: the operations on device memory, with the signatures of the CPU's. Where those take a number of
+// threads, these take `where`: (stream, exact, strip bytes, allocate), allocate(bytes) giving a workspace of the
+// caller's library. Nothing waits for the device, so sums come back in arrays.
+#if defined(NEARFAR_WITH_CUDA)
+#include "bindings/call.hpp"
+#include "cuda/device.hpp"
+#include "cuda/ops.hpp"
+
+namespace nearfar {
+namespace cuda_bindings {
+
+#if defined(NEARFAR_EMULATE)
+constexpr const char* kMemory = "CPU memory (this build emulates CUDA)";
+bool on_device(const Array& a) { return a.on_cpu(); }
+#else
+constexpr const char* kMemory = "CUDA memory";
+bool on_device(const Array& a) { return a.device_type == kDLCUDA || a.device_type == kDLCUDAManaged; }
+#endif
+
+/// The arrays of one call: of one device, checked as those of the CPU are.
+class Call {
+ public:
+  Array input(py::handle obj, const char* name, int ndim, DTypes allowed = kFloats) {
+    Array a = borrow(obj, name, allowed);
+    if (a.ndim != ndim)
+      refuse_value(name, "expected " + std::to_string(ndim) + (ndim == 1 ? " dimension" : " dimensions") +
+                             ", got shape " + shape_of(a));
+    check_device(a, name);
+    return a;
+  }
+  /// Points: of the dtype and depth of the first.
+  Array points(py::handle obj, const char* name, int ndim, const Array& like) {
+    Array a = input(obj, name, ndim);
+    require_dtype(a, name, like.dtype);
+    return a;
+  }
+  void* output(py::handle obj, const char* name, DType dtype, const int64_t* shape, int ndim) {
+    const Array a = borrow(obj, name, {dtype});
+    if (a.ndim != ndim || text_of(a.shape, a.ndim) != text_of(shape, ndim))
+      refuse_value(name, "expected shape " + text_of(shape, ndim) + ", got " + shape_of(a));
+    check_device(a, name);
+    if (a.readonly) refuse_value(name, "expected a writable array, got a read-only one");
+    if (!a.contiguous()) refuse_value(name, "expected a C-contiguous array");
+    return a.data;
+  }
+  template <class T>
+  T* output(py::handle obj, const char* name, std::initializer_list<int64_t> shape) {
+    constexpr DType dtype = std::is_same_v<T, int64_t> ? DType::i64 : sizeof(T) == 8 ? DType::f64 : DType::f32;
+    return static_cast<T*>(output(obj, name, dtype, shape.begin(), static_cast<int>(shape.size())));
+  }
+  /// None is null.
+  template <class T>
+  T* gradient(py::handle obj, const char* name, const Array& like) {
+    if (obj.is_none()) return nullptr;
+    return static_cast<T*>(output(obj, name, sizeof(T) == 8 ? DType::f64 : DType::f32, like.shape, like.ndim));
+  }
+
+  /// f(context): once to measure, once for real.
+  template <class F>
+  void run(const py::tuple& where, F f) const {
+    void* stream = reinterpret_cast<void*>(where[0].cast<uintptr_t>());
+    const bool exact = where[1].cast<bool>();
+    const int64_t strip_bytes = where[2].cast<int64_t>();
+    if (strip_bytes < 1) refuse_value("where", "expected a positive number of strip bytes");
+    const cuda::OnDevice guard(device_);
+    const cuda::Device device = cuda::device_of(device_);
+    cuda::Context measure(nullptr, 0, stream, exact, strip_bytes, device);
+    f(measure);
+    Array workspace;
+    if (measure.used() > 0) {
+      workspace = borrow(where[3](measure.used()), "workspace", {DType::i64});
+      check_device(workspace, "workspace");
+      if (workspace.ndim != 1 || !workspace.contiguous() || workspace.shape[0] * 8 < measure.used())
+        refuse_value("workspace", "expected " + std::to_string(measure.used()) + " contiguous bytes");
+    }
+    // A base that is not null, also of a call that needs no memory.
+    cuda::Context c(workspace.data ? workspace.data : &workspace, measure.used(), stream, exact, strip_bytes, device);
+    py::gil_scoped_release release;
+    f(c);
+  }
+
+ private:
+  void check_device(const Array& a, const char* name) {
+    if (!a.data) return;  // an empty array
+    if (!on_device(a)) refuse_value(name, std::string("expected ") + kMemory + ", got an array on " + device_of(a));
+    if (device_ >= 0 && a.device_id != device_)
+      refuse_value(name, "expected device cuda:" + std::to_string(device_) + ", got " + device_of(a));
+    device_ = a.device_id;
+  }
+  void check_device(const Array& a, const char* name) const { const_cast<Call*>(this)->check_device(a, name); }
+  int device_ = -1;
+};
+
+/// As PairInputs, of one device.
+struct DevicePairs {
+  Call call;
+  Array x, y;
+  DevicePairs(py::handle x_, py::handle y_) : x(call.input(x_, "x", 3)), y(call.points(y_, "y", 3, x)) {
+    require_shape(y, "y", {x.shape[0], y.shape[1], x.shape[2]});
+  }
+  int64_t batches() const { return x.shape[0]; }
+  int64_t n() const { return x.shape[1]; }
+  int64_t m() const { return y.shape[1]; }
+  int64_t d() const { return x.shape[2]; }
+  int64_t results(bool condensed) const { return condensed ? n() * (n() - 1) / 2 : n() * m(); }
+  template <class T>
+  T* result(py::handle out, const char* name, bool condensed) {
+    if (condensed) return call.output<T>(out, name, {batches(), results(true)});
+    return call.output<T>(out, name, {batches(), n(), m()});
+  }
+};
+
+void store(py::handle x, py::handle y, const std::string& map, double, bool normalize, bool same, bool condensed,
+           py::handle out, const py::tuple& where) {
+  DevicePairs in(x, y);
+  if ((same || condensed) && in.n() != in.m()) refuse_value("y", "expected the rows of x");
+  with_compute_type(in.x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    T* data = in.result<T>(out, "out", condensed);
+    const PairMap pair_map = map_of(map);
+    for (int64_t b = 0; b < in.batches() && in.results(condensed) > 0; ++b)
+      in.call.run(where, [&](cuda::Context& c) {
+        cuda::store<T>(c, {rows_of(in.x, b), rows_of(in.y, b), pair_map, normalize, same || condensed, condensed,
+                           data + b * in.results(condensed), 0});
+      });
+  });
+}
+
+void store_grad(py::handle x, py::handle y, const std::string& map, double, bool normalize, bool condensed,
+                py::handle value, py::handle grad, py::handle dx, py::handle dy, const py::tuple& where) {
+  DevicePairs in(x, y);
+  with_compute_type(in.x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T *values = in.result<T>(value, "value", condensed), *grads = in.result<T>(grad, "grad", condensed);
+    T *x_out = in.call.gradient<T>(dx, "dx", in.x), *y_out = in.call.gradient<T>(dy, "dy", in.y);
+    const PairMap pair_map = map_of(map);
+    for (int64_t b = 0; b < in.batches() && in.results(condensed) > 0; ++b)
+      in.call.run(where, [&](cuda::Context& c) {
+        cuda::store_grad<T>(
+            c, {rows_of(in.x, b), rows_of(in.y, b), pair_map, normalize, condensed, values + b * in.results(condensed),
+                grads + b * in.results(condensed), x_out + b * in.n() * in.d(), y_out + b * in.m() * in.d(), 0});
+      });
+  });
+}
+
+void matmul(py::handle x, py::handle y, py::handle v, const std::string& map, py::handle out, const py::tuple& where) {
+  DevicePairs in(x, y);
+  const Array values = in.call.points(v, "v", 3, in.x);
+  require_shape(values, "v", {in.batches(), in.m(), values.shape[2]});
+  with_compute_type(in.x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int64_t r = values.shape[2];
+    T* data = in.call.output<T>(out, "out", {in.batches(), in.n(), r});
+    const PairMap pair_map = map_of(map);
+    for (int64_t b = 0; b < in.batches() && in.n() * r > 0; ++b)
+      in.call.run(where, [&](cuda::Context& c) {
+        cuda::matmul<T>(c, {rows_of(in.x, b), rows_of(in.y, b), rows_of(values, b), pair_map, data + b * in.n() * r});
+      });
+  });
+}
+
+void matmul_grad(py::handle x, py::handle y, py::handle v, py::handle grad, const std::string& map, py::handle dx,
+                 py::handle dy, const py::tuple& where) {
+  DevicePairs in(x, y);
+  const Array values = in.call.points(v, "v", 3, in.x), upstream = in.call.points(grad, "grad", 3, in.x);
+  require_shape(values, "v", {in.batches(), in.m(), values.shape[2]});
+  require_shape(upstream, "grad", {in.batches(), in.n(), values.shape[2]});
+  with_compute_type(in.x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    T *x_out = in.call.gradient<T>(dx, "dx", in.x), *y_out = in.call.gradient<T>(dy, "dy", in.y);
+    const PairMap pair_map = map_of(map);
+    for (int64_t b = 0; b < in.batches() && in.results(false) > 0; ++b)
+      in.call.run(where, [&](cuda::Context& c) {
+        cuda::matmul_grad<T>(c, {rows_of(in.x, b), rows_of(in.y, b), rows_of(values, b), rows_of(upstream, b), pair_map,
+                                 x_out + b * in.n() * in.d(), y_out + b * in.m() * in.d()});
+      });
+  });
+}
+
+void select(py::handle x, py::handle y, const std::string& map, double, bool normalize, bool exclude_self, int64_t k,
+            py::handle value, py::handle index, const std::string&, const py::tuple& where) {
+  DevicePairs in(x, y);
+  const int64_t most = in.m() - (exclude_self ? 1 : 0);
+  if (k < 1 || k > most) refuse_value("k", "expected 1 to " + std::to_string(most) + ", got " + std::to_string(k));
+  with_compute_type(in.x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    T* values = in.call.output<T>(value, "value", {in.batches(), in.n(), k});
+    int64_t* indices = in.call.output<int64_t>(index, "index", {in.batches(), in.n(), k});
+    const PairMap pair_map = map_of(map);
+    for (int64_t b = 0; b < in.batches() && in.n() > 0; ++b)
+      in.call.run(where, [&](cuda::Context& c) {
+        cuda::select<T>(c, {rows_of(in.x, b), rows_of(in.y, b), pair_map, normalize, exclude_self, k,
+                            values + b * in.n() * k, indices + b * in.n() * k, Screening::never, 0});
+      });
+  });
+}
+
+/// `scale` is a number, or a 0-d float64 array on the device. `ids_x`: the ids (int64) of the rows; `ids_y` is not
+/// needed. sums (2): of the losses, and the gradient of scale.
+void softmax(const std::string& mode, py::handle x_, py::handle y_, py::handle positive_, int64_t positive_shift,
+             bool positive_is_column, bool positive_in_sum, py::handle paired_, py::handle ids_x, py::handle ids_y,
+             py::handle scale, bool normalize, py::handle weights, double weight, py::handle loss, py::handle dx,
+             py::handle dy, py::handle dpositive, py::handle dpaired, int64_t, py::handle sums,
+             const py::tuple& where) {
+  Call call;
+  const Array x = call.input(x_, "x", 2), y = call.points(y_, "y", 2, x);
+  const auto [n, d] = std::pair(x.shape[0], x.shape[1]);
+  require_shape(y, "y", {y.shape[0], d});
+  Array positive, paired, ids, multiplier;
+  if (!positive_.is_none()) {
+    positive = call.points(positive_, "positive", 2, x);
+    require_shape(positive, "positive", {n, d});
+  }
+  if (!paired_.is_none()) {
+    paired = call.points(paired_, "paired", 2, x);
+    require_shape(paired, "paired", {paired.shape[0], d});
+    if (n ? paired.shape[0] % n : paired.shape[0]) refuse_value("paired", "expected as many rows for every row of x");
+  }
+  if (!ids_y.is_none()) refuse_value("ids_y", "expected None");
+  if (!ids_x.is_none()) {
+    ids = call.input(ids_x, "ids", 1, {DType::i64});
+    require_shape(ids, "ids", {n});
+    if (!ids.contiguous()) refuse_value("ids", "expected contiguous ids");
+  }
+  const bool on_device = !py::isinstance<py::float_>(scale);
+  if (on_device) multiplier = call.input(scale, "scale", 0, {DType::f64});
+  with_compute_type(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    cuda::SoftmaxDevice<T> p{};
+    p.mode = mode == "rows" ? SoftmaxMode::rows : mode == "both" ? SoftmaxMode::both : SoftmaxMode::pairs;
+    if ((mode != "rows" && y.shape[0] != n) || (positive_is_column && y.shape[0] < n))
+      refuse_value("y", "expected as many rows as x");
+    p.x = rows_of(x);
+    p.y = rows_of(y);
+    if (positive.ndim) p.positive = rows_of(positive);
+    p.positive_shift = positive_shift;
+    p.positive_is_column = positive_is_column;
+    p.positive_in_sum = positive_in_sum;
+    if (paired.ndim) {
+      p.paired = rows_of(paired);
+      p.paired_per_row = n ? paired.shape[0] / n : 0;
+    }
+    p.ids = ids.as<int64_t>();
+    if (on_device) {
+      p.scale_at = multiplier.as<double>();
+    } else {
+      p.scale = scale.cast<double>();
+    }
+    p.normalize = normalize;
+    p.weights = weights.is_none() ? nullptr : call.output<T>(weights, "weights", {n});
+    p.weight = weight;
+    p.loss = call.output<T>(loss, "loss", {n});
+    p.dx = call.gradient<T>(dx, "dx", x);
+    p.dy = call.gradient<T>(dy, "dy", y);
+    p.dpositive = positive.ndim ? call.gradient<T>(dpositive, "dpositive", positive) : nullptr;
+    p.dpaired = paired.ndim ? call.gradient<T>(dpaired, "dpaired", paired) : nullptr;
+    if (!dx.is_none() && (dy.is_none() || (positive.ndim && dpositive.is_none()) || (paired.ndim && dpaired.is_none())))
+      refuse_value("dx", "expected all gradients or none");
+    p.loss_total = call.output<double>(sums, "sums", {2});
+    p.dscale_at = p.loss_total + 1;
+    call.run(where, [&](cuda::Context& c) { cuda::softmax<T>(c, p); });
+  });
+}
+
+void potential(py::handle x_, double t, bool normalize, py::handle dx, py::handle sums, const py::tuple& where) {
+  Call call;
+  const Array x = call.input(x_, "x", 2);
+  with_compute_type(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    cuda::PotentialDevice<T> p{};
+    p.x = rows_of(x);
+    p.t = t;
+    p.normalize = normalize;
+    p.dx = call.gradient<T>(dx, "dx", x);
+    p.log_sum_at = call.output<double>(sums, "sums", {1});
+    call.run(where, [&](cuda::Context& c) { cuda::potential<T>(c, p); });
+  });
+}
+
+void alignment(py::handle x_, py::handle y_, double alpha, bool normalize, py::handle weights, double weight,
+               py::handle value, py::handle dx, py::handle dy, py::handle sums, const py::tuple& where) {
+  Call call;
+  const Array x = call.input(x_, "x", 2), y = call.points(y_, "y", 2, x);
+  require_shape(y, "y", {x.shape[0], x.shape[1]});
+  with_compute_type(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    cuda::AlignmentDevice<T> p{};
+    p.x = rows_of(x);
+    p.y = rows_of(y);
+    p.alpha = alpha;
+    p.normalize = normalize;
+    p.weights = weights.is_none() ? nullptr : call.output<T>(weights, "weights", {x.shape[0]});
+    p.weight = weight;
+    p.value = call.output<T>(value, "value", {x.shape[0]});
+    p.dx = call.gradient<T>(dx, "dx", x);
+    p.dy = call.gradient<T>(dy, "dy", y);
+    p.value_total = call.output<double>(sums, "sums", {1});
+    call.run(where, [&](cuda::Context& c) { cuda::alignment<T>(c, p); });
+  });
+}
+
+}  // namespace cuda_bindings
+
+void register_cuda(py::module_& module) {
+  using py::arg;
+  py::module_ m = module.def_submodule("cuda", "The operations on device memory.");
+  m.attr("emulated") =
+#if defined(NEARFAR_EMULATE)
+      true;
+#else
+      false;
+#endif
+  m.def("store", cuda_bindings::store, arg("x"), arg("y"), arg("map"), arg("power"), arg("normalize"), arg("same"),
+        arg("condensed"), arg("out"), arg("where"));
+  m.def("store_grad", cuda_bindings::store_grad, arg("x"), arg("y"), arg("map"), arg("power"), arg("normalize"),
+        arg("condensed"), arg("value"), arg("grad"), arg("dx"), arg("dy"), arg("where"));
+  m.def("matmul", cuda_bindings::matmul, arg("x"), arg("y"), arg("v"), arg("map"), arg("out"), arg("where"));
+  m.def("matmul_grad", cuda_bindings::matmul_grad, arg("x"), arg("y"), arg("v"), arg("grad"), arg("map"), arg("dx"),
+        arg("dy"), arg("where"));
+  m.def("select", cuda_bindings::select, arg("x"), arg("y"), arg("map"), arg("power"), arg("normalize"),
+        arg("exclude_self"), arg("k"), arg("value"), arg("index"), arg("screening"), arg("where"));
+  m.def("softmax", cuda_bindings::softmax, arg("mode"), arg("x"), arg("y"), arg("positive"), arg("positive_shift"),
+        arg("positive_is_column"), arg("positive_in_sum"), arg("paired"), arg("ids_x"), arg("ids_y"), arg("scale"),
+        arg("normalize"), arg("weights"), arg("weight"), arg("loss"), arg("dx"), arg("dy"), arg("dpositive"),
+        arg("dpaired"), arg("strip_budget"), arg("sums"), arg("where"));
+  m.def("potential", cuda_bindings::potential, arg("x"), arg("t"), arg("normalize"), arg("dx"), arg("sums"),
+        arg("where"));
+  m.def("alignment", cuda_bindings::alignment, arg("x"), arg("y"), arg("alpha"), arg("normalize"), arg("weights"),
+        arg("weight"), arg("value"), arg("dx"), arg("dy"), arg("sums"), arg("where"));
+}
+
+}  // namespace nearfar
+#endif

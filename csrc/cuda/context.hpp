@@ -1,0 +1,85 @@
+// Where a call runs: the stream and the workspace that the caller has given, and what the machine is like.
+//
+// An operation runs twice through the same code: first measuring (no base: take() only counts, launch() does nothing),
+// then for real. So what it needs and what it uses cannot differ, and nothing here allocates device memory.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "cuda/portable.hpp"
+
+namespace nearfar::cuda {
+
+#if !defined(NEARFAR_EMULATE)
+// One block a multiprocessor is enough to ask for: else the assembler spills registers to make room for more.
+template <class Body>
+__global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Body body) {
+  body();
+}
+#endif
+
+/// What an operation may know of the device when it chooses shapes.
+struct Device {
+  int architecture = 80;  // 10 * major + minor
+  int multiprocessors = 108;
+};
+
+class Context {
+ public:
+  Context(void* base, int64_t size, void* stream, bool exact, int64_t strip_bytes, const Device& device)
+      : exact(exact),
+        strip_bytes(strip_bytes),
+        device(device),
+        base_(static_cast<char*>(base)),
+        size_(size),
+        stream_(stream) {}
+
+  /// `count` numbers of the workspace, aligned, not initialised.
+  template <class T>
+  T* take(int64_t count) {
+    const int64_t begin = used_;
+    used_ += (count * static_cast<int64_t>(sizeof(T)) + kAlign - 1) / kAlign * kAlign;
+    if (measuring()) return reinterpret_cast<T*>(kAlign + begin);
+    if (used_ > size_) throw std::logic_error("workspace: smaller than was measured");
+    return reinterpret_cast<T*>(base_ + begin);
+  }
+  int64_t used() const { return used_; }
+  bool measuring() const { return base_ == nullptr; }
+
+  template <class Body>
+  void launch(int64_t blocks, const Body& body) const {
+    if (measuring() || blocks == 0) return;
+    if (blocks > INT32_MAX) throw std::runtime_error("CUDA: more than 2^31 blocks");
+#if defined(NEARFAR_EMULATE)
+    emulation::run(blocks, [](const void* kernel) { (*static_cast<const Body*>(kernel))(); }, &body);
+#else
+    void* arguments[] = {const_cast<Body*>(&body)};
+    const cudaError_t error =
+        cudaLaunchKernel(reinterpret_cast<const void*>(&kernel<Body>), dim3(static_cast<unsigned>(blocks)),
+                         dim3(kThreads), arguments, 0, static_cast<cudaStream_t>(stream_));
+    if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+#endif
+  }
+  /// One thread, or one warp, for each of `count` things.
+  template <class Body>
+  void launch_threads(int64_t count, const Body& body) const {
+    launch((count + kThreads - 1) / kThreads, body);
+  }
+  template <class Body>
+  void launch_warps(int64_t count, const Body& body) const {
+    launch((count + kWarps - 1) / kWarps, body);
+  }
+
+  const bool exact;           // float32 inputs keep float32 accuracy; else tf32
+  const int64_t strip_bytes;  // about the most that a block of weights takes
+  const Device device;
+
+ private:
+  static constexpr int64_t kAlign = 256;
+  char* base_;
+  int64_t size_, used_ = 0;
+  void* stream_;
+};
+
+}  // namespace nearfar::cuda

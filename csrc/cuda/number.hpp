@@ -1,0 +1,71 @@
+// Numbers on the device: storage types, conversions, and the functions that pairwise/map.hpp asks of a backend.
+#pragma once
+
+#include <cmath>
+
+#include "cuda/portable.hpp"
+#include "pairwise/dtype.hpp"
+#include "pairwise/score.hpp"
+
+namespace nearfar {
+inline namespace device {
+
+struct BF16 {
+  uint16_t bits;
+};
+struct F16 {
+  uint16_t bits;
+};
+
+NEARFAR_DEVICE float widen(BF16 x) {
+  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+NEARFAR_DEVICE float widen(F16 x) { return cuda::half_to_float(x.bits); }
+NEARFAR_DEVICE float widen(float x) { return x; }
+NEARFAR_DEVICE double widen(double x) { return x; }
+
+/// To the nearest, ties to even.
+template <class E, class T>
+NEARFAR_DEVICE E narrow(T value) {
+  return static_cast<E>(value);
+}
+template <>
+NEARFAR_DEVICE BF16 narrow<BF16, float>(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0};
+  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};
+}
+template <>
+NEARFAR_DEVICE F16 narrow<F16, float>(float value) {
+  return {cuda::float_to_half(value)};
+}
+
+template <class T>
+NEARFAR_DEVICE T infinity() {
+  return static_cast<T>(HUGE_VAL);
+}
+template <class T>
+NEARFAR_DEVICE T not_a_number() {
+  return static_cast<T>(nan(""));
+}
+
+NEARFAR_DEVICE float exp_flush(float x) { return expf(x); }
+NEARFAR_DEVICE double exp_flush(double x) { return exp(x); }
+using std::log;
+using std::sqrt;
+template <class T>
+NEARFAR_DEVICE T select(bool condition, T yes, T no) {
+  return condition ? yes : no;
+}
+NEARFAR_DEVICE float largest(float a, float b) { return fmaxf(a, b); }
+NEARFAR_DEVICE double largest(double a, double b) { return fmax(a, b); }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+}  // namespace device
+}  // namespace nearfar

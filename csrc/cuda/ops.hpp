@@ -1,0 +1,68 @@
+// The plain-C++ interface of the CUDA kernels: the params of the CPU's (cpu/ops.hpp; `threads` is not read), with
+// device pointers, and what must stay on the device because nothing here waits for it.
+#pragma once
+
+#include "cpu/ops.hpp"
+#include "cuda/context.hpp"
+
+namespace nearfar::cuda {
+
+template <class T>
+struct SoftmaxDevice : SoftmaxParams<T> {
+  const int64_t* ids = nullptr;      // (x.n): in place of codes; columns past them match nothing
+  const double* scale_at = nullptr;  // null: `scale`
+  double* loss_total = nullptr;      // out: sum of losses
+  double* dscale_at = nullptr;       // out
+};
+
+template <class T>
+struct PotentialDevice : PotentialParams<T> {
+  double* log_sum_at = nullptr;
+};
+
+template <class T>
+struct AlignmentDevice : AlignmentParams<T> {
+  double* value_total = nullptr;
+};
+
+/// out = K v with K = map, a Gaussian of length scale 1 or the dot product; v (m, r), out (n, r).
+template <class T>
+struct MatmulDevice {
+  Rows x, y, v;
+  PairMap map;
+  T* out;
+};
+
+/// dx, dy of <grad, K v>.
+template <class T>
+struct MatmulGradDevice {
+  Rows x, y, v, grad;
+  PairMap map;
+  T *dx, *dy;
+};
+
+// Instantiated for float and double; see cuda/ops/*.cu.
+template <class T>
+void store(Context& c, const StoreParams<T>& p);
+template <class T>
+void store_grad(Context& c, const StoreGradParams<T>& p);
+template <class T>
+void softmax(Context& c, const SoftmaxDevice<T>& p);
+template <class T>
+void potential(Context& c, const PotentialDevice<T>& p);
+template <class T>
+void alignment(Context& c, const AlignmentDevice<T>& p);
+template <class T>
+void matmul(Context& c, const MatmulDevice<T>& p);
+template <class T>
+void matmul_grad(Context& c, const MatmulGradDevice<T>& p);
+template <class T>
+void select(Context& c, const SelectParams<T>& p);
+
+#define NEARFAR_INSTANTIATE(operation, Params)                      \
+  namespace nearfar::cuda {                                         \
+  template void operation<float>(Context&, const Params<float>&);   \
+  template void operation<double>(Context&, const Params<double>&); \
+  }
+
+}  // namespace nearfar::cuda

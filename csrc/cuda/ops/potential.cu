@@ -1,0 +1,150 @@
+// Gaussian potential: log sum_{i<j} exp(-t |x_i - x_j|^2) and its gradient (Wang & Isola 2020).
+//
+// The normaliser is one number, so the gradient needs no second look at the scores: weights are exp(-t r + t r_0) with
+// a reference r_0, summed while they are made, and divided by their sum at the end. On the sphere r <= 4, so r_0 = 0
+// will do unless t is large; else r_0 is the least distance, found by a pass of its own. All pairs i != j are taken, so
+// that one product with the symmetric weights is the whole gradient.
+#include "cuda/ops.hpp"
+#include "cuda/strip.hpp"
+
+namespace nearfar {
+namespace {
+
+using cuda::PotentialDevice;
+
+/// Of every tile: the sum of e^{t (r_0 - r)}, or with `least` the least r. Weights are stored where there is a strip.
+template <class T>
+struct PotentialEpilogue {
+  static constexpr bool kDistances = true;
+  Scores<T> scores;
+  Weights<T> strip;  // w null: not stored
+  Block block;
+  int64_t n, tiles_n;
+  bool least;
+  T t;
+  const double* reference;  // null: 0
+  double* of_tiles;
+
+  NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
+  NEARFAR_DEVICE bool inside(int64_t i, int64_t j) const {
+    return block.row + i < n && block.column + j < n && block.row + i != block.column + j;
+  }
+  template <class P>
+  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t tile_m, int64_t tile_n, int64_t) const {
+    const T base = reference ? static_cast<T>(*reference) : T(0);
+    double total = least ? infinity<double>() : 0;
+    auto put = [&](int64_t i, int64_t j, T square, bool near) {
+      if (least) {
+        total = fmin(total, static_cast<double>(square));
+        return;
+      }
+      const T w = exp_flush((base - square) * t);
+      total += static_cast<double>(w);
+      if (!strip.w) return;
+      strip.w[i * strip.pitch + j] = w;
+      if (near) strip.mark(block.row + i, block.column + j);
+    };
+    f.for_each(
+        [&](int64_t i, int64_t j, T product) {
+          return inside(i, j) &&
+                 scores.must_measure(block.row + i, block.column + j, scores(block.row + i, block.column + j, product));
+        },
+        [&](int64_t i, int64_t j, T product) {
+          if (inside(i, j)) {
+            const T square = scores(block.row + i, block.column + j, product);
+            put(i, j, square, scores.near(block.row + i, block.column + j, square));
+          } else if (strip.w) {
+            strip.w[i * strip.pitch + j] = 0;
+          }
+        },
+        [&](int64_t i, int64_t j) { put(i, j, scores.measure(block.row + i, block.column + j), true); });
+    if (least) {
+      total = -block_largest(-total);
+    } else {
+      total = block_sum(total);
+    }
+    if (cuda::thread_index() == 0) of_tiles[tile_m * tiles_n + tile_n] = total;
+  }
+};
+
+struct LeastOfTiles {
+  const double* values;
+  int64_t count;
+  double* out;
+  NEARFAR_DEVICE void operator()() const {
+    double least = infinity<double>();
+    for (int64_t k = cuda::thread_index(); k < count; k += cuda::kThreads) least = fmin(least, values[k]);
+    least = -block_largest(-least);
+    if (cuda::thread_index() == 0) *out = least < infinity<double>() ? least : 0;
+  }
+};
+
+/// The log of half the sum, pairs having been counted twice; and what turns the products into the gradient.
+struct FinishPotential {
+  OrderedSum sum;
+  double t;
+  const double* reference;
+  double *log_sum, *slope;
+  NEARFAR_DEVICE void operator()() const {
+    const double total = sum() / 2;
+    if (cuda::thread_index() != 0) return;
+    *log_sum = log(total) - t * (reference ? static_cast<double>(*reference) : 0);
+    if (slope) *slope = -2 * t / total;
+  }
+};
+
+template <class T>
+void run(cuda::Context& c, const PotentialDevice<T>& p) {
+  const Pairs<T, T> pairs(c, p.x, p.x, p.normalize, true, p.dx != nullptr);
+  Strip<T, T> strip(c, pairs, false, p.dx != nullptr, p.dx, nullptr);
+  // By strips also where nothing is stored: the partial sums are of one launch each.
+  const int64_t per_row = ceil_div(pairs.x.padded, 64);
+  double* of_tiles = c.take<double>(per_row * per_row);
+  double *reference = nullptr, *slope = p.dx ? c.take<double>(1) : nullptr;
+
+  auto pass = [&](bool least, bool store) {
+    int64_t tiles = 0;
+    for (int64_t row = 0; row < pairs.x.padded; row += strip.shape.rows)
+      for (int64_t column = 0; column < pairs.y.padded; column += strip.shape.columns) {
+        Weights<T> weights = strip.open(row, column);
+        const Block& b = weights.block;
+        const Plan plan = plan_scores(c, "potential", pairs, b);
+        const int64_t tiles_n = ceil_div(b.columns, plan.tile);
+        if (store) strip.clear_near(weights);
+        if (!store) weights.w = nullptr;
+        launch_scores(c, plan, pairs, b,
+                      PotentialEpilogue<T>{pairs.scores, weights, b, p.x.n, tiles_n, least, static_cast<T>(p.t),
+                                           reference, of_tiles + tiles});
+        tiles += ceil_div(b.rows, plan.tile) * tiles_n;
+        if (store) strip.products(weights);
+      }
+    return tiles;
+  };
+
+  constexpr double kSafeExponent = 60;
+  if (!p.normalize || 4 * p.t > kSafeExponent) {
+    double* least = c.take<double>(1);
+    const int64_t tiles = pass(true, false);
+    c.launch(1, LeastOfTiles{of_tiles, tiles, least});
+    reference = least;
+  }
+  const int64_t tiles = pass(false, p.dx != nullptr);
+  c.launch(1, FinishPotential{{of_tiles, tiles}, p.t, reference, p.log_sum_at, slope});
+  if (!p.dx) return;
+  FinishRows<T> step{};
+  step.scale = slope;
+  step.multiply = 1;
+  finish_rows(c, pairs.scores.x, p.dx, step);
+}
+
+}  // namespace
+
+namespace cuda {
+template <class T>
+void potential(Context& c, const PotentialDevice<T>& p) {
+  run(c, p);
+}
+}  // namespace cuda
+}  // namespace nearfar
+
+NEARFAR_INSTANTIATE(potential, PotentialDevice)

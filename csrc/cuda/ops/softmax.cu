@@ -1,0 +1,435 @@
+// Softmax over pairs: InfoNCE, CLIP, NT-Xent. What is computed is said in cpu/ops/softmax.cpp; here is in which order.
+//
+// Log-sum-exps: strips of rows; every tile leaves one partial state for each of its rows (and columns), merged in
+// order. rows, where whole rows of scores fit a strip: scores stay in the strip, and become weights when the strip's
+// log-sum-exps are known: three products in all. Else the weights come from a second product of the same scores, once
+// every normaliser is known: four products (three for NT-Xent, whose weights are symmetric).
+#include "cuda/ops.hpp"
+#include "cuda/strip.hpp"
+#include "pairwise/reduce.hpp"
+
+namespace nearfar {
+namespace {
+
+using cuda::SoftmaxDevice;
+
+/// The multiplier of dot products, which may be on the device. One that is not positive is NaN.
+struct Multiplier {
+  const double* at;
+  double value;
+  NEARFAR_DEVICE double operator()() const {
+    const double scale = at ? *at : value;
+    return scale > 0 ? scale : not_a_number<double>();
+  }
+};
+
+/// Scaled scores, -inf where a pair is not in the denominator.
+template <class T>
+struct MaskedScores {
+  Scores<T> scores;
+  Multiplier multiplier;
+  int64_t n, m, skip_shift;  // leave out column (i + shift) % n of row i; -1: none
+  bool pairs;                // leave out column i of row i
+  const int64_t* ids;
+
+  NEARFAR_DEVICE bool has(int64_t i, int64_t j) const {
+    if (i >= n || j >= m || (pairs && i == j)) return false;
+    if (skip_shift >= 0 && j < n && j == (i + skip_shift < n ? i + skip_shift : i + skip_shift - n)) return false;
+    return !(ids && j < n && ids[i] == ids[j]);
+  }
+  /// In place, for a whole tile.
+  template <class P>
+  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t row, int64_t column) const {
+    const T scale = static_cast<T>(multiplier());
+    NEARFAR_UNROLL
+    for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
+    for (int b = 0; b < P::kCols; ++b) {
+      const int64_t i = row + f.i(a), j = column + f.j(b);
+      f(a, b) = has(i, j) ? scale * scores(i, j, f(a, b)) : -infinity<T>();
+    }
+  }
+};
+
+/// Partial states of rows and columns by tile; `keep` also stores the scores.
+template <class T>
+struct LseEpilogue {
+  static constexpr bool kDistances = false;
+  MaskedScores<T> masked;
+  Weights<T> keep;  // w null: not kept
+  Block block;
+  int64_t tiles_m, tiles_n;
+  PartialSum<T>*of_rows, *of_columns;  // [row][tile_n], [column][tile_m]; of_columns null: not wanted
+
+  NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
+  template <class P>
+  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t tile_m, int64_t tile_n, int64_t) const {
+    masked.apply(f, block.row, block.column);
+    if (keep.w) f.for_each([&](int64_t i, int64_t j, T score) { keep.w[i * keep.pitch + j] = score; });
+    reduce_lse<P, true>(f, [&](int i, const PartialSum<T>& sum) { of_rows[(f.i0 + i) * tiles_n + tile_n] = sum; });
+    if (of_columns)
+      reduce_lse<P, false>(f,
+                           [&](int j, const PartialSum<T>& sum) { of_columns[(f.j0 + j) * tiles_m + tile_m] = sum; });
+  }
+};
+
+/// A warp a line: states[line] merges its partial states, in an order that their number decides.
+template <class T>
+struct MergeStates {
+  const PartialSum<T>* partial;
+  int64_t parts, lines;
+  LogSumExp* states;
+
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t line = cuda::global_warp();
+    if (line >= lines) return;
+    LogSumExp state;
+    for (int64_t part = cuda::lane_index(); part < parts; part += cuda::kWarp) {
+      const PartialSum<T> own = partial[line * parts + part];
+      state.add(static_cast<double>(own.m), static_cast<double>(own.s));
+    }
+    for (int mask = 1; mask < cuda::kWarp; mask *= 2) {
+      LogSumExp other;
+      other.m = cuda::shuffle_xor(state.m, mask);
+      other.s = cuda::shuffle_xor(state.s, mask);
+      // Both lanes merge in the same order, so that they agree.
+      LogSumExp low = cuda::lane_index() & mask ? other : state;
+      low.merge(cuda::lane_index() & mask ? state : other);
+      state = low;
+    }
+    if (cuda::lane_index() == 0) {
+      LogSumExp total = states[line];
+      total.merge(state);
+      states[line] = total;
+    }
+  }
+};
+
+/// What is in every denominator before any column: own negatives; and the positives, which are kept apart. A warp a
+/// row.
+template <class T>
+struct FirstStates {
+  Source<T> x, positive, paired;
+  Multiplier multiplier;
+  int64_t n, m, shift, each;
+  LogSumExp *states, *column_states;  // column_states null: not wanted
+  double* positive_score;
+  T* paired_score;
+
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t i = cuda::global_warp();
+    const bool own = i < n;
+    if (!own && (i >= m || !column_states)) return;
+    LogSumExp state;
+    double score = 0;
+    if (own) {
+      const double scale = multiplier();
+      if (positive.rows.n > 0) score = scale * warp_dot(x, i, positive, (i + shift) % n);
+      for (int64_t q = i * each; q < (i + 1) * each; ++q) {
+        const double value = scale * warp_dot(x, i, paired, q);
+        if (cuda::lane_index() == 0) paired_score[q] = static_cast<T>(value);
+        state.add(value, 1);
+      }
+    }
+    if (cuda::lane_index() != 0) return;
+    if (own) states[i] = state, positive_score[i] = score;
+    if (column_states && i < m) column_states[i] = LogSumExp();
+  }
+};
+
+/// What the states of a row say.
+struct Denominator {
+  bool positive_in_sum;
+  const double* positive_score;
+
+  /// Log of the whole denominator.
+  NEARFAR_DEVICE double whole(LogSumExp state, int64_t i) const {
+    if (positive_in_sum) state.add(positive_score[i], 1);
+    return state.value();
+  }
+  NEARFAR_DEVICE double loss(const LogSumExp& state, int64_t i) const {
+    const double z = state.value() - positive_score[i];
+    if (!positive_in_sum) return z;
+    return z > 0 ? z + log1p(exp(-z)) : log1p(exp(z));
+  }
+  /// d loss / d positive score.
+  NEARFAR_DEVICE double slope(const LogSumExp& state, int64_t i) const {
+    return positive_in_sum ? -1 / (1 + exp(positive_score[i] - state.value())) : -1;
+  }
+};
+
+template <class T>
+struct RowWeights {
+  const T* weights;     // null: `weight`
+  double weight, part;  // part: of the loss, one half where it is the mean of two
+  NEARFAR_DEVICE double operator()(int64_t i) const {
+    return part * (weights ? static_cast<double>(weights[i]) : weight);
+  }
+};
+
+/// Normalisers and weights of lines [first, first + count): w e^{s - base}. An empty denominator has no weight.
+template <class T>
+struct FillWeights {
+  Denominator denominator;
+  const LogSumExp* states;
+  RowWeights<T> weights;
+  int64_t first, count, valid;
+  T *base, *weight;
+
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t at = cuda::global_thread(), i = first + at;
+    if (at >= count) return;
+    double lse = 0, w = 0;
+    if (i < valid) lse = denominator.whole(states[i], i), w = weights(i);
+    const bool empty = lse == -infinity<double>();
+    base[i] = static_cast<T>(empty ? 0 : lse);
+    weight[i] = static_cast<T>(empty ? 0 : w);
+  }
+};
+
+/// u_i e^{s_ij - a_i} + v_j e^{s_ij - b_j}
+template <class T>
+struct PairWeight {
+  const T *row_base, *row_weight, *column_base, *column_weight;  // columns null: rows only
+  NEARFAR_DEVICE T operator()(int64_t i, int64_t j, T score) const {
+    if (score == -infinity<T>()) return 0;
+    const T own = row_weight[i] * exp_flush(score - row_base[i]);
+    return column_base ? own + column_weight[j] * exp_flush(score - column_base[j]) : own;
+  }
+};
+
+template <class T>
+struct WeightEpilogue {
+  static constexpr bool kDistances = false;
+  MaskedScores<T> masked;
+  PairWeight<T> weight;
+  Weights<T> out;
+
+  NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
+  template <class P>
+  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
+    masked.apply(f, out.block.row, out.block.column);
+    f.for_each([&](int64_t i, int64_t j, T score) {
+      out.w[i * out.pitch + j] = weight(out.block.row + i, out.block.column + j, score);
+    });
+  }
+};
+
+/// Scores of a strip become weights, in place.
+template <class T>
+struct WeighStrip {
+  PairWeight<T> weight;
+  Weights<T> strip;
+  NEARFAR_DEVICE void operator()() const {
+    const Block& b = strip.block;
+    const int64_t at = cuda::global_thread(), i = at / b.columns, j = at % b.columns;
+    if (i >= b.rows) return;
+    T& place = strip.w[i * strip.pitch + j];
+    place = weight(b.row + i, b.column + j, place);
+  }
+};
+
+/// Losses; and d loss / d score of positives and own negatives. A thread a row.
+template <class T>
+struct FinishLosses {
+  Denominator denominator;
+  const LogSumExp *states, *column_states;  // column_states: of `both`, else null
+  RowWeights<T> weights;
+  int64_t n, each;
+  const T* paired_score;
+  T* loss;
+  double* loss_wide;
+  T *positive_weight, *paired_weight;  // null: not wanted
+
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t i = cuda::global_thread();
+    if (i >= n) return;
+    double value = denominator.loss(states[i], i);
+    if (column_states) value = 0.5 * (value + denominator.loss(column_states[i], i));
+    loss[i] = static_cast<T>(value);
+    loss_wide[i] = value;
+    if (!positive_weight) return;
+    double slope = denominator.slope(states[i], i);
+    if (column_states) slope += denominator.slope(column_states[i], i);
+    positive_weight[i] = static_cast<T>(weights(i) * slope);
+    const double lse = denominator.whole(states[i], i);
+    for (int64_t q = i * each; q < (i + 1) * each; ++q)
+      paired_weight[q] = static_cast<T>(weights(i) * exp(static_cast<double>(paired_score[q]) - lse));
+  }
+};
+
+/// sum_ij (dL/ds_ij) s_ij = sum_i <x_i, dx_i> for unit rows before the projection, over scale; with pairs every score
+/// counts twice.
+struct ScaleGradient {
+  OrderedSum sum;
+  Multiplier multiplier;
+  double divide;
+  double* out;
+  NEARFAR_DEVICE void operator()() const {
+    const double total = sum();
+    if (cuda::thread_index() == 0) *out = total / (divide * multiplier());
+  }
+};
+
+template <class T, class E>
+class Softmax {
+ public:
+  Softmax(cuda::Context& context, const SoftmaxDevice<T>& params)
+      : c(context),
+        p(params),
+        n(p.x.n),
+        m(p.y.n),
+        columns_(p.mode == SoftmaxMode::both),
+        pairs_(c, p.x, p.y, p.normalize, false, p.dx != nullptr),
+        strip_(c, pairs_, keeps_scores(), p.dx != nullptr, p.dx, p.mode == SoftmaxMode::pairs ? nullptr : p.dy),
+        multiplier_{p.scale_at, p.scale} {}
+
+  void run() {
+    first_states();
+    const MaskedScores<T> masked{
+        pairs_.scores, multiplier_, n, m, p.positive_is_column ? p.positive_shift : -1, p.mode == SoftmaxMode::pairs,
+        p.ids};
+    // The two passes cut all pairs alike, except that the first keeps whole rows together.
+    const StripShape shape = keeps_scores() ? strip_.shape : StripShape::of(n, m, lse_pairs(), false);
+    of_rows_ = c.take<PartialSum<T>>(shape.rows * ceil_div(shape.columns, 64));
+    if (columns_) of_columns_ = c.take<PartialSum<T>>(shape.columns * ceil_div(shape.rows, 64));
+    if (p.dx) {
+      row_base_ = c.take<T>(pairs_.x.padded);
+      row_weight_ = c.take<T>(pairs_.x.padded);
+      column_base_ = columns_ ? c.take<T>(pairs_.y.padded) : row_base_;
+      column_weight_ = columns_ ? c.take<T>(pairs_.y.padded) : row_weight_;
+    }
+    for (int64_t row = 0; row < pairs_.x.padded; row += shape.rows)
+      for (int64_t column = 0; column < pairs_.y.padded; column += shape.columns) lse_block(masked, row, column, shape);
+    if (p.dx && !keeps_scores()) weight_pass(masked);
+    finish();
+  }
+
+ private:
+  /// Three products in place of four.
+  bool keeps_scores() const {
+    return p.mode == SoftmaxMode::rows && p.dx &&
+           round_up(m, kPadRows) * kPadRows * static_cast<int64_t>(sizeof(T)) <= c.strip_bytes;
+  }
+  /// Partial states take two numbers for 64 pairs (twice that with columns): as much as a strip of weights.
+  int64_t lse_pairs() const { return c.strip_bytes / static_cast<int64_t>(sizeof(T)) * 16; }
+
+  RowWeights<T> row_weights() const { return {p.weights, p.weight, columns_ ? 0.5 : 1.0}; }
+  Denominator denominator() const { return {p.positive_in_sum, positive_score_}; }
+
+  void first_states() {
+    positive_ = source_of<T>(c, p.positive, p.normalize);
+    paired_ = source_of<T>(c, p.paired, p.normalize);
+    states_ = c.take<LogSumExp>(n);
+    if (columns_) column_states_ = c.take<LogSumExp>(m);
+    positive_score_ = c.take<double>(n);
+    paired_score_ = c.take<T>(p.paired.n);
+    c.launch_warps(columns_ && m > n ? m : n,
+                   FirstStates<T>{pairs_.scores.x, positive_, paired_, multiplier_, n, m, p.positive_shift,
+                                  p.paired_per_row, states_, column_states_, positive_score_, paired_score_});
+  }
+
+  void lse_block(const MaskedScores<T>& masked, int64_t row, int64_t column, const StripShape& shape) {
+    const int64_t rows_left = pairs_.x.padded - row, columns_left = pairs_.y.padded - column;
+    const Block b{row, rows_left < shape.rows ? rows_left : shape.rows, column,
+                  columns_left < shape.columns ? columns_left : shape.columns};
+    Weights<T> kept{};
+    if (keeps_scores()) kept = strip_.open(row, column);
+    const Plan plan = plan_scores(c, "log-sum-exp", pairs_, b);
+    const int64_t tiles_m = ceil_div(b.rows, plan.tile), tiles_n = ceil_div(b.columns, plan.tile);
+    launch_scores(c, plan, pairs_, b, LseEpilogue<T>{masked, kept, b, tiles_m, tiles_n, of_rows_, of_columns_});
+    const int64_t rows = b.rows < n - row ? b.rows : n - row, columns = b.columns < m - column ? b.columns : m - column;
+    c.launch_warps(rows, MergeStates<T>{of_rows_, tiles_n, rows, states_ + row});
+    if (columns_) c.launch_warps(columns, MergeStates<T>{of_columns_, tiles_m, columns, column_states_ + column});
+    if (!keeps_scores()) return;
+    fill(states_, row, b.rows, n, row_base_, row_weight_);
+    c.launch_threads(b.rows * b.columns, WeighStrip<T>{PairWeight<T>{row_base_, row_weight_, nullptr, nullptr}, kept});
+    strip_.products(kept);
+  }
+
+  void fill(const LogSumExp* states, int64_t first, int64_t count, int64_t valid, T* base, T* weight) {
+    RowWeights<T> weights = row_weights();
+    c.launch_threads(count, FillWeights<T>{denominator(), states, weights, first, count, valid, base, weight});
+  }
+
+  void weight_pass(const MaskedScores<T>& masked) {
+    fill(states_, 0, pairs_.x.padded, n, row_base_, row_weight_);
+    if (columns_) fill(column_states_, 0, pairs_.y.padded, m, column_base_, column_weight_);
+    const bool rows_only = p.mode == SoftmaxMode::rows;
+    const PairWeight<T> weight{row_base_, row_weight_, rows_only ? nullptr : column_base_,
+                               rows_only ? nullptr : column_weight_};
+    strip_.for_blocks([&](const Weights<T>& weights) {
+      const Plan plan = plan_scores(c, "softmax weights", pairs_, weights.block);
+      launch_scores(c, plan, pairs_, weights.block, WeightEpilogue<T>{masked, weight, weights});
+      strip_.products(weights);
+    });
+  }
+
+  void finish() {
+    double* wide = c.take<double>(n);
+    T* positive_weight = p.dx ? c.take<T>(n) : nullptr;
+    T* paired_weight = p.dx ? c.take<T>(p.paired.n) : nullptr;
+    c.launch_threads(n, FinishLosses<T>{denominator(), states_, column_states_, row_weights(), n, p.paired_per_row,
+                                        paired_score_, p.loss, wide, positive_weight, paired_weight});
+    c.launch(1, StoreSum{{wide, n}, p.loss_total});
+    if (!p.dx) return;
+    const Source<T>& x = pairs_.scores.x;
+    const bool alias = p.dpositive == p.dx;
+    const Term<T> anchor{p.positive.n ? Enter::own : Enter::none, positive_weight, positive_, n, p.positive_shift, 1};
+    const Term<T> target{p.positive.n ? Enter::reverse : Enter::none, positive_weight, x, n, p.positive_shift, 1};
+    const Term<T> negatives{p.paired.n ? Enter::paired : Enter::none, paired_weight, paired_, n, 0, p.paired_per_row};
+    double* along = c.take<double>(n);
+    FinishRows<T> step{};
+    step.scale = p.scale_at;
+    step.multiply = p.scale_at ? 1 : p.scale;
+    step.terms[0] = anchor;
+    step.terms[1] = negatives;
+    if (alias) step.terms[2] = target;
+    step.along = along;
+    finish_rows(c, x, p.dx, step);
+    c.launch(1, ScaleGradient{{along, n}, multiplier_, p.mode == SoftmaxMode::pairs ? 2.0 : 1.0, p.dscale_at});
+    FinishRows<T> other{};
+    other.scale = step.scale;
+    other.multiply = step.multiply;
+    if (p.dy != p.dx) {
+      if (p.dpositive == p.dy) other.terms[0] = target;
+      finish_rows(c, pairs_.scores.y, p.dy, other);
+    }
+    if (p.dpositive && p.dpositive != p.dy && p.dpositive != p.dx) {
+      other.terms[0] = target;
+      finish_rows(c, positive_, p.dpositive, other);
+    }
+    if (p.dpaired) {
+      other.terms[0] = {Enter::paired_by, paired_weight, x, n, 0, p.paired_per_row};
+      other.fresh = true;
+      finish_rows(c, paired_, p.dpaired, other);
+    }
+  }
+
+  cuda::Context& c;
+  const SoftmaxDevice<T>& p;
+  const int64_t n, m;
+  const bool columns_;
+  Pairs<T, E> pairs_;
+  Strip<T, E> strip_;
+  const Multiplier multiplier_;
+  Source<T> positive_, paired_;
+  LogSumExp *states_ = nullptr, *column_states_ = nullptr;
+  double* positive_score_ = nullptr;
+  T* paired_score_ = nullptr;
+  PartialSum<T>*of_rows_ = nullptr, *of_columns_ = nullptr;
+  T *row_base_ = nullptr, *row_weight_ = nullptr, *column_base_ = nullptr, *column_weight_ = nullptr;
+};
+
+}  // namespace
+
+namespace cuda {
+
+template <class T>
+void softmax(Context& c, const SoftmaxDevice<T>& p) {
+  with_element<T>(p.x.dtype, false, [&](auto element) { Softmax<T, decltype(element)>(c, p).run(); });
+}
+
+}  // namespace cuda
+}  // namespace nearfar
+
+NEARFAR_INSTANTIATE(softmax, SoftmaxDevice)

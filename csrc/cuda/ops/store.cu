@@ -1,0 +1,114 @@
+// Store: the whole matrix of a map, and the gradient through it. Here, and only here, the matrix exists: it is the
+// result.
+#include "cuda/ops.hpp"
+#include "cuda/strip.hpp"
+
+namespace nearfar {
+namespace {
+
+/// Where (i, j) of the result lies.
+NEARFAR_DEVICE int64_t place_of(int64_t i, int64_t j, int64_t columns, bool condensed) {
+  return condensed ? i * (2 * columns - i - 1) / 2 - i - 1 + j : i * columns + j;
+}
+
+template <class T>
+struct StoreMap {
+  static constexpr bool kDistances = true;
+  Scores<T> scores;
+  PairMap map;
+  bool same, condensed;
+  int64_t n, m;
+  T* out;
+
+  NEARFAR_DEVICE bool wants(int64_t i0, int64_t j0, int, int tile_n) const { return !condensed || j0 + tile_n > i0; }
+  template <class P>
+  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
+    f.for_each(
+        [&](int64_t i, int64_t j, T product) { return inside(i, j) && must_measure(i, j, scores(i, j, product)); },
+        [&](int64_t i, int64_t j, T product) {
+          if (inside(i, j)) put(i, j, map_value(map, scores(i, j, product)));
+        },
+        [&](int64_t i, int64_t j) {
+          const T square = scores.measure(i, j);
+          put(i, j, map == PairMap::one_minus_dot ? square / 2 : map_value(map, square));
+        });
+  }
+  NEARFAR_DEVICE bool inside(int64_t i, int64_t j) const { return i < n && j < m && (!condensed || i < j); }
+  /// 1 - <u, v> loses what it measures when u is near v; half the squared difference of the unit rows does not. A zero
+  /// row is at distance 1 from every row but itself.
+  NEARFAR_DEVICE bool must_measure(int64_t i, int64_t j, T score) const {
+    if (map != PairMap::one_minus_dot) return scores.must_measure(i, j, score);
+    return 1 - score <= kNear<T> || (same && i == j && score == 0);
+  }
+  NEARFAR_DEVICE void put(int64_t i, int64_t j, T value) const { out[place_of(i, j, m, condensed)] = value; }
+};
+
+/// Weights of the gradient: the upstream gradient times the pull of the map. Scores are not computed again: the values
+/// tell which pairs are near.
+template <class T>
+struct StoreWeights {
+  Weights<T> weights;
+  Scores<T> scores;
+  PairMap map;
+  bool condensed;
+  int64_t n, m;
+  const T *value, *grad;
+
+  NEARFAR_DEVICE void operator()() const {
+    const Block& b = weights.block;
+    const int64_t at = cuda::global_thread(), i = b.row + at / b.columns, j = b.column + at % b.columns;
+    if (i >= b.row + b.rows) return;  // whole warps: rows of a block are whole warps
+    T w = 0;
+    bool near = false;
+    if (i < n && j < m && (!condensed || i < j)) {
+      const int64_t place = place_of(i, j, m, condensed);
+      const T own = scores.distance ? value[place] : T(0);
+      w = grad[place] * map_pull(map, own);
+      near = scores.distance && scores.near(i, j, map_score(map, own));
+    }
+    weights.at(i, j) = w;
+    if (!weights.near) return;
+    const uint32_t bits = cuda::ballot(near);
+    if (cuda::lane_index() == 0) *weights.word(i, j) = bits;
+  }
+};
+
+}  // namespace
+
+namespace cuda {
+
+template <class T>
+void store(Context& c, const StoreParams<T>& p) {
+  const bool distance = is_distance(p.map);
+  with_element<T>(p.x.dtype, distance, [&](auto element) {
+    const Pairs<T, decltype(element)> pairs(c, p.x, p.y, p.normalize, distance, false);
+    const Plan plan = plan_scores(c, "store", pairs, pairs.all());
+    launch_scores(c, plan, pairs, pairs.all(),
+                  StoreMap<T>{pairs.scores, p.map, p.same, p.condensed, p.x.n, p.y.n, p.out});
+  });
+}
+
+template <class T>
+void store_grad(Context& c, const StoreGradParams<T>& p) {
+  const bool distance = is_distance(p.map);
+  with_element<T>(p.x.dtype, distance, [&](auto element) {
+    const Pairs<T, decltype(element)> pairs(c, p.x, p.y, p.normalize, distance, true);
+    Strip<T, decltype(element)> strip(c, pairs, false, true, p.dx, p.dy);
+    strip.for_blocks([&](const Weights<T>& weights) {
+      const Block& b = weights.block;
+      if (p.condensed && b.column + b.columns <= b.row) return;
+      c.launch_threads(b.rows * b.columns,
+                       StoreWeights<T>{weights, pairs.scores, p.map, p.condensed, p.x.n, p.y.n, p.out, p.grad});
+      strip.products(weights);
+    });
+    if (!p.normalize) return;
+    finish_rows(c, pairs.scores.x, p.dx, FinishRows<T>{{}, nullptr, {}, nullptr, 1, nullptr});
+    finish_rows(c, pairs.scores.y, p.dy, FinishRows<T>{{}, nullptr, {}, nullptr, 1, nullptr});
+  });
+}
+
+}  // namespace cuda
+}  // namespace nearfar
+
+NEARFAR_INSTANTIATE(store, StoreParams)
+NEARFAR_INSTANTIATE(store_grad, StoreGradParams)

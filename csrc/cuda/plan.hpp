@@ -1,0 +1,100 @@
+// Which policy and tile a product takes: a pure function of its shape, its operand type and the device.
+// NEARFAR_CUDA_PLAN=1 prints every choice.
+#pragma once
+
+#include <cstdio>
+#include <cstdlib>
+
+#include "cuda/mma.hpp"
+#include "cuda/simt.hpp"
+
+namespace nearfar {
+inline namespace device {
+
+struct Plan {
+  const char* operation;
+  const char* policy;
+  int tile;
+  int64_t splits;  // of the depth
+};
+
+template <class E>
+constexpr const char* name_of_element() {
+  return sizeof(E) == 8 ? "float64" : sizeof(E) == 4 ? "float32" : std::is_same_v<E, BF16> ? "bfloat16" : "float16";
+}
+
+/// Does E go to the tensor cores?
+template <class E>
+bool on_tensor_cores(bool exact) {
+  return sizeof(E) == 2 || (sizeof(E) == 4 && !exact);
+}
+
+/// Large tiles read less, small tiles are more: large where they fill the device. float64 has room for small ones only.
+template <class E>
+Plan plan(const cuda::Context& c, const char* operation, int64_t rows, int64_t columns, int64_t depth, bool split) {
+  Plan plan{operation, on_tensor_cores<E>(c.exact) ? "mma" : "simt", 64, 1};
+  const int64_t large = ceil_div(rows, 128) * ceil_div(columns, 128), wanted = c.device.multiprocessors;
+  if (sizeof(E) < 8 && large >= wanted) plan.tile = 128;
+  const int64_t tiles = ceil_div(rows, plan.tile) * ceil_div(columns, plan.tile);
+  constexpr int64_t kLeastDepth = 256, kMostSplits = 32;
+  if (split && tiles > 0 && tiles < 2 * wanted) {
+    plan.splits = ceil_div(2 * wanted, tiles);
+    if (plan.splits > depth / kLeastDepth) plan.splits = depth / kLeastDepth > 0 ? depth / kLeastDepth : 1;
+    if (plan.splits > kMostSplits) plan.splits = kMostSplits;
+  }
+  static const bool print = [] {
+    const char* value = std::getenv("NEARFAR_CUDA_PLAN");
+    return value && *value && *value != '0';
+  }();
+  if (print && !c.measuring())
+    std::fprintf(stderr, "nearfar: %s %lld x %lld x %lld %s: %s, tile %d, %lld splits (sm_%d, %d multiprocessors)\n",
+                 operation, static_cast<long long>(rows), static_cast<long long>(columns),
+                 static_cast<long long>(depth), name_of_element<E>(), plan.policy, plan.tile,
+                 static_cast<long long>(plan.splits), c.device.architecture, c.device.multiprocessors);
+  return plan;
+}
+
+/// f(policy of a product of two packed sets): both operands exact.
+template <class E, class F>
+void with_score_policy(const cuda::Context& c, const Plan& plan, F f) {
+  if constexpr (sizeof(E) == 8) {
+    return f(Simt<Dot, double, 64>{});
+  } else if constexpr (sizeof(E) == 4) {
+    if (c.exact) return plan.tile == 64 ? f(Simt<Dot, float, 64>{}) : f(Simt<Dot, float, 128>{});
+    return plan.tile == 64 ? f(Mma<float, 64, 1, true, true>{}) : f(Mma<float, 128, 1, true, true>{});
+  } else {
+    return plan.tile == 64 ? f(Mma<E, 64, 1, true, true>{}) : f(Mma<E, 128, 1, true, true>{});
+  }
+}
+
+/// f(policy of weights times packed rows); A_CONTIGUOUS: the weights as they lie, else transposed. Weights of float16
+/// rows are too small for float16: tf32, which holds the rows exactly.
+template <class E, bool A_CONTIGUOUS, class F>
+void with_product_policy(const cuda::Context& c, const Plan& plan, F f) {
+  if constexpr (sizeof(E) == 8) {
+    return f(Simt<Dot, double, 64>{});
+  } else if constexpr (sizeof(E) == 4) {
+    if (c.exact) return plan.tile == 64 ? f(Simt<Dot, float, 64>{}) : f(Simt<Dot, float, 128>{});
+    return plan.tile == 64 ? f(Mma<float, 64, 1, A_CONTIGUOUS, false>{}) : f(Mma<float, 128, 1, A_CONTIGUOUS, false>{});
+  } else {
+    using M = std::conditional_t<std::is_same_v<E, BF16>, BF16, float>;
+    if (c.exact)
+      return plan.tile == 64 ? f(Mma<M, 64, 2, A_CONTIGUOUS, false>{}) : f(Mma<M, 128, 2, A_CONTIGUOUS, false>{});
+    return plan.tile == 64 ? f(Mma<M, 64, 1, A_CONTIGUOUS, false>{}) : f(Mma<M, 128, 1, A_CONTIGUOUS, false>{});
+  }
+}
+
+/// f(E{}): what rows are packed as. Distances need a centre, which 16 bits cannot hold.
+template <class T, class F>
+void with_element(DType dtype, bool distance, F f) {
+  if constexpr (sizeof(T) == 8) {
+    f(double{});
+  } else {
+    if (dtype == DType::bf16 && !distance) return f(BF16{});
+    if (dtype == DType::f16 && !distance) return f(F16{});
+    f(float{});
+  }
+}
+
+}  // namespace device
+}  // namespace nearfar

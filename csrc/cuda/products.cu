@@ -1,0 +1,33 @@
+// The two products of a gradient: the kernels that every operation shares.
+#include "cuda/strip.hpp"
+
+namespace nearfar {
+inline namespace device {
+
+template <class T, class E>
+void multiply_parts(cuda::Context& c, const Plan& plan, const Operand<T, true>& w, const Operand<E, false>& rows,
+                    const Block& b, int64_t d, T* parts) {
+  with_product_policy<E, true>(c, plan, [&](auto policy) {
+    launch_tiles<decltype(policy)>(c, w, rows, b.rows, d, b.columns, plan.splits, StoreParts<T>{parts, b.rows, d});
+  });
+}
+
+template <class T, class E>
+void multiply_transposed(cuda::Context& c, const Plan& plan, const Operand<T, false>& w, const Operand<E, false>& rows,
+                         const Block& b, int64_t d, const AddRows<T>& add) {
+  with_product_policy<E, false>(
+      c, plan, [&](auto policy) { launch_tiles<decltype(policy)>(c, w, rows, b.columns, d, b.rows, 1, add); });
+}
+
+#define NEARFAR_PRODUCTS(T, E)                                                                                       \
+  template void multiply_parts<T, E>(cuda::Context&, const Plan&, const Operand<T, true>&, const Operand<E, false>&, \
+                                     const Block&, int64_t, T*);                                                     \
+  template void multiply_transposed<T, E>(cuda::Context&, const Plan&, const Operand<T, false>&,                     \
+                                          const Operand<E, false>&, const Block&, int64_t, const AddRows<T>&);
+NEARFAR_PRODUCTS(float, float)
+NEARFAR_PRODUCTS(float, BF16)
+NEARFAR_PRODUCTS(float, F16)
+NEARFAR_PRODUCTS(double, double)
+
+}  // namespace device
+}  // namespace nearfar

@@ -1,0 +1,128 @@
+// Scores of pairs from the engine's products, and the launch of a block of them.
+#pragma once
+
+#include "cuda/plan.hpp"
+
+namespace nearfar {
+inline namespace device {
+
+/// A part of all pairs: rows of x against rows of y, whole tiles.
+struct Block {
+  int64_t row, rows, column, columns;
+};
+
+/// Inner products of packed rows, and with `distance` squared distances that survive cancellation: see cpu/tile.hpp.
+template <class T>
+struct Scores {
+  Source<T> x, y;
+  const T *x_factor, *y_factor;    // null: 1
+  const T *x_squares, *y_squares;  // of packed rows, for distances
+  bool distance, direct;
+
+  NEARFAR_DEVICE bool near(int64_t i, int64_t j, T square) const {
+    return square <= (x_squares[i] + y_squares[j]) * kNear<T>;
+  }
+  /// Of a pair inside the sets; what `must_measure` says is to be measured instead.
+  NEARFAR_DEVICE T operator()(int64_t i, int64_t j, T product) const {
+    if (x_factor) product *= x_factor[i] * y_factor[j];
+    return distance && !direct ? (x_squares[i] + y_squares[j]) - 2 * product : product;
+  }
+  NEARFAR_DEVICE bool must_measure(int64_t i, int64_t j, T score) const {
+    return distance && !direct && near(i, j, score);
+  }
+  NEARFAR_DEVICE T measure(int64_t i, int64_t j) const { return direct_distance(x, y, i, j); }
+};
+
+/// Both point sets, packed. E is the type of packed rows; y packed may be x packed.
+template <class T, class E>
+struct Pairs {
+  Packed<T, E> x, y;
+  Scores<T> scores;
+
+  /// products: packed rows are also multiplied by weights, so distances must be centred in any case.
+  Pairs(cuda::Context& c, const Rows& x_rows, const Rows& y_rows, bool normalize, bool distance, bool products) {
+    const bool same = x_rows.data == y_rows.data && x_rows.n == y_rows.n && x_rows.row_stride == y_rows.row_stride &&
+                      x_rows.col_stride == y_rows.col_stride;
+    const Source<T> of_y = source_of<T>(c, y_rows, normalize);
+    const Source<T> of_x = same ? of_y : source_of<T>(c, x_rows, normalize);
+    const bool direct = distance && x_rows.d <= kDirectDims;
+    const T* center = distance && (products || !direct) ? center_of(c, of_y) : nullptr;
+    y = pack<E>(c, of_y, center, distance);
+    x = same ? y : pack<E>(c, of_x, center, distance);
+    scores = {of_x, of_y, x.factor, y.factor, x.squares, y.squares, distance, direct};
+  }
+  Block all() const { return {0, x.padded, 0, y.padded}; }
+};
+
+/// The epilogue's tile size, for who stores something per tile.
+template <class T, class E>
+Plan plan_scores(const cuda::Context& c, const char* operation, const Pairs<T, E>& pairs, const Block& block) {
+  Plan own = plan<E>(c, operation, block.rows, block.columns, pairs.x.d, false);
+  if (pairs.scores.direct) own.tile = 64, own.policy = "simt, differences";
+  return own;
+}
+
+template <class T, class E, class Epilogue>
+void launch_scores(cuda::Context& c, const Plan& plan, const Pairs<T, E>& pairs, const Block& b,
+                   const Epilogue& epilogue) {
+  const Operand<E, true> x{pairs.x.data + b.row * pairs.x.pitch, pairs.x.pitch};
+  const Operand<E, true> y{pairs.y.data + b.column * pairs.y.pitch, pairs.y.pitch};
+  auto run = [&](auto policy) { launch_tiles<decltype(policy)>(c, x, y, b.rows, b.columns, pairs.x.d, 1, epilogue); };
+  if constexpr (std::is_same_v<E, T> && Epilogue::kDistances) {
+    if (pairs.scores.direct) return run(Simt<SquaredDifference, T, 64>{});
+  }
+  with_score_policy<E>(c, plan, run);
+}
+
+// ---- maps by name
+// ----------------------------------------------------------------------------------------------------
+
+inline bool is_distance(PairMap map) { return map != PairMap::dot && map != PairMap::one_minus_dot; }
+
+template <class T>
+NEARFAR_DEVICE T map_value(PairMap map, T score) {
+  switch (map) {
+    case PairMap::dot:
+      return DotMap::value(score);
+    case PairMap::one_minus_dot:
+      return OneMinusDotMap::value(score);
+    case PairMap::sqeuclidean:
+      return SquaredEuclideanMap::value(score);
+    case PairMap::euclidean:
+      return EuclideanMap::value(score);
+    case PairMap::gaussian:
+      return GaussianMap::value(score);
+  }
+  return score;
+}
+template <class T>
+NEARFAR_DEVICE T map_pull(PairMap map, T value) {
+  switch (map) {
+    case PairMap::dot:
+      return DotMap::pull(value);
+    case PairMap::one_minus_dot:
+      return OneMinusDotMap::pull(value);
+    case PairMap::sqeuclidean:
+      return SquaredEuclideanMap::pull(value);
+    case PairMap::euclidean:
+      return EuclideanMap::pull(value);
+    case PairMap::gaussian:
+      return GaussianMap::pull(value);
+  }
+  return value;
+}
+/// The squared distance again, from the value.
+template <class T>
+NEARFAR_DEVICE T map_score(PairMap map, T value) {
+  switch (map) {
+    case PairMap::euclidean:
+      return EuclideanMap::score(value);
+    case PairMap::gaussian:
+      return GaussianMap::score(value);
+    default:
+      return value;
+  }
+}
+
+}  // namespace device
+}  // namespace nearfar

@@ -1,0 +1,273 @@
+// Gradients by strips: a block of weights W, bounded in size, and both products with it.
+//
+//   dX += W Y      dY += W^T X         for distances  dx_i = sum_j w_ij (x_i - y_j), and the same of y
+//
+// An operation writes W (an epilogue of scores, or a kernel over the block), then calls `products`. dX is cut along its
+// depth where its tiles are few and merged in order; dY has one owner for every number. So results are bitwise the same
+// every time.
+#pragma once
+
+#include "cuda/scores.hpp"
+
+namespace nearfar {
+inline namespace device {
+
+/// A block of weights: element (i, j) of all pairs is w[(i - row) * pitch + j - column]. Bits of `near` mark pairs that
+/// enter by their difference, where x_i and y_j would cancel in the products.
+template <class T>
+struct Weights {
+  T* w;
+  uint32_t* near;  // null: none
+  int64_t pitch;
+  Block block;
+
+  NEARFAR_DEVICE T& at(int64_t i, int64_t j) const { return w[(i - block.row) * pitch + j - block.column]; }
+  NEARFAR_DEVICE uint32_t* word(int64_t i, int64_t j) const {
+    return near + ((i - block.row) * pitch + j - block.column) / 32;
+  }
+  NEARFAR_DEVICE void mark(int64_t i, int64_t j) const { cuda::atomic_or(word(i, j), 1u << ((j - block.column) & 31)); }
+};
+
+template <class T>
+struct Zero {
+  T* out;
+  int64_t count;
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t k = cuda::global_thread();
+    if (k < count) out[k] = 0;
+  }
+};
+
+/// Near pairs of one column, a warp each: dy_j += sum_i w_ij (y_j - x_i).
+template <class T>
+struct NearColumns {
+  Weights<T> weights;
+  Source<T> x, y;
+  T* dy;
+  NEARFAR_DEVICE void operator()() const {
+    const Block& b = weights.block;
+    const int64_t j = b.column + cuda::global_warp(), d = y.rows.d;
+    if (j >= y.rows.n || j >= b.column + b.columns) return;
+    for (int64_t i0 = b.row; i0 < b.row + b.rows && i0 < x.rows.n; i0 += cuda::kWarp) {
+      const int64_t own = i0 + cuda::lane_index();
+      const bool near = own < x.rows.n && (*weights.word(own, j) >> ((j - b.column) & 31) & 1);
+      for (uint32_t bits = cuda::ballot(near); bits; bits &= bits - 1) {
+        const int64_t i = i0 + cuda::lowest_bit(bits);
+        const T w = weights.at(i, j);
+        NEARFAR_ROLLED
+        for (int64_t k = cuda::lane_index(); k < d; k += cuda::kWarp) dy[j * d + k] += w * (y.get(j, k) - x.get(i, k));
+      }
+    }
+  }
+};
+
+/// Near pairs of one row, a warp each: dx_i += sum_j w_ij (x_i - y_j); they leave the block. Then the sum of the rest.
+template <class T>
+struct NearRows {
+  Weights<T> weights;
+  Source<T> x, y;
+  T* dx;
+  T* row_sums;
+  NEARFAR_DEVICE void operator()() const {
+    const Block& b = weights.block;
+    const int64_t i = b.row + cuda::global_warp(), d = x.rows.d;
+    const int lane = cuda::lane_index();
+    if (i >= b.row + b.rows) return;
+    for (int64_t j0 = b.column; i < x.rows.n && j0 < b.column + b.columns && j0 < y.rows.n; j0 += 32 * cuda::kWarp) {
+      const int64_t own = j0 + 32 * lane;
+      const uint32_t mine = own < b.column + b.columns && own < y.rows.n ? *weights.word(i, own) : 0;
+      for (uint32_t words = cuda::ballot(mine != 0); words; words &= words - 1) {
+        const int from = cuda::lowest_bit(words);
+        for (uint32_t bits = cuda::shuffle(mine, from); bits; bits &= bits - 1) {
+          const int64_t j = j0 + 32 * from + cuda::lowest_bit(bits);
+          const T w = weights.at(i, j);
+          cuda::sync_warp();
+          if (lane == 0) weights.at(i, j) = 0;
+          NEARFAR_ROLLED
+          for (int64_t k = lane; k < d; k += cuda::kWarp) dx[i * d + k] += w * (x.get(i, k) - y.get(j, k));
+        }
+      }
+    }
+    cuda::sync_warp();
+    T sum = 0;
+    for (int64_t j = b.column + lane; j < b.column + b.columns; j += cuda::kWarp) sum += weights.at(i, j);
+    sum = cuda::warp_sum(sum);
+    if (lane == 0) row_sums[i - b.row] = sum;
+  }
+};
+
+template <class T>
+struct ColumnSums {
+  Weights<T> weights;
+  T* sums;
+  NEARFAR_DEVICE void operator()() const {
+    const Block& b = weights.block;
+    const int64_t j = cuda::global_thread();
+    if (j >= b.columns) return;
+    T sum = 0;
+    for (int64_t i = 0; i < b.rows; ++i) sum += weights.w[i * weights.pitch + j];
+    sums[j] = sum;
+  }
+};
+
+/// Parts of a product whose depth was cut: out[split][i][k].
+template <class T>
+struct StoreParts {
+  static constexpr bool kDistances = false;
+  T* out;
+  int64_t rows, d;
+  NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
+  template <class P>
+  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t split) const {
+    f.for_each([&](int64_t i, int64_t k, T value) {
+      if (i < rows && k < d) out[(split * rows + i) * d + k] = value;
+    });
+  }
+};
+
+/// out_i += sum of the parts, or with sums out_i += sums_i * own_i - sum of the parts.
+template <class T>
+struct MergeParts {
+  const T* parts;
+  int64_t splits, padded, rows, d;
+  const T* sums;  // null: a plain product
+  const T* own;   // packed rows
+  int64_t pitch;
+  T* out;
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t at = cuda::global_thread(), i = at / d, k = at % d;
+    if (i >= rows) return;
+    T sum = 0;
+    for (int64_t split = 0; split < splits; ++split) sum += parts[(split * padded + i) * d + k];
+    out[at] += sums ? sums[i] * own[i * pitch + k] - sum : sum;
+  }
+};
+
+/// The same where the depth is not cut, from the tile.
+template <class T>
+struct AddRows {
+  static constexpr bool kDistances = false;
+  T* out;
+  int64_t rows, d;
+  const T* sums;
+  const T* own;
+  int64_t pitch;
+  NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
+  template <class P>
+  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
+    f.for_each([&](int64_t i, int64_t k, T value) {
+      if (i < rows && k < d) out[i * d + k] += sums ? sums[i] * own[i * pitch + k] - value : value;
+    });
+  }
+};
+
+/// Weights times packed rows, in parts of the depth; and the transpose of weights times packed rows, added to out. One
+/// place for the kernels of both, products.cu.
+template <class T, class E>
+void multiply_parts(cuda::Context& c, const Plan& plan, const Operand<T, true>& w, const Operand<E, false>& rows,
+                    const Block& b, int64_t d, T* parts);
+template <class T, class E>
+void multiply_transposed(cuda::Context& c, const Plan& plan, const Operand<T, false>& w, const Operand<E, false>& rows,
+                         const Block& b, int64_t d, const AddRows<T>& add);
+
+/// What the caller gets back from a strip: rows and columns of its blocks, by the shape alone.
+struct StripShape {
+  int64_t rows, columns;
+  /// whole: a strip must hold whole rows.
+  static StripShape of(int64_t n, int64_t m, int64_t budget, bool whole) {
+    StripShape s{round_up(n, kPadRows), round_up(m, kPadRows)};
+    constexpr int64_t kRows = 1024;  // enough for both products to fill the device
+    if (!whole && s.columns * kRows > budget) s.columns = at_least_one(budget / kRows);
+    if (s.columns > 0 && s.rows * s.columns > budget) s.rows = at_least_one(budget / s.columns);
+    return s;
+  }
+  static int64_t at_least_one(int64_t count) { return count < kPadRows ? kPadRows : count / kPadRows * kPadRows; }
+};
+
+template <class T, class E>
+class Strip {
+ public:
+  /// stored: is there anything to store? dx null: no products. dy null: no product for y.
+  Strip(cuda::Context& c, const Pairs<T, E>& pairs, bool whole_rows, bool stored, T* dx, T* dy)
+      : c_(c), pairs_(pairs), dx_(dx), dy_(dy) {
+    shape = StripShape::of(pairs.x.n, pairs.y.n, c.strip_bytes / sizeof(T), whole_rows);
+    if (!stored) return;
+    const int64_t size = shape.rows * shape.columns;
+    weights_.w = c.take<T>(size);
+    weights_.near = pairs.scores.distance && dx ? c.take<uint32_t>(size / 32) : nullptr;
+    weights_.pitch = shape.columns;
+    if (!dx) return;
+    plan_ = plan<E>(c, "weights times rows", shape.rows, pairs.x.d, shape.columns, true);
+    parts_ = c.take<T>(plan_.splits * shape.rows * pairs.x.d);
+    row_sums_ = c.take<T>(shape.rows);
+    column_sums_ = c.take<T>(shape.columns);
+  }
+
+  /// f(weights of a block, empty so far) for every block, row by row.
+  template <class F>
+  void for_blocks(F f) {
+    for (int64_t row = 0; row < pairs_.x.padded; row += shape.rows)
+      for (int64_t column = 0; column < pairs_.y.padded; column += shape.columns) f(open(row, column));
+  }
+  Weights<T> open(int64_t row, int64_t column) {
+    const int64_t rows = pairs_.x.padded - row, columns = pairs_.y.padded - column;
+    Weights<T> weights = weights_;
+    weights.block = {row, rows < shape.rows ? rows : shape.rows, column,
+                     columns < shape.columns ? columns : shape.columns};
+    return weights;
+  }
+  void clear_near(const Weights<T>& weights) {
+    const int64_t words = weights.block.rows * weights.pitch / 32;
+    if (weights.near) c_.launch_threads(words, Zero<uint32_t>{weights.near, words});
+  }
+
+  /// Weights that the epilogue of a product has left, times both sets. dy null: only dX.
+  void products(const Weights<T>& weights) {
+    const Block& b = weights.block;
+    const bool distance = pairs_.scores.distance;
+    const int64_t d = pairs_.x.d;
+    if (distance) {
+      if (dy_) c_.launch_warps(b.columns, NearColumns<T>{weights, pairs_.scores.x, pairs_.scores.y, dy_});
+      c_.launch_warps(b.rows, NearRows<T>{weights, pairs_.scores.x, pairs_.scores.y, dx_, row_sums_});
+      if (dy_) c_.launch_threads(b.columns, ColumnSums<T>{weights, column_sums_});
+    }
+    {
+      const Operand<T, true> w{weights.w, weights.pitch, factor(pairs_.y, b.column)};
+      const Operand<E, false> rows{pairs_.y.data + b.column * pairs_.y.pitch, pairs_.y.pitch};
+      multiply_parts<T, E>(c_, plan_, w, rows, b, d, parts_);
+      const int64_t valid = b.rows < pairs_.x.n - b.row ? b.rows : pairs_.x.n - b.row;
+      c_.launch_threads(valid * d, MergeParts<T>{parts_, plan_.splits, b.rows, valid, d, distance ? row_sums_ : nullptr,
+                                                 own(pairs_.x, b.row), pairs_.x.pitch, dx_ + b.row * d});
+    }
+    if (!dy_) return;
+    const Plan down = plan<E>(c_, "weights' transpose times rows", b.columns, d, b.rows, false);
+    const Operand<T, false> w{weights.w, weights.pitch, factor(pairs_.x, b.row)};
+    const Operand<E, false> rows{pairs_.x.data + b.row * pairs_.x.pitch, pairs_.x.pitch};
+    const int64_t valid = b.columns < pairs_.y.n - b.column ? b.columns : pairs_.y.n - b.column;
+    multiply_transposed<T, E>(c_, down, w, rows, b, d,
+                              AddRows<T>{dy_ + b.column * d, valid, d, distance ? column_sums_ : nullptr,
+                                         own(pairs_.y, b.column), pairs_.y.pitch});
+  }
+
+  StripShape shape;
+
+ private:
+  static const float* factor(const Packed<T, E>& packed, int64_t row) {
+    if constexpr (sizeof(T) == 4) return packed.factor ? packed.factor + row : nullptr;
+    return nullptr;
+  }
+  static const T* own(const Packed<T, E>& packed, int64_t row) {
+    if constexpr (std::is_same_v<T, E>) return packed.data + row * packed.pitch;
+    return nullptr;
+  }
+
+  cuda::Context& c_;
+  const Pairs<T, E>& pairs_;
+  T *dx_, *dy_;
+  Weights<T> weights_{};
+  Plan plan_{};
+  T *parts_ = nullptr, *row_sums_ = nullptr, *column_sums_ = nullptr;
+};
+
+}  // namespace device
+}  // namespace nearfar

@@ -1,0 +1,243 @@
+// The tile engine: one kernel, C[i][j] = sum_k A[i][k] B[j][k], whose epilogue is a functor on the tile in registers.
+//
+// Every product of the library is this kernel: scores (A = rows of x, B = rows of y), dX = W Y (A = a strip of weights,
+// B = the columns of y) and dY = W^T X. An operand is a matrix with one contiguous direction, padded with zeros to
+// whole tiles, so that no load has a bound. How a tile is multiplied is a policy: simt.hpp (true float32 and float64)
+// or mma.hpp (tensor cores).
+//
+// A policy gives each thread an outer product of rows and columns of the tile: accumulator (a, b) is row `row(a)` and
+// column `col(b)`. Lanes that differ in the bits below kRowLanes share rows, the others share columns; kWarpsN warps
+// share rows, kWarpsM share columns. That is all an epilogue needs for reductions along either direction.
+#pragma once
+
+#include "cuda/rows.hpp"
+#include "pairwise/map.hpp"
+
+namespace nearfar {
+inline namespace device {
+
+/// Element (row, k) is data[row * stride + k], or with K_CONTIGUOUS false data[k * stride + row]. `factor` multiplies
+/// step k; null: 1.
+template <class E, bool K_CONTIGUOUS>
+struct Operand {
+  using Element = E;
+  static constexpr bool kContiguous = K_CONTIGUOUS;
+  const E* data;
+  int64_t stride;
+  const float* factor = nullptr;
+
+  NEARFAR_DEVICE const E* at(int64_t row, int64_t k) const {
+    return K_CONTIGUOUS ? data + row * stride + k : data + k * stride + row;
+  }
+};
+
+/// 16 bytes of an operand.
+template <class E>
+struct alignas(16) Vector {
+  static constexpr int kSize = 16 / sizeof(E);
+  E v[kSize];
+};
+
+/// ROWS x DEPTH of an operand on its way from global to shared memory, in the registers of a block.
+template <class Op, int ROWS, int DEPTH>
+struct Stage {
+  using E = typename Op::Element;
+  static constexpr int kWide = Vector<E>::kSize;
+  static constexpr int kVectors = ROWS * DEPTH / kWide;
+  static constexpr int kEach = (kVectors + cuda::kThreads - 1) / cuda::kThreads;
+  static constexpr int kAcross = (Op::kContiguous ? DEPTH : ROWS) / kWide;  // vectors in the contiguous direction
+  static_assert(kAcross > 0 && ROWS * DEPTH % kWide == 0, "a tile is whole vectors");
+  Vector<E> vectors[kEach];
+
+  NEARFAR_DEVICE static bool has(int c) {
+    return kVectors % cuda::kThreads == 0 || c * cuda::kThreads + cuda::thread_index() < kVectors;
+  }
+  NEARFAR_DEVICE static void place(int c, int& row, int& k) {
+    const int vector = c * cuda::kThreads + cuda::thread_index();
+    const int along = vector % kAcross * kWide, across = vector / kAcross;
+    row = Op::kContiguous ? across : along;
+    k = Op::kContiguous ? along : across;
+  }
+  NEARFAR_DEVICE void load(const Op& op, int64_t row0, int64_t k0) {
+    NEARFAR_UNROLL
+    for (int c = 0; c < kEach; ++c) {
+      if (!has(c)) continue;
+      int row, k;
+      place(c, row, k);
+      vectors[c] = *reinterpret_cast<const Vector<E>*>(op.at(row0 + row, k0 + k));
+    }
+  }
+  /// put(row, k, value of element (row, k)): the policy's way to shared memory.
+  template <class Put>
+  NEARFAR_DEVICE void store(const Op& op, int64_t k0, Put put) const {
+    NEARFAR_UNROLL
+    for (int c = 0; c < kEach; ++c) {
+      if (!has(c)) continue;
+      int row, k;
+      place(c, row, k);
+      put(row, k, vectors[c], op.factor ? op.factor + k0 + k : nullptr);
+    }
+  }
+};
+
+/// The tile as an epilogue sees it.
+template <class P>
+struct Fragment {
+  typename P::Accumulators& acc;
+  int64_t i0, j0;
+  NEARFAR_DEVICE int64_t i(int a) const { return i0 + P::row(a); }
+  NEARFAR_DEVICE int64_t j(int b) const { return j0 + P::col(b); }
+  NEARFAR_DEVICE typename P::T& operator()(int a, int b) const { return P::value(acc, a, b); }
+  template <class F>
+  NEARFAR_DEVICE void for_each(F f) const {
+    NEARFAR_UNROLL
+    for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
+    for (int b = 0; b < P::kCols; ++b) f(i(a), j(b), P::value(acc, a, b));
+  }
+  /// The same, of pairs for which `hard` is true only `rest(i, j)` afterwards: rare and long work, which would keep the
+  /// accumulators waiting and be in the code once for every one of them.
+  template <class Hard, class F, class Rest>
+  NEARFAR_DEVICE void for_each(Hard hard, F f, Rest rest) const {
+    static_assert(P::kRows * P::kCols <= 64, "one bit for every accumulator");
+    uint64_t later = 0;
+    NEARFAR_UNROLL
+    for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
+    for (int b = 0; b < P::kCols; ++b) {
+      if (hard(i(a), j(b), P::value(acc, a, b))) {
+        later |= uint64_t(1) << (a * P::kCols + b);
+      } else {
+        f(i(a), j(b), P::value(acc, a, b));
+      }
+    }
+    for (; later; later &= later - 1) {
+      const int bit = cuda::lowest_bit(later);
+      rest(i(bit / P::kCols), j(bit % P::kCols));
+    }
+  }
+};
+
+/// One tile a block. Rows of tiles run fastest: neighbouring blocks share the tile of B.
+template <class P, class A, class B, class Epilogue>
+struct TileKernel {
+  A a;
+  B b;
+  int64_t tiles_m, tiles_n, depth;
+  int64_t splits;  // of the depth, the slowest index
+  Epilogue epilogue;
+
+  NEARFAR_DEVICE void operator()() const {
+    NEARFAR_SHARED typename P::Memory memory[2];
+    const int64_t block = cuda::block_index();
+    const int64_t tile_m = block % tiles_m, tile_n = block / tiles_m % tiles_n, split = block / (tiles_m * tiles_n);
+    const int64_t i0 = tile_m * P::kM, j0 = tile_n * P::kN;
+    if (!epilogue.wants(i0, j0, P::kM, P::kN)) return;
+    const int64_t steps = (depth + P::kDepth - 1) / P::kDepth;
+    const int64_t begin = steps * split / splits * P::kDepth, end = steps * (split + 1) / splits * P::kDepth;
+    typename P::Accumulators acc;
+    P::clear(acc);
+    Stage<A, P::kM, P::kDepth> stage_a;
+    Stage<B, P::kN, P::kDepth> stage_b;
+    if (begin < end) {
+      stage_a.load(a, i0, begin);
+      stage_b.load(b, j0, begin);
+      P::template put<A, B>(memory[0], stage_a, stage_b, a, b, begin);
+    }
+    cuda::sync_block();
+    int buffer = 0;
+    for (int64_t k = begin; k < end; k += P::kDepth) {
+      const bool more = k + P::kDepth < end;
+      if (more) {
+        stage_a.load(a, i0, k + P::kDepth);
+        stage_b.load(b, j0, k + P::kDepth);
+      }
+      P::template step<A, B>(memory[buffer], acc);
+      buffer ^= 1;
+      if (more) P::template put<A, B>(memory[buffer], stage_a, stage_b, a, b, k + P::kDepth);
+      cuda::sync_block();
+    }
+    epilogue.template apply<P>(Fragment<P>{acc, i0, j0}, tile_m, tile_n, split);
+  }
+};
+
+template <class P, class A, class B, class Epilogue>
+void launch_tiles(cuda::Context& c, const A& a, const B& b, int64_t rows, int64_t columns, int64_t depth,
+                  int64_t splits, const Epilogue& epilogue) {
+  const int64_t tiles_m = ceil_div(rows, P::kM), tiles_n = ceil_div(columns, P::kN);
+  c.launch(tiles_m * tiles_n * splits, TileKernel<P, A, B, Epilogue>{a, b, tiles_m, tiles_n, depth, splits, epilogue});
+}
+
+// ---- reductions of a tile
+// --------------------------------------------------------------------------------------------
+
+/// A mergeable pair, max m and sum s of e^(v - m), of a part of a row or column.
+template <class T>
+struct PartialSum {
+  T m, s;
+};
+
+/// Log-sum-exp of every row (ROWS) or column of the tile; place(k, partial) is called once for each, by one thread.
+template <class P, bool ROWS, class Place>
+NEARFAR_DEVICE void reduce_lse(const Fragment<P>& f, Place place) {
+  using T = typename P::T;
+  constexpr int kLines = ROWS ? P::kRows : P::kCols, kAcross = ROWS ? P::kCols : P::kRows;
+  constexpr int kSize = ROWS ? P::kM : P::kN, kParts = ROWS ? P::kWarpsN : P::kWarpsM;
+  NEARFAR_SHARED PartialSum<T> parts[kParts][kSize];
+  const int lane = cuda::lane_index();
+  const int first = ROWS ? 1 : P::kRowLanes, last = ROWS ? P::kRowLanes : cuda::kWarp;
+  NEARFAR_UNROLL
+  for (int line = 0; line < kLines; ++line) {
+    T top = -infinity<T>();
+    NEARFAR_UNROLL
+    for (int k = 0; k < kAcross; ++k) top = largest(top, ROWS ? f(line, k) : f(k, line));
+    NEARFAR_UNROLL
+    for (int mask = first; mask < last; mask *= 2) top = largest(top, cuda::shuffle_xor(top, mask));
+    const T base = top == -infinity<T>() ? T(0) : top;
+    T sum = 0;
+    NEARFAR_UNROLL
+    for (int k = 0; k < kAcross; ++k) sum += exp_flush((ROWS ? f(line, k) : f(k, line)) - base);
+    NEARFAR_UNROLL
+    for (int mask = first; mask < last; mask *= 2) sum += cuda::shuffle_xor(sum, mask);
+    if (ROWS ? lane % P::kRowLanes == 0 : lane < P::kRowLanes)
+      parts[ROWS ? P::warp_n() : P::warp_m()][ROWS ? P::row(line) : P::col(line)] = {base, sum};
+  }
+  cuda::sync_block();
+  for (int k = cuda::thread_index(); k < kSize; k += cuda::kThreads) {
+    PartialSum<T> total = parts[0][k];
+    for (int part = 1; part < kParts; ++part) {
+      const PartialSum<T> other = parts[part][k];
+      if (other.s == 0) continue;
+      const T top = total.s == 0 ? other.m : largest(total.m, other.m);
+      total.s = (total.s == 0 ? T(0) : total.s * exp_flush(total.m - top)) + other.s * exp_flush(other.m - top);
+      total.m = top;
+    }
+    place(k, total);
+  }
+  cuda::sync_block();
+}
+
+/// The sum of one double of every thread, in a fixed order; thread 0 has it.
+NEARFAR_DEVICE double block_sum(double value) {
+  NEARFAR_SHARED double sums[cuda::kWarps];
+  value = cuda::warp_sum(value);
+  if (cuda::lane_index() == 0) sums[cuda::warp_index()] = value;
+  cuda::sync_block();
+  double total = 0;
+  for (int w = 0; w < cuda::kWarps; ++w) total += sums[w];
+  cuda::sync_block();
+  return total;
+}
+
+/// The largest of one double of every thread; all have it.
+NEARFAR_DEVICE double block_largest(double value) {
+  NEARFAR_SHARED double most[cuda::kWarps];
+  for (int mask = cuda::kWarp / 2; mask > 0; mask /= 2) value = largest(value, cuda::shuffle_xor(value, mask));
+  if (cuda::lane_index() == 0) most[cuda::warp_index()] = value;
+  cuda::sync_block();
+  value = most[0];
+  for (int w = 1; w < cuda::kWarps; ++w) value = largest(value, most[w]);
+  cuda::sync_block();
+  return value;
+}
+
+}  // namespace device
+}  // namespace nearfar

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, for a machine with one, torch, nvcc and a C++ compiler: build, tests, compute-sanitizer,
+# benchmark. Every part has a limit, reports its status, and the rest goes on.
+#   tests/gpu.sh [FOLDER]      writes logs and results there (default: gpu-results)
+# A wheel that was built elsewhere (NEARFAR_WHEEL=FILE) saves the minutes of the build.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+mkdir -p "${1:-gpu-results}"
+out=$(cd "${1:-gpu-results}" && pwd)
+python=${PYTHON:-python3}
+export PIP_DISABLE_PIP_VERSION_CHECK=1
+failed=()
+
+part() { # part NAME SECONDS COMMAND...
+  local name=$1 limit=$2 begin=$SECONDS status
+  shift 2
+  timeout "$limit" "$@" >"$out/$name.log" 2>&1
+  status=$?
+  printf '%-22s status %3d  %4d s   %s\n' "$name" "$status" "$((SECONDS - begin))" "$(tail -n 1 "$out/$name.log")" |
+    tee -a "$out/summary.txt"
+  if [ "$status" -ne 0 ]; then failed+=("$name"); fi
+}
+
+: >"$out/summary.txt"
+nvidia-smi >"$out/nvidia-smi.log" 2>&1
+capability=$("$python" -c 'import torch; print("{}{}".format(*torch.cuda.get_device_capability()))' 2>/dev/null)
+case $capability in 90 | "") architecture=90a-real ;; *) architecture=$capability-real ;; esac
+if [ -n "${NEARFAR_WHEEL:-}" ]; then
+  part build 60 "$python" -m pip install --no-deps --force-reinstall "$NEARFAR_WHEEL"
+else
+  part build 240 env NEARFAR_CUDA=ON CUDAARCHS="$architecture" CMAKE_BUILD_PARALLEL_LEVEL="$(nproc)" \
+    "$python" -m pip install --no-build-isolation --no-deps -C cmake.define.NEARFAR_LEVELS=v3 .
+fi
+
+# Away from the sources, so that the installed package is what is imported.
+run=$(mktemp -d)
+trap 'rm -rf "$run"' EXIT
+cp -r tests pyproject.toml "$run/"
+cd "$run"
+part tests 100 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider tests/test_cuda.py -k "not million"
+part million-rows 45 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py -k million
+part bench 130 "$python" -m nearfar bench --device cuda --budget 0.3 --json "$out/bench.json"
+
+small="(info_nce or clip or nt_xent or uniformity or alignment or cdist or matmul or knn or kmeans)"
+small="$small and (37-16 or 65-33 or 5-66-3 or 65-16-2 or 40-3 or 33 or kmeans) and not float64"
+for tool in memcheck racecheck synccheck initcheck; do
+  if command -v compute-sanitizer >/dev/null; then
+    part "sanitizer-$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      "$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda.py -k "$small"
+  else
+    echo "sanitizer-$tool: SKIPPED, no compute-sanitizer on PATH" | tee -a "$out/summary.txt"
+  fi
+done
+
+cat "$out/bench.log"
+if [ ${#failed[@]} -gt 0 ]; then
+  echo "failed: ${failed[*]}"
+  exit 1
+fi
