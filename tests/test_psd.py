@@ -508,7 +508,7 @@ def test_not_finite(value):
 
 
 def test_tensor_on_another_device():
-    with pytest.raises(NotImplementedError, match=r"^K: on meta"):
+    with pytest.raises(NotImplementedError, match=r"^K: .* got meta"):
         is_psd(torch.eye(3, device="meta"))
 
 

@@ -24,7 +24,7 @@ V = rng.standard_normal((1003, 5)).astype(np.float32)
 def select(x, y, threads, k=3):
     value = np.empty((1, len(x), k), np.float32)
     index = np.full((1, len(x), k), -1)
-    _core.select(x[None], y[None], "sqeuclidean", False, False, k, value, index, threads)
+    _core.select(x[None], y[None], "sqeuclidean", 2.0, False, False, k, value, index, "automatic", threads)
     return value, index
 
 
@@ -37,9 +37,9 @@ def matmul_grad(threads):
 
 def store_grad(threads):
     value = np.empty((1, len(X), len(Y)), np.float32)
-    _core.store(X[None], Y[None], "euclidean", False, False, False, value, threads)
+    _core.store(X[None], Y[None], "euclidean", 2.0, False, False, False, value, threads)
     dx, dy = np.zeros_like(X[None]), np.zeros_like(Y[None])
-    _core.store_grad(X[None], Y[None], "euclidean", False, False, value, np.sqrt(value), dx, dy, threads)
+    _core.store_grad(X[None], Y[None], "euclidean", 2.0, False, False, value, np.sqrt(value), dx, dy, threads)
     return value, dx, dy
 
 
@@ -232,7 +232,7 @@ INTERRUPTED = """
     value, index = np.full((1, n, 1), np.nan, np.float32), np.full((1, n, 1), -1)
     threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
     try:
-        _core.select(x, x, "sqeuclidean", False, False, 1, value, index, {threads})
+        _core.select(x, x, "sqeuclidean", 2.0, False, False, 1, value, index, "automatic", {threads})
     except KeyboardInterrupt:
         # Unwritten rows: it stopped inside the call, and not when that was over.
         print("interrupted", (index == -1).any(), len(_core.task_trace(100, {threads})))

@@ -54,7 +54,8 @@ def _reduced(loss: Array, reduction: str, count: Any) -> Array:
 def _finite(value: Any, name: str, least: float = -math.inf, *, strict: bool = False) -> float:
     """A finite number, at least (or, strict, more than) `least`."""
     finite = number(value, name)
-    if not math.isfinite(finite) or finite < least or (strict and finite == least):
+    # Not math.isfinite, which the compiler cannot trace where it takes a default for an input.
+    if not -math.inf < finite < math.inf or finite < least or (strict and finite == least):
         wanted = {-math.inf: "a finite"}.get(least, "a positive" if strict else "a non-negative")
         raise ValueError(f"{name}: expected {wanted} number, got {finite}")
     return finite
