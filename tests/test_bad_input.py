@@ -120,7 +120,7 @@ def test_mixes(f, names):
 
 @losses
 def test_other_devices(f, names):
-    with pytest.raises(NotImplementedError, match=rf"^{names[0]}: on meta, but"):
+    with pytest.raises(NotImplementedError, match=rf"^{names[0]}: .* got meta"):
         call(f, names, **{name: TENSOR.to("meta") for name in names})
 
 

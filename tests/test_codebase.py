@@ -160,6 +160,12 @@ def test_public_names_have_an_example(name):
     assert ">>>" in value.__doc__ or inspect.ismodule(value), f"{name} has no example"
 
 
+def test_documentation_lists_every_public_name():
+    listed = set(re.findall(r"^\.\. auto\w+:: nearfar\.([\w.]+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE))
+    modules = {name for name in nf.__all__ if inspect.ismodule(getattr(nf, name))}
+    assert set(nf.__all__) - modules <= listed
+
+
 def test_public_names_are_unique_and_exist():
     assert len(set(nf.__all__)) == len(nf.__all__)
     assert set(nf.__all__) <= set(dir(nf)) | set(nf.losses.MODULES) | set(nf._LATER)

@@ -299,7 +299,7 @@ def test_not_points(place):
         with pytest.raises(TypeError, match=f"^reference: {message}"):
             nf.knn(x, bad)
     for metric in ("l1", "", None, 3, ["dot"]):
-        with pytest.raises(ValueError, match=r"^metric: expected one of euclidean, sqeuclidean, cosine, dot, cityblock, chebyshev, minkowski, mahalanobis, got"):
+        with pytest.raises(ValueError, match=r"^metric: expected one of euclidean, sqeuclidean, .*, mahalanobis, got"):
             nf.knn(x, metric=metric)
 
 

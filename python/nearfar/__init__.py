@@ -15,7 +15,7 @@ from .distances import cdist, pdist
 from .evaluation import Report, evaluate
 from .gradients import value_and_grad
 from .kernel_methods import KernelPCA, KernelRidge
-from .kernels import cka, gram, hsic, mmd, mmd_permutation_test
+from .kernels import check_mercer, cka, gram, hsic, mmd, mmd_permutation_test
 from .kmeans import KMeans
 from .losses import (
     alignment,
@@ -64,6 +64,7 @@ __all__ = [
     "batch_triplet_loss",
     "build_info",
     "cdist",
+    "check_mercer",
     "circle_loss",
     "cka",
     "clip_loss",

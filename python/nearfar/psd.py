@@ -12,9 +12,9 @@ How large E can be: if every entry carries m roundings, ``|E_ij| <= m (eps / 2) 
 
 whatever the number of points. ``NOISE = 10`` is m = 20. Measured with true Mercer kernels, 1000 to 2000 points,
 |lambda_min| / (eps lambda_max): 0.14 (Gaussian, cosine) to 0.8 (linear, 768 terms a product) in float32. In float64 the
-eigen-solver rounds as coarsely as K was made, and K is not the only source: 2 to 3.3 for linear and cosine, 9 to 13 for
-the constant kernel, whose Gram matrix is exact. So the constant is 32 there. The common worst-case choice
-``n eps lambda_max`` would be a hundred times looser than need be.
+eigen-solver rounds as coarsely as K was made, and K is not the only source: 2 to 3.3 for linear and cosine, 9 to 40
+for the constant kernel, whose Gram matrix is exact, as the LAPACK at hand will have it. So the constant is 64 there.
+The common worst-case choice ``n eps lambda_max`` would be a hundred times looser than need be.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Float64 = NDArray[np.float64]
 DENSE_LIMIT = 4096
 
 EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23, "float64": 2.0**-52}
-NOISE = {"float16": 10.0, "bfloat16": 10.0, "float32": 10.0, "float64": 32.0}
+NOISE = {"float16": 10.0, "bfloat16": 10.0, "float32": 10.0, "float64": 64.0}
 
 # Principal Gram matrices tried on a large K: half of random points (violations at long range), half of one point and
 # those most similar to it (violations at short range). 64 points disprove every non-Mercer kernel tried so far at
@@ -66,7 +66,7 @@ class PSDReport:
         Of ``(K + K^T) / 2``. With a method other than ``"eigh"`` bounds: the minimum from above, the maximum from below
         (Cauchy interlacing). 0 for a matrix of no points.
     noise_floor : float
-        `tol` if given, else ``c eps(dtype of K) max |eigenvalue|``, c = 10 (32 in float64); the largest modulus is
+        `tol` if given, else ``c eps(dtype of K) max |eigenvalue|``, c = 10 (64 in float64); the largest modulus is
         `max_eigenvalue` unless K is mostly negative. With method ``"subsample"`` the modulus is bounded from above by
         the largest row sum of ``|K|``, so that the disproof holds.
     rank : int
@@ -152,7 +152,7 @@ def psd_report(
         a kernel of `nearfar.kernels`.
     tol : float, optional
         The noise floor, in units of K. Default: what round-off in the dtype of K can produce,
-        ``10 eps max|eigenvalue|`` (32 eps in float64, where the eigen-solver's own round-off counts). Give it when K
+        ``10 eps max|eigenvalue|`` (64 eps in float64, where the eigen-solver's own round-off counts). Give it when K
         was made by coarser arithmetic than its dtype says: TF32 or bfloat16 products inside a float32 Gram matrix leave
         eigenvalues down to minus hundreds of ``eps lambda_max``.
     seed : int
@@ -176,7 +176,7 @@ def psd_report(
     Notes
     -----
     **Asymmetry.** The quadratic form sees only ``(K + K^T) / 2``, so what is judged is that. This is right when the two
-    halves differ by round-off, up to ``10 eps max|K_ij|`` (32 in float64; measured: at most 1.25), and an answer to
+    halves differ by round-off, up to ``10 eps max|K_ij|`` (64 in float64; measured: at most 1.25), and an answer to
     another question when they differ by more: then this function raises as `is_psd` does, unless ``tol`` is at least
     the asymmetry. A rule relative to the eigenvalues would let errors of 1e-3 in entries of size 1 pass at n = 1000 in
     float32.

@@ -103,7 +103,7 @@ class CircleLoss(nn.Module):
     --------
     >>> import torch, nearfar as nf
     >>> round(nf.CircleLoss(gamma=1)(torch.eye(2).repeat(2, 1), torch.tensor([0, 0, 1, 1])).item(), 4)
-    2.1544
+    2.121
     """
 
     def __init__(self, m: float = 0.4, gamma: float = 80, *, reduction: str = "mean", normalize: bool = True) -> None:
