@@ -185,7 +185,7 @@ def cdist(
     ``|x|^2 + |y|^2 - 2<x, y>`` on points shifted to a common centre, where pairs closer than about 1/22 of their norms
     are computed again from their differences: nearby points far from the origin keep their relative accuracy.
     "mahalanobis" is the Euclidean distance of the rows of ``(x - c) L^T``, c a common centre. NaN in a row touches that
-    row and its column only. Differentiable (first and second order); the gradient at distance 0 is 0, as is the slope of
+    row and its column only. Differentiable (first and second order); the gradient at distance 0 is 0, as is that of
     ``|x_k - y_k|`` at 0, and every coordinate that attains a Chebyshev distance has the whole slope: the conventions of
     `torch.cdist`. A zero row has cosine distance 1 to every other row, and 0 to itself.
 
