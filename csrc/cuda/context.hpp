@@ -11,14 +11,6 @@
 
 namespace nearfar::cuda {
 
-#if !defined(NEARFAR_EMULATE)
-// One block a multiprocessor is enough to ask for: else the assembler spills registers to make room for more.
-template <class Body>
-__global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Body body) {
-  body();
-}
-#endif
-
 /// What an operation may know of the device when it chooses shapes.
 struct Device {
   int architecture = 80;  // 10 * major + minor
@@ -48,19 +40,7 @@ class Context {
   bool measuring() const { return base_ == nullptr; }
 
   template <class Body>
-  void launch(int64_t blocks, const Body& body) const {
-    if (measuring() || blocks == 0) return;
-    if (blocks > INT32_MAX) throw std::runtime_error("CUDA: more than 2^31 blocks");
-#if defined(NEARFAR_EMULATE)
-    emulation::run(blocks, [](const void* kernel) { (*static_cast<const Body*>(kernel))(); }, &body);
-#else
-    void* arguments[] = {const_cast<Body*>(&body)};
-    const cudaError_t error =
-        cudaLaunchKernel(reinterpret_cast<const void*>(&kernel<Body>), dim3(static_cast<unsigned>(blocks)),
-                         dim3(kThreads), arguments, 0, static_cast<cudaStream_t>(stream_));
-    if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
-#endif
-  }
+  void launch(int64_t blocks, const Body& body) const;  // below, where kernels are compiled
   /// One thread, or one warp, for each of `count` things.
   template <class Body>
   void launch_threads(int64_t count, const Body& body) const {
@@ -81,5 +61,30 @@ class Context {
   int64_t size_, used_ = 0;
   void* stream_;
 };
+
+#if defined(__CUDACC__)
+// One block a multiprocessor is enough to ask for: else the assembler spills registers to make room for more.
+template <class Body>
+__global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Body body) {
+  body();
+}
+#endif
+
+#if defined(NEARFAR_DEVICE)
+template <class Body>
+void Context::launch(int64_t blocks, const Body& body) const {
+  if (measuring() || blocks == 0) return;
+  if (blocks > INT32_MAX) throw std::runtime_error("CUDA: more than 2^31 blocks");
+#if defined(NEARFAR_EMULATE)
+  emulation::run(blocks, [](const void* kernel) { (*static_cast<const Body*>(kernel))(); }, &body);
+#else
+  void* arguments[] = {const_cast<Body*>(&body)};
+  const cudaError_t error =
+      cudaLaunchKernel(reinterpret_cast<const void*>(&kernel<Body>), dim3(static_cast<unsigned>(blocks)),
+                       dim3(kThreads), arguments, 0, static_cast<cudaStream_t>(stream_));
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+#endif
+}
+#endif
 
 }  // namespace nearfar::cuda

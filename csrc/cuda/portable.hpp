@@ -13,9 +13,10 @@ inline constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
 
 }  // namespace nearfar::cuda
 
+// Whoever only calls the kernels, compiled by neither, has no use for the rest.
 #if defined(NEARFAR_EMULATE)
 #include "cuda/emulate.hpp"
-#else
+#elif defined(__CUDACC__)
 
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -108,6 +109,7 @@ NEARFAR_DEVICE void load_matrices(uint32_t (&r)[4], const uint16_t* row) {
 }  // namespace nearfar::cuda
 #endif
 
+#if defined(NEARFAR_DEVICE)
 namespace nearfar::cuda {
 
 NEARFAR_DEVICE int lane_index() { return thread_index() % kWarp; }
@@ -122,3 +124,4 @@ NEARFAR_DEVICE T warp_sum(T value) {
 }
 
 }  // namespace nearfar::cuda
+#endif
