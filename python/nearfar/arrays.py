@@ -179,6 +179,12 @@ def concatenate(arrays: Sequence[Array]) -> Array:
     return namespace(arrays[0]).concatenate(arrays)
 
 
+def codes_of(labels: Array) -> tuple[np.ndarray[Any, Any], int]:
+    """Integer labels as dense int32 codes, and how many there are."""
+    values, codes = np.unique(np.asarray(labels), return_inverse=True)
+    return np.ascontiguousarray(codes.reshape(-1), np.int32), len(values)
+
+
 def batched(array: Array, batch: tuple[int, ...]) -> Array:
     """(..., n, d) broadcast to `batch` and flattened to three dimensions."""
     n, d = array.shape[-2:]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .arrays import Array, as_bytes, cast, common_center, compute_dtype, empty, namespace
+from .arrays import Array, as_bytes, cast, codes_of, common_center, compute_dtype, empty, namespace
 from .backend import kernel, on_cuda
 
 # Workspace for exp(scores) of a strip of 128 rows. Beyond it (more than 64 Ki columns in float32) scores are computed
@@ -74,8 +74,7 @@ def _codes(ids: Array, columns: int) -> tuple[Array, Array | None]:
     """
     if on_cuda(ids):
         return _contiguous(cast(ids, "int64")), None
-    _, codes = np.unique(np.asarray(ids), return_inverse=True)
-    rows = np.ascontiguousarray(codes.reshape(-1), np.int32)
+    rows, _ = codes_of(ids)
     return rows, np.concatenate([rows, np.full(columns - len(rows), -1, np.int32)])
 
 
@@ -173,16 +172,16 @@ def sup_con(
 
     Positives: the rows of a label, or what the mask of items says; without both, the views of an item.
     """
+    launch = kernel(x, "sup_con")
     d = x.shape[-1]
     views = x.shape[1] if x.ndim == 3 else 1
     rows = empty(x, tuple(x.shape[:-1]))
     dx = empty(x, tuple(x.shape), zero=True) if gradients else None
     classes = None
     if positive_mask is None:
-        _, codes = np.unique(np.arange(len(x)) if labels is None else np.asarray(labels), return_inverse=True)
-        classes = np.repeat(codes.reshape(-1).astype(np.int32), views)
+        classes = np.repeat(codes_of(np.arange(len(x)) if labels is None else labels)[0], views)
     _, weights = _row_weights(weights, x, reduction)
-    total, dscale, anchors = kernel(x, "sup_con")(
+    total, dscale, anchors = launch(
         x.reshape(-1, d),
         classes,
         None if positive_mask is None else as_bytes(positive_mask),

@@ -7,14 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Array, empty
+from .arrays import Array, codes_of, empty
 from .backend import kernel
-
-
-def codes_of(labels: Array) -> tuple[NDArray[np.int32], int]:
-    """Integer labels as dense int32 codes, and how many there are."""
-    values, codes = np.unique(np.asarray(labels), return_inverse=True)
-    return np.ascontiguousarray(codes.reshape(-1), np.int32), len(values)
 
 
 def _launch(

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import operations, triplets
-from ..arrays import Array, check_matrix, check_points, integer, is_torch
+from ..arrays import Array, check_matrix, check_points, codes_of, integer, is_torch
 from .ranking import check_margin
 from .softmax import check_labels
 
@@ -129,7 +129,7 @@ class _Groups:
     """The rows of every class, ascending: row i's class is order[begin[code[i]]:end[code[i]]]."""
 
     def __init__(self, labels: Array) -> None:
-        self.code, classes = triplets.codes_of(labels)
+        self.code, classes = codes_of(labels)
         self.order = np.argsort(self.code, kind="stable")
         self.size = np.bincount(self.code, minlength=classes)[self.code]  # of each row's class
         self.end = np.cumsum(np.bincount(self.code, minlength=classes))[self.code]
