@@ -287,7 +287,8 @@ def test_float32(mining, soft, classes, dtype):
     """Half precisions are computed in float32: no fill value overflows, near distances do not tie."""
     x, labels = labelled(200, 64, classes)
     x, labels = of_kind("torch", x, dtype), torch.from_numpy(labels)
-    arguments = dict(embeddings=x, labels=labels, mining=mining, soft=soft)
+    # With "all" no triplet at the kink of its hinge, where rounding decides about its slope: distances are at most 2.
+    arguments = dict(embeddings=x, labels=labels, mining=mining, soft=soft, margin=3.0 if mining == "all" else 0.2)
     # The loss is a small difference of distances of order 1: its error is relative to the margin.
     compare(nf.batch_triplet_loss, ["embeddings"], dtype, value_floor=0.2, **arguments)
     assert nf.batch_triplet_loss(**arguments).dtype == torch.float32
@@ -480,7 +481,8 @@ def test_never_cubic(mining):
         d = np.sqrt(((u - u[i]) ** 2).sum(1))
         same = labels == labels[i]
         positive, negative = d[same & (np.arange(2500) != i)], d[~same]
-        assert rows[i] == pytest.approx(np.maximum(positive[:, None] - negative + 0.2, 0).sum(), rel=1e-6)
+        losses = np.maximum(positive[:, None] - negative + 0.2, 0)
+        assert rows[i] == pytest.approx(losses.sum(), abs=1e-6 * 0.2 * np.count_nonzero(losses))
     size = np.bincount(labels)
     count = int((size * (size - 1) * size[::-1]).sum())
     assert count > 2**31
