@@ -27,7 +27,7 @@ __all__ = ["KernelPCA", "KernelRidge"]
 Numbers = NDArray[Any]
 
 # A residual that has not halved in so many steps is down to the round-off of the products.
-PATIENCE = 40
+PATIENCE = 200
 # Up to here components come from the stored matrix: Krylov spaces would be most of the space.
 DENSE_COMPONENTS = 512
 
