@@ -98,6 +98,7 @@ def _new_file(text: str) -> Path:
 
 
 def picture_file(text: str) -> Path:
+    """An argument that names a picture: its ending says the format."""
     if Path(text).suffix not in (".png", ".svg", ".pdf"):
         raise argparse.ArgumentTypeError(f"expected a name that ends in .png, .svg or .pdf, got {text}")
     return _new_file(text)

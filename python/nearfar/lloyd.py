@@ -165,6 +165,8 @@ def means(data: Data, step: Pass, centers: Numbers) -> Numbers:
 
 
 class Fit(NamedTuple):
+    """What one run of k-means found."""
+
     labels: Numbers
     inertia: float
     centers: Numbers

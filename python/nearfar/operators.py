@@ -241,21 +241,24 @@ def is_absent(grad: Tensor) -> bool:
 
 
 def pad(grads: Any, count: int) -> tuple[Tensor | None, ...]:
+    """The first `count` of an operator's gradients, None where it gave none."""
     return tuple(None if is_absent(grad) else grad for grad in grads[:count])
-
-
-def _softmax_grad(g: Tensor, value: Any, tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Any:
-    return _softmax(g, *tensors, *config, True)[1:]
 
 
 def _no_rows(*_: Any) -> Tensor:
     raise AssertionError("potential has a second derivative of its own")
 
 
+def _weighted(operator: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`forward` and `grad` of a loss whose operator takes the weights of its rows first and answers both."""
+    return (
+        lambda tensors, config, gradients: operator(None, *tensors, *config, gradients),
+        lambda g, value, tensors, config: operator(g, *tensors, *config, True)[1:],
+    )
+
+
 OPERATIONS = {
-    "softmax": Operation(
-        lambda t, c, gradients: _softmax(None, *t, *c, gradients), _softmax_grad, formulas.softmax_rows, 5, True
-    ),
+    "softmax": Operation(*_weighted(_softmax), formulas.softmax_rows, 5, True),
     "labelled_lse": Operation(
         lambda t, c, gradients: (_labelled_lse(*t, *c),),
         lambda g, value, t, c: _labelled_lse_grad(g, value, *t, *c),
@@ -264,23 +267,20 @@ OPERATIONS = {
         False,
     ),
     "n_pairs": Operation(
-        lambda t, c, gradients: _n_pairs(None, *t, *c, gradients),
-        lambda g, value, t, c: _n_pairs(g, *t, *c, True)[1:],
+        *_weighted(_n_pairs),
         formulas.n_pairs_rows,
         2,
         True,
     ),
     "sup_con": Operation(
-        lambda t, c, gradients: _sup_con(None, *t, *c, gradients),
-        lambda g, value, t, c: _sup_con(g, *t, *c, True)[1:],
+        *_weighted(_sup_con),
         formulas.sup_con_rows,
         2,
         True,
         lambda tensors, config: ((), formulas.sup_con_anchors(tensors, config)),
     ),
     "sigmoid": Operation(
-        lambda t, c, gradients: _sigmoid(None, *t, *c, gradients),
-        lambda g, value, t, c: _sigmoid(g, *t, *c, True)[1:],
+        *_weighted(_sigmoid),
         formulas.sigmoid_rows,
         4,
         True,
@@ -289,15 +289,13 @@ OPERATIONS = {
         lambda t, c, gradients: _potential(*t, *c, gradients), _no_rows, formulas.potential_rows, 1, True
     ),
     "alignment": Operation(
-        lambda t, c, gradients: _alignment(None, *t, *c, gradients),
-        lambda g, value, t, c: _alignment(g, *t, *c, True)[1:],
+        *_weighted(_alignment),
         formulas.alignment_rows,
         2,
         True,
     ),
     "batch_triplet": Operation(
-        lambda t, c, gradients: _batch_triplet(None, *t, *c, gradients),
-        lambda g, value, t, c: _batch_triplet(g, *t, *c, True)[1:],
+        *_weighted(_batch_triplet),
         formulas.batch_triplet_rows,
         1,
         True,

@@ -45,6 +45,7 @@ def _leaves(tensors: tuple[Any, ...], count: int) -> tuple[list[Any], list[int]]
 def second(
     name: str, g: Tensor, value: Tensor, tensors: tuple[Any, ...], config: tuple[Any, ...], vectors: tuple[Any, ...]
 ) -> tuple[Tensor, list[Any]]:
+    """Derivatives of ``<vectors, gradients>`` by the upstream gradient and the tensors, a block of rows at a time."""
     operation = OPERATIONS[name]
     x = tensors[0]
     rows_axis = 0 if operation.loss or x.dim() == 2 else 1
