@@ -2,6 +2,10 @@
 // threads, these take `where`: (stream, exact, strip bytes, allocate), allocate(bytes) giving a workspace of the
 // caller's library. Nothing waits for the device, so sums come back in arrays.
 #if defined(NEARFAR_WITH_CUDA)
+#include <pybind11/stl.h>
+
+#include <vector>
+
 #include "bindings/call.hpp"
 #include "cuda/device.hpp"
 #include "cuda/ops.hpp"
@@ -53,6 +57,20 @@ class Call {
   T* gradient(py::handle obj, const char* name, const Array& like) {
     if (obj.is_none()) return nullptr;
     return static_cast<T*>(output(obj, name, sizeof(T) == 8 ? DType::f64 : DType::f32, like.shape, like.ndim));
+  }
+
+  /// A number, or where `at` is then set, a 0-d float64 array on the device.
+  double number(py::handle obj, const char* name, const double*& at) {
+    if (py::isinstance<py::float_>(obj)) return obj.cast<double>();
+    at = input(obj, name, 0, {DType::f64}).as<double>();
+    return 0;
+  }
+  /// int64 labels of `count` things.
+  const int64_t* labels(py::handle obj, const char* name, int64_t count) {
+    const Array a = input(obj, name, 1, {DType::i64});
+    require_shape(a, name, {count});
+    if (!a.contiguous()) refuse_value(name, "expected contiguous labels");
+    return a.as<int64_t>();
   }
 
   /// f(context): once to measure, once for real.
@@ -206,7 +224,7 @@ void softmax(const std::string& mode, py::handle x_, py::handle y_, py::handle p
   const Array x = call.input(x_, "x", 2), y = call.points(y_, "y", 2, x);
   const auto [n, d] = std::pair(x.shape[0], x.shape[1]);
   require_shape(y, "y", {y.shape[0], d});
-  Array positive, paired, ids, multiplier;
+  Array positive, paired;
   if (!positive_.is_none()) {
     positive = call.points(positive_, "positive", 2, x);
     require_shape(positive, "positive", {n, d});
@@ -217,13 +235,6 @@ void softmax(const std::string& mode, py::handle x_, py::handle y_, py::handle p
     if (n ? paired.shape[0] % n : paired.shape[0]) refuse_value("paired", "expected as many rows for every row of x");
   }
   if (!ids_y.is_none()) refuse_value("ids_y", "expected None");
-  if (!ids_x.is_none()) {
-    ids = call.input(ids_x, "ids", 1, {DType::i64});
-    require_shape(ids, "ids", {n});
-    if (!ids.contiguous()) refuse_value("ids", "expected contiguous ids");
-  }
-  const bool on_device = !py::isinstance<py::float_>(scale);
-  if (on_device) multiplier = call.input(scale, "scale", 0, {DType::f64});
   with_compute_type(x.dtype, [&](auto zero) {
     using T = decltype(zero);
     cuda::SoftmaxDevice<T> p{};
@@ -240,12 +251,8 @@ void softmax(const std::string& mode, py::handle x_, py::handle y_, py::handle p
       p.paired = rows_of(paired);
       p.paired_per_row = n ? paired.shape[0] / n : 0;
     }
-    p.ids = ids.as<int64_t>();
-    if (on_device) {
-      p.scale_at = multiplier.as<double>();
-    } else {
-      p.scale = scale.cast<double>();
-    }
+    if (!ids_x.is_none()) p.ids = call.labels(ids_x, "ids", n);
+    p.scale = call.number(scale, "scale", p.scale_at);
     p.normalize = normalize;
     p.weights = weights.is_none() ? nullptr : call.output<T>(weights, "weights", {n});
     p.weight = weight;
@@ -259,6 +266,99 @@ void softmax(const std::string& mode, py::handle x_, py::handle y_, py::handle p
     p.loss_total = call.output<double>(sums, "sums", {2});
     p.dscale_at = p.loss_total + 1;
     call.run(where, [&](cuda::Context& c) { cuda::softmax<T>(c, p); });
+  });
+}
+
+/// `scale` and `bias` as `scale` of softmax. sums (3): of the losses, and the gradients of scale and bias.
+void sigmoid(py::handle x_, py::handle y_, py::handle scale, py::handle bias, bool normalize, py::handle weights,
+             double weight, py::handle loss, py::handle dx, py::handle dy, py::handle sums, const py::tuple& where) {
+  Call call;
+  const Array x = call.input(x_, "x", 2), y = call.points(y_, "y", 2, x);
+  require_shape(y, "y", {x.shape[0], x.shape[1]});
+  with_compute_type(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    cuda::SigmoidDevice<T> p{};
+    p.x = rows_of(x);
+    p.y = rows_of(y);
+    p.scale = call.number(scale, "scale", p.scale_at);
+    p.bias = call.number(bias, "bias", p.bias_at);
+    p.normalize = normalize;
+    p.weights = weights.is_none() ? nullptr : call.output<T>(weights, "weights", {x.shape[0]});
+    p.weight = weight;
+    p.loss = call.output<T>(loss, "loss", {x.shape[0]});
+    p.dx = call.gradient<T>(dx, "dx", x);
+    p.dy = call.gradient<T>(dy, "dy", y);
+    if (dx.is_none() != dy.is_none()) refuse_value("dx", "expected all gradients or none");
+    p.loss_total = call.output<double>(sums, "sums", {3});
+    p.dscale_at = p.loss_total + 1;
+    p.dbias_at = p.loss_total + 2;
+    call.run(where, [&](cuda::Context& c) { cuda::sigmoid<T>(c, p); });
+  });
+}
+
+/// Labels are int64; `labels_x` None: the label of a row is its number. sums (1): the gradient of scale.
+void labelled_lse(py::handle x_, py::handle y_, bool same, py::handle labels_x, py::handle labels_y, py::handle scale,
+                  bool normalize, const std::vector<double>& maps, py::object power, py::handle lse, py::handle grad,
+                  py::handle dx, py::handle dy, py::handle sums, const py::tuple& where) {
+  Call call;
+  const Array x = call.input(x_, "x", 2), y = call.points(y_, "y", 2, x);
+  const int64_t n = x.shape[0], m = y.shape[0];
+  require_shape(y, "y", {same ? n : m, x.shape[1]});
+  if (maps.size() != 8) refuse_value("maps", "expected two times sign, q, r, shift");
+  with_compute_type(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    cuda::LabelledLseDevice<T> p{};
+    p.x = rows_of(x);
+    p.y = rows_of(y);
+    p.same = same;
+    if (!labels_x.is_none()) p.ids_x = call.labels(labels_x, "labels_x", n);
+    p.ids_y = call.labels(labels_y, "labels_y", m);
+    p.scale = call.number(scale, "scale", p.scale_at);
+    p.normalize = normalize;
+    for (int k = 0; k < 2; ++k) p.maps[k] = {maps[4 * k], maps[4 * k + 1], maps[4 * k + 2], maps[4 * k + 3]};
+    p.terms = power.is_none() ? 2 : 3;
+    p.power = power.is_none() ? 0 : power.cast<double>();
+    p.lse = call.output<double>(lse, "lse", {n, p.terms});
+    p.dx = call.gradient<T>(dx, "dx", x);
+    p.dy = call.gradient<T>(dy, "dy", y);
+    if (p.dx) p.grad = call.output<double>(grad, "grad", {n, p.terms});
+    if (dx.is_none() != dy.is_none()) refuse_value("dx", "expected all gradients or none");
+    p.dscale_at = call.output<double>(sums, "sums", {1});
+    call.run(where, [&](cuda::Context& c) { cuda::labelled_lse<T>(c, p); });
+  });
+}
+
+/// `labels` (int64) or the mask are of items, of `views` rows each. sums (3): of the losses, the gradient of scale, and
+/// how many rows have a positive.
+void sup_con(py::handle x_, py::handle labels, py::handle mask_, int64_t views, py::handle scale, bool normalize,
+             py::handle weights, bool mean, py::handle loss, py::handle dx, py::handle sums, const py::tuple& where) {
+  Call call;
+  const Array x = call.input(x_, "x", 2);
+  const int64_t n = x.shape[0];
+  if (views < 1 || n % views) refuse_value("views", "expected a divisor of the number of rows");
+  with_compute_type(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    cuda::SupConDevice<T> p{};
+    p.x = rows_of(x);
+    p.positives.views = views;
+    if (!labels.is_none()) p.labels = call.labels(labels, "labels", n / views);
+    if (!mask_.is_none()) {
+      const Array mask = call.input(mask_, "positive_mask", 2, {DType::u8});
+      require_shape(mask, "positive_mask", {n / views, n / views});
+      p.positives.mask = mask.as<uint8_t>();
+      p.positives.mask_row_stride = mask.strides[0];
+      p.positives.mask_col_stride = mask.strides[1];
+    }
+    p.scale = call.number(scale, "scale", p.scale_at);
+    p.normalize = normalize;
+    p.weights = weights.is_none() ? nullptr : call.output<T>(weights, "weights", {n});
+    p.weight_of_mean = mean;
+    p.loss = call.output<T>(loss, "loss", {n});
+    p.dx = call.gradient<T>(dx, "dx", x);
+    p.loss_total = call.output<double>(sums, "sums", {3});
+    p.dscale_at = p.loss_total + 1;
+    p.anchors_at = p.loss_total + 2;
+    call.run(where, [&](cuda::Context& c) { cuda::sup_con<T>(c, p); });
   });
 }
 
@@ -323,6 +423,13 @@ void register_cuda(py::module_& module) {
         arg("positive_is_column"), arg("positive_in_sum"), arg("paired"), arg("ids_x"), arg("ids_y"), arg("scale"),
         arg("normalize"), arg("weights"), arg("weight"), arg("loss"), arg("dx"), arg("dy"), arg("dpositive"),
         arg("dpaired"), arg("strip_budget"), arg("sums"), arg("where"));
+  m.def("sigmoid", cuda_bindings::sigmoid, arg("x"), arg("y"), arg("scale"), arg("bias"), arg("normalize"),
+        arg("weights"), arg("weight"), arg("loss"), arg("dx"), arg("dy"), arg("sums"), arg("where"));
+  m.def("labelled_lse", cuda_bindings::labelled_lse, arg("x"), arg("y"), arg("same"), arg("labels_x"), arg("labels_y"),
+        arg("scale"), arg("normalize"), arg("maps"), arg("power"), arg("lse"), arg("grad"), arg("dx"), arg("dy"),
+        arg("sums"), arg("where"));
+  m.def("sup_con", cuda_bindings::sup_con, arg("x"), arg("labels"), arg("positive_mask"), arg("views"), arg("scale"),
+        arg("normalize"), arg("weights"), arg("mean"), arg("loss"), arg("dx"), arg("sums"), arg("where"));
   m.def("potential", cuda_bindings::potential, arg("x"), arg("t"), arg("normalize"), arg("dx"), arg("sums"),
         arg("where"));
   m.def("alignment", cuda_bindings::alignment, arg("x"), arg("y"), arg("alpha"), arg("normalize"), arg("weights"),

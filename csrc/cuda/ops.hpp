@@ -16,6 +16,27 @@ struct SoftmaxDevice : SoftmaxParams<T> {
 };
 
 template <class T>
+struct SigmoidDevice : SigmoidParams<T> {
+  const double *scale_at = nullptr, *bias_at = nullptr;  // null: `scale`, `bias`
+  double *loss_total = nullptr, *dscale_at = nullptr, *dbias_at = nullptr;
+};
+
+template <class T>
+struct LabelledLseDevice : LabelledLseParams<T> {
+  const int64_t *ids_x = nullptr, *ids_y = nullptr;  // in place of codes; ids_x null: the label of a row is its number
+  const double* scale_at = nullptr;                  // null: `scale`
+  double* dscale_at = nullptr;
+};
+
+/// SupCon: `labels` of items in place of classes.
+template <class T>
+struct SupConDevice : SoftmaxParams<T> {
+  const int64_t* labels = nullptr;
+  const double* scale_at = nullptr;  // null: `scale`
+  double *loss_total = nullptr, *dscale_at = nullptr, *anchors_at = nullptr;
+};
+
+template <class T>
 struct PotentialDevice : PotentialParams<T> {
   double* log_sum_at = nullptr;
 };
@@ -48,6 +69,12 @@ template <class T>
 void store_grad(Context& c, const StoreGradParams<T>& p);
 template <class T>
 void softmax(Context& c, const SoftmaxDevice<T>& p);
+template <class T>
+void sigmoid(Context& c, const SigmoidDevice<T>& p);
+template <class T>
+void labelled_lse(Context& c, const LabelledLseDevice<T>& p);
+template <class T>
+void sup_con(Context& c, const SupConDevice<T>& p);
 template <class T>
 void potential(Context& c, const PotentialDevice<T>& p);
 template <class T>

@@ -21,7 +21,8 @@ STRIP_BYTES = 64 << 20
 # A developer's build (NEARFAR_CUDA=EMULATE) runs the GPU's kernels on the CPU, a thousand times slower. Not for users.
 emulate = os.environ.get("NEARFAR_EMULATE", "") == "1"
 
-_SUMS = {"softmax": 2, "potential": 1, "alignment": 1}  # numbers that an operation returns
+# Numbers that an operation returns.
+_SUMS = {"softmax": 2, "sup_con": 3, "sigmoid": 3, "labelled_lse": 1, "potential": 1, "alignment": 1}
 
 
 def on_cuda(array: Any) -> bool:

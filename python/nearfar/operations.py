@@ -29,13 +29,13 @@ SCREENING = "automatic"
 LARGEST = {name: float(np.finfo(name).max) for name in ("float32", "float64")}
 
 
-def _reduced(like: Array, rows: Array, total: float, reduction: str, anchors: int | None = None) -> Array:
-    """The value of a loss; the mean is over `anchors`, or all rows."""
+def _reduced(like: Array, rows: Array, total: Any, reduction: str, anchors: Any = None) -> Array:
+    """The value of a loss; the mean is over `anchors`, or all rows. Without any the total is 0."""
     if reduction == "none":
         return rows
     n = rows.shape[0] if anchors is None else anchors
     value = empty(like, (), compute_dtype(like))
-    value[...] = total if reduction == "sum" else (total / n if n else 0.0)
+    value[...] = total if reduction == "sum" else total / (n.clip(1) if hasattr(n, "clip") else max(n, 1))
     return value
 
 
@@ -58,6 +58,16 @@ def _multiplier(scale: Any, like: Array) -> Any:
     if not 0 < multiplier <= LARGEST[compute_dtype(like)]:
         raise ValueError(f"temperature, logit_scale: expected a positive number, got logit_scale = {multiplier}")
     return multiplier
+
+
+def _offset(bias: Any, like: Array) -> Any:
+    """The bias of logits, checked; on the GPU an array stays there, and one not finite gives NaN."""
+    if on_cuda(bias) and on_cuda(like):
+        return cast(bias, "float64")
+    offset = float(bias)
+    if not math.isfinite(offset):
+        raise ValueError(f"logit_bias: expected a finite number, got {offset}")
+    return offset
 
 
 def _number(like: Array, value: float) -> Array:
@@ -178,7 +188,9 @@ def sup_con(
     rows = empty(x, tuple(x.shape[:-1]))
     dx = empty(x, tuple(x.shape), zero=True) if gradients else None
     classes = None
-    if positive_mask is None:
+    if on_cuda(x):  # which counts no classes, and takes the labels of items
+        classes = None if labels is None else _codes(labels, 0)[0]
+    elif positive_mask is None:
         classes = np.repeat(codes_of(np.arange(len(x)) if labels is None else labels)[0], views)
     _, weights = _row_weights(weights, x, reduction)
     total, dscale, anchors = launch(
@@ -202,9 +214,7 @@ def sigmoid(
 ) -> tuple[Any, ...]:
     """Sigmoid loss over pairs: value and gradients of x, y, scale and bias."""
     n = x.shape[0]
-    bias = float(bias)
-    if not math.isfinite(bias):
-        raise ValueError(f"logit_bias: expected a finite number, got {bias}")
+    bias = _offset(bias, x)
     rows = empty(x, (n,))
     dx, dy = (empty(x, tuple(x.shape), zero=True) if gradients else None for _ in range(2))
     weight, weights = _row_weights(weights, x, reduction)
@@ -214,10 +224,15 @@ def sigmoid(
     return value, dx, dy, *(_number(x, g) if gradients else None for g in scalars)
 
 
-def _labels(labels: Array, x: Array, y: Array | None) -> tuple[Array, Array]:
-    """int32 codes of the labels of rows and columns; with a y, the label of a row is its number."""
+def _labels(labels: Array, x: Array, y: Array | None) -> tuple[Array | None, Array]:
+    """int32 codes of the labels of rows and columns; with a y, the label of a row is its number.
+
+    On the GPU the labels as they are; for rows that are numbered None. One out of range makes the result NaN there.
+    """
     if y is None:
         return (_codes(labels, x.shape[0])[0],) * 2
+    if on_cuda(x):
+        return None, _codes(labels, 0)[0]
     codes, classes = np.asarray(labels), x.shape[0]
     if codes.size and not 0 <= int(codes.min()) <= int(codes.max()) < classes:
         raise ValueError(f"labels: expected values in [0, {classes}), got {codes.min()} to {codes.max()}")

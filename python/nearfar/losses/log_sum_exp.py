@@ -39,9 +39,10 @@ def _sigmoid(x: Any) -> Any:
 
 
 def _constants(like: Array, *values: Any) -> Array:
+    """In memory of the CPU, whose numbers the launch of a kernel carries: a GPU would have to be waited for."""
     if is_torch(like):
         torch = sys.modules["torch"]
-        return torch.tensor(values, dtype=torch.float64, device=like.device)
+        return torch.tensor(values, dtype=torch.float64)
     return np.array(values, np.float64)
 
 
@@ -147,7 +148,7 @@ def hcl_loss(
     scale = scale_part(temperature, logit_scale, 0.5, z1)
     n = z1.shape[0]
     lib = _library(z1)
-    items = lib.arange(n)
+    items = lib.arange(n, device=z1.device) if is_torch(z1) else lib.arange(n)
     return Call(
         "labelled_lse",
         (Part(("z1", "z2"), (z1, z2)), NOTHING, scale),

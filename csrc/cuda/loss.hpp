@@ -1,0 +1,190 @@
+// What losses over pairs share: numbers that may be on the device, sums of the rows of a tile, and how the parts of a
+// row's tiles are merged, in an order that their number decides.
+#pragma once
+
+#include "cuda/ops.hpp"
+#include "cuda/strip.hpp"
+#include "pairwise/reduce.hpp"
+
+namespace nearfar {
+inline namespace device {
+
+/// A number of the call, or of the device where `at` is there.
+struct Number {
+  const double* at;
+  double value;
+  NEARFAR_DEVICE double operator()() const { return at ? *at : value; }
+};
+
+/// The multiplier of dot products. One that is not positive is NaN.
+struct Multiplier {
+  Number number;
+  NEARFAR_DEVICE double operator()() const {
+    const double scale = number();
+    return scale > 0 ? scale : not_a_number<double>();
+  }
+};
+
+// ---- rows of a tile
+// --------------------------------------------------------------------------------------------------
+
+/// K numbers of every row of a tile, from each of the warps that share it. Small: tiles leave little shared memory.
+template <class P, int K>
+struct RowParts {
+  typename P::T of[P::kWarpsN][K][P::kM];
+};
+template <class P, int K>
+NEARFAR_DEVICE RowParts<P, K>& row_parts() {
+  NEARFAR_SHARED RowParts<P, K> parts;
+  return parts;
+}
+/// The first of the lanes of a warp that share rows.
+template <class P>
+NEARFAR_DEVICE bool first_of_row() {
+  return cuda::lane_index() % P::kRowLanes == 0;
+}
+
+/// terms(a, sums) gives K numbers of a thread's part of row a; place(row of the tile, totals) is called once for every
+/// row, by one thread.
+template <class P, int K, class Terms, class Place>
+NEARFAR_DEVICE void reduce_sums(Terms terms, Place place) {
+  using T = typename P::T;
+  RowParts<P, K>& parts = row_parts<P, K>();
+  NEARFAR_UNROLL
+  for (int a = 0; a < P::kRows; ++a) {
+    T sums[K];
+    terms(a, sums);
+    NEARFAR_UNROLL
+    for (int k = 0; k < K; ++k) {
+      NEARFAR_UNROLL
+      for (int mask = 1; mask < P::kRowLanes; mask *= 2) sums[k] += cuda::shuffle_xor(sums[k], mask);
+      if (first_of_row<P>()) parts.of[P::warp_n()][k][P::row(a)] = sums[k];
+    }
+  }
+  cuda::sync_block();
+  for (int i = cuda::thread_index(); i < P::kM; i += cuda::kThreads) {
+    T totals[K];
+    NEARFAR_UNROLL
+    for (int k = 0; k < K; ++k) {
+      totals[k] = 0;
+      for (int warp = 0; warp < P::kWarpsN; ++warp) totals[k] += parts.of[warp][k][i];
+    }
+    place(i, totals);
+  }
+  cuda::sync_block();
+}
+
+// ---- rows of tiles
+// ---------------------------------------------------------------------------------------------------
+
+/// sums[line] += the parts of the line: a warp each.
+template <class T>
+struct MergeSums {
+  const T* partial;
+  int64_t parts, lines;
+  double* sums;
+
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t line = cuda::global_warp();
+    if (line >= lines) return;
+    double sum = 0;
+    for (int64_t part = cuda::lane_index(); part < parts; part += cuda::kWarp)
+      sum += static_cast<double>(partial[line * parts + part]);
+    sum = cuda::warp_sum(sum);
+    if (cuda::lane_index() == 0) sums[line] += sum;
+  }
+};
+
+/// The same of log-sum-exps, `terms` for every row. The bases of every third one are still to be multiplied by `power`.
+template <class T>
+struct MergeLogSumExps {
+  const PartialSum<T>* partial;
+  int64_t parts, lines;
+  int terms;
+  double power;
+  LogSumExp* states;
+
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t line = cuda::global_warp();
+    if (line >= lines) return;
+    const double factor = line % terms == 2 ? power : 1;
+    LogSumExp state;
+    for (int64_t part = cuda::lane_index(); part < parts; part += cuda::kWarp) {
+      const PartialSum<T> own = partial[line * parts + part];
+      state.add(factor * static_cast<double>(own.m), static_cast<double>(own.s));
+    }
+    for (int mask = 1; mask < cuda::kWarp; mask *= 2) {
+      LogSumExp other;
+      other.m = cuda::shuffle_xor(state.m, mask);
+      other.s = cuda::shuffle_xor(state.s, mask);
+      // Both lanes merge in the same order, so that they agree.
+      const bool upper = cuda::lane_index() & mask;
+      LogSumExp merged = upper ? other : state;
+      merged.merge(upper ? state : other);
+      state = merged;
+    }
+    if (cuda::lane_index() != 0) return;
+    LogSumExp total = states[line];
+    total.merge(state);
+    states[line] = total;
+  }
+};
+
+/// A block of pairs, its plan, and how its tiles lie in it.
+template <class T, class E>
+struct TiledBlock {
+  Block block;
+  Plan plan;
+  int64_t tiles_n, valid;  // rows of x in it
+
+  TiledBlock(const cuda::Context& c, const char* operation, const Pairs<T, E>& pairs, const Block& b)
+      : block(b),
+        plan(plan_scores(c, operation, pairs, b)),
+        tiles_n(ceil_div(b.columns, plan.tile)),
+        valid(b.rows < pairs.x.n - b.row ? b.rows : pairs.x.n - b.row) {}
+};
+
+/// Blocks whose numbers, so many for every row of a tile of 64 columns or more, take the memory of a strip of weights.
+template <class T, class E>
+StripShape tile_blocks(const cuda::Context& c, const Pairs<T, E>& pairs, int64_t numbers) {
+  return StripShape::of(pairs.x.n, pairs.y.n, c.strip_bytes / static_cast<int64_t>(sizeof(T)) * 64 / numbers, false);
+}
+/// How many tiles a row has in one of them, at most.
+inline int64_t tiles_of(const StripShape& shape) { return ceil_div(shape.columns, 64); }
+
+/// f(block) for all pairs, row by row, where nothing is stored but `numbers` for every row of a tile.
+template <class T, class E, class F>
+void for_tile_blocks(const cuda::Context& c, const Pairs<T, E>& pairs, int64_t numbers, F f) {
+  const StripShape shape = tile_blocks(c, pairs, numbers);
+  for (int64_t row = 0; row < pairs.x.padded; row += shape.rows)
+    for (int64_t column = 0; column < pairs.y.padded; column += shape.columns) {
+      const int64_t rows = pairs.x.padded - row, columns = pairs.y.padded - column;
+      f(Block{row, rows < shape.rows ? rows : shape.rows, column, columns < shape.columns ? columns : shape.columns});
+    }
+}
+
+/// sum_ij (dL/ds_ij) s_ij = sum_i <x_i, dx_i> for rows before the projection, over scale; `counted`: how often every
+/// score is in it.
+struct ScaleSlope {
+  OrderedSum along;
+  Multiplier multiplier;
+  double counted;
+  double* out;
+  NEARFAR_DEVICE void operator()() const {
+    const double total = along();
+    if (cuda::thread_index() == 0) *out = total / (counted * multiplier());
+  }
+};
+
+/// The last step of rows of a gradient by the scores' multiplier; along null: not wanted.
+template <class T>
+FinishRows<T> finish_scaled(const Multiplier& multiplier, double* along) {
+  FinishRows<T> step{};
+  step.scale = multiplier.number.at;
+  step.multiply = multiplier.number.at ? 1 : multiplier.number.value;
+  step.along = along;
+  return step;
+}
+
+}  // namespace device
+}  // namespace nearfar
