@@ -75,6 +75,23 @@ def _nt_xent(x: Any, y: Any) -> Any:
     return functional.cross_entropy(logits, (torch.arange(2 * n, device=x.device) + n) % (2 * n))
 
 
+def _siglip(x: Any, y: Any) -> Any:
+    logits = 10 * _unit(x) @ _unit(y).T - 10
+    return (load("torch.nn.functional").softplus(logits).sum() - logits.diagonal().sum()) / len(x)
+
+
+def _classes(x: Any) -> Any:
+    """Labels of 32 rows each."""
+    return load("torch").arange(len(x), device=x.device) // 32
+
+
+def _sup_con(x: Any, y: Any) -> Any:
+    labels, u = _classes(x), _unit(x)
+    positive = (labels[:, None] == labels).fill_diagonal_(False)
+    logits = (u @ u.T / 0.1).fill_diagonal_(float("-inf"))
+    return (logits.logsumexp(1) - logits.where(positive, 0).sum(1) / positive.sum(1)).mean()
+
+
 def _uniformity(x: Any, y: Any) -> Any:
     u, n = _unit(x), len(x)
     potential = (4 * (u @ u.T) - 4).exp()
@@ -133,6 +150,8 @@ def lines(quick: bool) -> list[Line]:
         Line("clip", "bfloat16", (n, n, wide), 4, clip, _clip, compiled=True),
         Line("nt_xent", "bfloat16", (n, n, deep // 2), 2, lambda x, y: nf.nt_xent_loss(*x.chunk(2)),
              lambda x, y: _nt_xent(*x.chunk(2))),
+        Line("siglip", "bfloat16", (n, n, deep // 2), 3, nf.siglip_loss, _siglip),
+        Line("sup_con", "bfloat16", (n, n, deep // 2), 2, lambda x, y: nf.sup_con_loss(x, _classes(x)), _sup_con),
         Line("uniformity", "bfloat16", (n, n, deep // 2), 1.5, uniformity, _uniformity),
         Line("info_nce", "float32", (middle, middle, 128), 3, nf.info_nce_loss, _info_nce, _chunked_info_nce),
         Line("info_nce", "bfloat16", (min(n, 256), min(n, 256), 128), 3, nf.info_nce_loss, _info_nce),
