@@ -207,6 +207,17 @@ def test_sup_con_without_positives():
     check(nf.sup_con_loss, ["embeddings"], "float32", embeddings=x.detach(), labels=labels)
 
 
+def test_sup_con_scores_that_overflow_without_their_normaliser():
+    x = tensor(1 + 0.1 * g.points(20, 8), "float32")
+    labels = torch.arange(20, device=DEVICE)
+    labels[3] = 5
+    arguments = {"embeddings": x, "labels": labels, "temperature": 0.01}
+    value, (grad,) = g.evaluate(nf.sup_con_loss, ["embeddings"], **arguments)
+    expected, (expected_grad,) = g.reference(nf.sup_con_loss, ["embeddings"], **arguments)
+    g.assert_value(value, expected, 1e-5)  # scores of 100, rounded to float32
+    g.assert_gradient(grad, expected_grad, 1e-4)
+
+
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 CALLS = {

@@ -128,10 +128,11 @@ struct FillRows {
     const int64_t i = cuda::global_thread();
     if (i >= padded) return;
     base[i] = weight[i] = share[i] = 0;
-    if (i >= n || !(sums[2 * i] > 0)) return;
+    if (i >= n) return;
     const double lse = states[i].value(),
                  own = (upstream ? static_cast<double>(upstream[i]) : 1) / (mean_count ? *mean_count : 1);
-    base[i] = static_cast<T>(lse);
+    base[i] = static_cast<T>(lse);  // also without a positive: no exponential may overflow
+    if (!(sums[2 * i] > 0)) return;
     weight[i] = static_cast<T>(own * exp(static_cast<double>(base[i]) - lse));
     share[i] = static_cast<T>(own / sums[2 * i]);
   }
@@ -149,17 +150,19 @@ struct SupConWeightEpilogue {
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
     others.apply(f, out.block);
     const PositiveSets& positives = others.positives;
-    f.for_each([&](int64_t i, int64_t j, T score) {
-      const int64_t own = out.block.row + i, other = out.block.column + j;
-      T w = 0;
-      if (score != -infinity<T>()) {
-        const int64_t own_item = positives.item(own), other_item = positives.item(other);
-        w = weight[own] * exp_flush(score - base[own]) + weight[other] * exp_flush(score - base[other]);
-        if (positives(own_item, other_item)) w -= share[own];
-        if (positives(other_item, own_item)) w -= share[other];
+    f.for_each([&](int64_t i, int64_t j, T& score) {
+      if (score == -infinity<T>()) {
+        score = 0;
+        return;
       }
-      out.w[i * out.pitch + j] = w;
+      const int64_t own = out.block.row + i, other = out.block.column + j;
+      const int64_t own_item = positives.item(own), other_item = positives.item(other);
+      T w = weight[own] * exp_flush(score - base[own]) + weight[other] * exp_flush(score - base[other]);
+      if (positives(own_item, other_item)) w -= share[own];
+      if (positives(other_item, own_item)) w -= share[other];
+      score = w;
     });
+    f.for_each([&](int64_t i, int64_t j, T w) { out.w[i * out.pitch + j] = w; });
   }
 };
 

@@ -420,7 +420,8 @@ def proxy_anchor_loss(
     Raises
     ------
     ValueError
-        Shapes that do not match; no proxies; a label out of range; `alpha` not positive.
+        Shapes that do not match; no proxies; a label out of range (on a GPU, which is not waited for, the loss is NaN);
+        `alpha` not positive.
     TypeError
         As `multi_similarity_loss`.
 
