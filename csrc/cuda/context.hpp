@@ -41,6 +41,10 @@ class Context {
 
   template <class Body>
   void launch(int64_t blocks, const Body& body) const;  // below, where kernels are compiled
+  /// The same with `bytes` of shared memory, whose start, at a multiple of 1024, the body is given. Two blocks fit.
+  template <class Body>
+  void launch_large(int64_t blocks, int bytes, const Body& body) const;
+  bool hopper() const { return device.architecture == 90; }
   /// One thread, or one warp, for each of `count` things.
   template <class Body>
   void launch_threads(int64_t count, const Body& body) const {
@@ -68,9 +72,36 @@ template <class Body>
 __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Body body) {
   body();
 }
+
+template <class Body>
+__global__ void __launch_bounds__(kThreads, 2) large_kernel(const __grid_constant__ Body body) {
+  extern __shared__ char memory[];
+  body(memory + (1024 - __cvta_generic_to_shared(memory) % 1024) % 1024);
+}
 #endif
 
 #if defined(NEARFAR_DEVICE)
+#if !defined(NEARFAR_EMULATE)
+inline void expect_success(cudaError_t error) {
+  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+}
+template <class Body>
+void launch_kernel(void (*kernel)(Body), int64_t blocks, int bytes, void* stream, const Body& body) {
+  void* arguments[] = {const_cast<Body*>(&body)};
+  expect_success(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
+                         arguments, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)));
+}
+template <class Body>
+void Context::launch_large(int64_t blocks, int bytes, const Body& body) const {
+  if (measuring() || blocks == 0) return;
+  if (blocks > INT32_MAX) throw std::runtime_error("CUDA: more than 2^31 blocks");
+  bytes += 1024;
+  expect_success(cudaFuncSetAttribute(reinterpret_cast<const void*>(&large_kernel<Body>),
+                             cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  launch_kernel(&large_kernel<Body>, blocks, bytes, stream_, body);
+}
+#endif
+
 template <class Body>
 void Context::launch(int64_t blocks, const Body& body) const {
   if (measuring() || blocks == 0) return;
@@ -78,11 +109,7 @@ void Context::launch(int64_t blocks, const Body& body) const {
 #if defined(NEARFAR_EMULATE)
   emulation::run(blocks, [](const void* kernel) { (*static_cast<const Body*>(kernel))(); }, &body);
 #else
-  void* arguments[] = {const_cast<Body*>(&body)};
-  const cudaError_t error =
-      cudaLaunchKernel(reinterpret_cast<const void*>(&kernel<Body>), dim3(static_cast<unsigned>(blocks)),
-                       dim3(kThreads), arguments, 0, static_cast<cudaStream_t>(stream_));
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
+  launch_kernel(&kernel<Body>, blocks, 0, stream_, body);
 #endif
 }
 #endif

@@ -10,6 +10,7 @@
 #include <cstring>
 
 #define NEARFAR_DEVICE inline
+#define NEARFAR_HOST_DEVICE inline
 #define NEARFAR_SHARED static
 #define NEARFAR_UNROLL
 #define NEARFAR_ROLLED

@@ -31,14 +31,17 @@ bool on_tensor_cores(bool exact) {
 
 /// Large tiles read less, small tiles are more: large where they fill the device. float64 has room for small ones only.
 template <class E>
-Plan plan(const cuda::Context& c, const char* operation, int64_t rows, int64_t columns, int64_t depth, bool split) {
+Plan plan(const cuda::Context& c, const char* operation, int64_t rows, int64_t columns, int64_t depth, bool split,
+          bool blocked = false) {
   Plan plan{operation, on_tensor_cores<E>(c.exact) ? "mma" : "simt", 64, 1};
   const int64_t large = ceil_div(rows, 128) * ceil_div(columns, 128), wanted = c.device.multiprocessors;
   if (sizeof(E) < 8 && large >= wanted) plan.tile = 128;
+  if (blocked) plan.policy = "wgmma", plan.tile = 128;
   const int64_t tiles = ceil_div(rows, plan.tile) * ceil_div(columns, plan.tile);
   constexpr int64_t kLeastDepth = 256, kMostSplits = 32;
   if (split && tiles > 0 && tiles < 2 * wanted) {
-    plan.splits = ceil_div(2 * wanted, tiles);
+    // Two blocks of wgmma fill a multiprocessor: one more would run alone.
+    plan.splits = blocked ? 2 * wanted / tiles : ceil_div(2 * wanted, tiles);
     if (plan.splits > depth / kLeastDepth) plan.splits = depth / kLeastDepth > 0 ? depth / kLeastDepth : 1;
     if (plan.splits > kMostSplits) plan.splits = kMostSplits;
   }

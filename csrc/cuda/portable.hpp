@@ -22,6 +22,7 @@ inline constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
 #include <cuda_runtime.h>
 
 #define NEARFAR_DEVICE __device__ __forceinline__
+#define NEARFAR_HOST_DEVICE __host__ __device__ __forceinline__
 #define NEARFAR_SHARED __shared__
 #define NEARFAR_UNROLL _Pragma("unroll")
 #define NEARFAR_ROLLED _Pragma("unroll 1")

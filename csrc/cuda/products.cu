@@ -19,6 +19,18 @@ void multiply_transposed(cuda::Context& c, const Plan& plan, const Operand<T, fa
       c, plan, [&](auto policy) { launch_tiles<decltype(policy)>(c, w, rows, b.columns, d, b.rows, 1, add); });
 }
 
+void multiply_blocked(cuda::Context& c, int64_t splits, const Blocked& w, const Blocked& rows, const Block& b, int64_t d,
+                      float* parts) {
+  launch_wgmma(c, BlockedOperand<true>{w}, BlockedOperand<false>{rows}, b.rows / Blocked::kRows,
+               ceil_div(d, Blocked::kRows), b.columns / Blocked::kColumns, splits, StoreParts<float>{parts, b.rows, d});
+}
+
+void multiply_blocked_transposed(cuda::Context& c, const Blocked& w, const Blocked& rows, const Block& b, int64_t d,
+                                 const AddRows<float>& add) {
+  launch_wgmma(c, BlockedOperand<false>{w}, BlockedOperand<false>{rows}, b.columns / Blocked::kRows,
+               ceil_div(d, Blocked::kRows), b.rows / Blocked::kColumns, 1, add);
+}
+
 #define NEARFAR_PRODUCTS(T, E)                                                                                       \
   template void multiply_parts<T, E>(cuda::Context&, const Plan&, const Operand<T, true>&, const Operand<E, false>&, \
                                      const Block&, int64_t, T*);                                                     \

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cpu/ops.hpp"
+#include "cuda/blocked.hpp"
 #include "cuda/context.hpp"
 #include "cuda/number.hpp"
 
@@ -101,7 +102,7 @@ Source<T> source_of(cuda::Context& c, const Rows& rows, bool normalize) {
 
 /// Rows ready for the engine: contiguous, zero up to a whole tile in both directions (and one row more, because a tile
 /// may read past the depth of the last row). Row i is `factor[i] * data[i]`: 16-bit rows are packed exactly, times a
-/// power of two, and their norm is left to who uses the product. float32 and float64 rows are normalised or centred
+/// power of two, and their norm is left to who uses the product (blocked rows always have a factor, perhaps 1). float32 and float64 rows are normalised or centred
 /// here.
 template <class T, class E>
 struct Packed {
@@ -109,6 +110,17 @@ struct Packed {
   T* factor = nullptr;
   T* squares = nullptr;  // squared norms of the packed rows, for distances
   int64_t n = 0, d = 0, padded = 0, pitch = 0;
+  bool blocked = false;  // as blocked.hpp says, bfloat16 on Hopper
+
+  NEARFAR_DEVICE E* at(int64_t i, int64_t k) const {
+    if constexpr (std::is_same_v<E, BF16>)
+      if (blocked) return blocks().at(i, k);
+    return data + i * pitch + k;
+  }
+  /// From row block `down` on.
+  NEARFAR_HOST_DEVICE Blocked blocks(int64_t down = 0) const {
+    return {data + down * Blocked::kRows * pitch, pitch / Blocked::kColumns};
+  }
 };
 
 template <class T, class E>
@@ -119,14 +131,14 @@ struct Pack {
 
   NEARFAR_DEVICE void operator()() const {
     const int64_t i = cuda::global_warp();
-    if (i > out.padded) return;
+    if (i > out.padded || (i == out.padded && out.blocked)) return;
     const bool inside = i < out.n;
     constexpr bool kExact = sizeof(E) == 2;
     T multiply = inside && !kExact ? source.scale(i) : T(1);
     if (kExact && out.factor) {
       const T inverse = inside ? source.scale(i) : T(0);
       T power = 1;
-      if (inverse > 0 && inverse < infinity<T>())
+      if (source.inverse && inverse > 0 && inverse < infinity<T>())
         power = ldexp(T(1), ilogb(inverse) + 8);  // away from the subnormal numbers of float16
       multiply = power;
       if (cuda::lane_index() == 0 && i < out.padded) out.factor[i] = inverse / power;
@@ -135,7 +147,7 @@ struct Pack {
     for (int64_t k = cuda::lane_index(); k < out.pitch; k += cuda::kWarp) {
       T value = 0;
       if (inside && k < out.d) value = source.raw(i, k) * multiply - (center ? center[k] : T(0));
-      out.data[i * out.pitch + k] = narrow<E>(value);
+      *out.at(i, k) = narrow<E>(value);
       sum += static_cast<double>(value) * static_cast<double>(value);
     }
     if (!out.squares || i >= out.padded) return;
@@ -145,14 +157,15 @@ struct Pack {
 };
 
 template <class E, class T>
-Packed<T, E> pack(cuda::Context& c, const Source<T>& source, const T* center, bool squares) {
+Packed<T, E> pack(cuda::Context& c, const Source<T>& source, const T* center, bool squares, bool blocked = false) {
   Packed<T, E> out;
   out.n = source.rows.n;
   out.d = source.rows.d;
   out.padded = round_up(out.n, kPadRows);
-  out.pitch = round_up(out.d, kPadDepth);
+  if constexpr (std::is_same_v<E, BF16>) out.blocked = blocked && c.hopper();
+  out.pitch = round_up(out.d, out.blocked ? 2 * Blocked::kColumns : kPadDepth);
   out.data = c.take<E>((out.padded + 1) * out.pitch);
-  if (sizeof(E) == 2 && source.inverse) out.factor = c.take<T>(out.padded);
+  if (sizeof(E) == 2 && (source.inverse || out.blocked)) out.factor = c.take<T>(out.padded);
   if (squares) out.squares = c.take<T>(out.padded);
   c.launch_warps(out.padded + 1, Pack<T, E>{source, center, out});
   return out;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/plan.hpp"
+#include "cuda/wgmma.hpp"
 
 namespace nearfar {
 inline namespace device {
@@ -40,31 +41,48 @@ struct Pairs {
   Scores<T> scores;
 
   /// products: packed rows are also multiplied by weights, so distances must be centred in any case.
-  Pairs(cuda::Context& c, const Rows& x_rows, const Rows& y_rows, bool normalize, bool distance, bool products) {
+  /// blocked: the operation's epilogues store weights by `Weights::store` only, so that bfloat16 rows may be blocked.
+  Pairs(cuda::Context& c, const Rows& x_rows, const Rows& y_rows, bool normalize, bool distance, bool products,
+        bool blocked = false) {
     const bool same = x_rows.data == y_rows.data && x_rows.n == y_rows.n && x_rows.row_stride == y_rows.row_stride &&
                       x_rows.col_stride == y_rows.col_stride;
     const Source<T> of_y = source_of<T>(c, y_rows, normalize);
     const Source<T> of_x = same ? of_y : source_of<T>(c, x_rows, normalize);
     const bool direct = distance && x_rows.d <= kDirectDims;
     const T* center = distance && (products || !direct) ? center_of(c, of_y) : nullptr;
-    y = pack<E>(c, of_y, center, distance);
-    x = same ? y : pack<E>(c, of_x, center, distance);
+    y = pack<E>(c, of_y, center, distance, blocked);
+    x = same ? y : pack<E>(c, of_x, center, distance, blocked);
     scores = {of_x, of_y, x.factor, y.factor, x.squares, y.squares, distance, direct};
   }
   Block all() const { return {0, x.padded, 0, y.padded}; }
+  bool blocked() const { return x.blocked; }
 };
 
 /// The epilogue's tile size, for who stores something per tile.
 template <class T, class E>
 Plan plan_scores(const cuda::Context& c, const char* operation, const Pairs<T, E>& pairs, const Block& block) {
-  Plan own = plan<E>(c, operation, block.rows, block.columns, pairs.x.d, false);
+  Plan own = plan<E>(c, operation, block.rows, block.columns, pairs.x.d, false, pairs.blocked());
   if (pairs.scores.direct) own.tile = 64, own.policy = "simt, differences";
   return own;
 }
 
+/// Epilogues that know tiles of wgmma say whether they store one (`kStores`).
+template <class Epilogue, class = void>
+struct KnowsWgmma : std::false_type {};
+template <class Epilogue>
+struct KnowsWgmma<Epilogue, std::void_t<decltype(Epilogue::kStores)>> : std::true_type {};
+
 template <class T, class E, class Epilogue>
 void launch_scores(cuda::Context& c, const Plan& plan, const Pairs<T, E>& pairs, const Block& b,
                    const Epilogue& epilogue) {
+  if constexpr (std::is_same_v<E, BF16> && KnowsWgmma<Epilogue>::value) {
+    if (pairs.blocked()) {
+      const BlockedOperand<true> x{pairs.x.blocks(b.row / Blocked::kRows)},
+          y{pairs.y.blocks(b.column / Blocked::kRows)};
+      return launch_wgmma(c, x, y, ceil_div(b.rows, 128), ceil_div(b.columns, 128),
+                          ceil_div(pairs.x.d, Blocked::kColumns), 1, epilogue);
+    }
+  }
   const Operand<E, true> x{pairs.x.data + b.row * pairs.x.pitch, pairs.x.pitch};
   const Operand<E, true> y{pairs.y.data + b.column * pairs.y.pitch, pairs.y.pitch};
   auto run = [&](auto policy) { launch_tiles<decltype(policy)>(c, x, y, b.rows, b.columns, pairs.x.d, 1, epilogue); };

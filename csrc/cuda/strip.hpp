@@ -14,12 +14,30 @@ inline namespace device {
 
 /// A block of weights: element (i, j) of all pairs is w[(i - row) * pitch + j - column]. Bits of `near` mark pairs that
 /// enter by their difference, where x_i and y_j would cancel in the products.
+///
+/// Of blocked rows the weights are blocked too, bfloat16, and hold the factors of both rows: the products are divided by
+/// their own row's.
 template <class T>
 struct Weights {
   T* w;
   uint32_t* near;  // null: none
   int64_t pitch;
   Block block;
+  Blocked blocks{};
+  const T *x_factor = nullptr, *y_factor = nullptr;
+
+  /// A tile whose accumulators are weights, whole: once in an epilogue, at its end.
+  template <class P>
+  NEARFAR_DEVICE void store(const Fragment<P>& f) const {
+#if defined(NEARFAR_HOPPER)
+    if constexpr (std::is_same_v<P, Wgmma>) {
+      for_each_pair(f, x_factor + block.row + f.i0, y_factor + block.column + f.j0,
+                    [](float x, float y, float value, int, int) { return value * (x * y); });
+      return store_blocked(f, blocks, f.i0 / P::kM, f.j0 / P::kN);
+    }
+#endif
+    f.for_each([&](int64_t i, int64_t j, T value) { w[i * pitch + j] = value; });
+  }
 
   NEARFAR_DEVICE T& at(int64_t i, int64_t j) const { return w[(i - block.row) * pitch + j - block.column]; }
   NEARFAR_DEVICE uint32_t* word(int64_t i, int64_t j) const {
@@ -114,16 +132,27 @@ struct ColumnSums {
 template <class T>
 struct StoreParts {
   static constexpr bool kDistances = false;
+  static constexpr bool kStores = false;
   T* out;
   int64_t rows, d;
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t split) const {
+#if defined(NEARFAR_HOPPER)
+    if constexpr (std::is_same_v<P, Wgmma>)
+      return put_rows<false>(f, out + split * rows * d, rows, d, [](int64_t) { return 1.0f; });
+#endif
     f.for_each([&](int64_t i, int64_t k, T value) {
       if (i < rows && k < d) out[(split * rows + i) * d + k] = value;
     });
   }
 };
+
+/// 1 / factor; a row without one stands for zero and takes no part.
+template <class T>
+NEARFAR_DEVICE T reciprocal(const T* factor, int64_t i) {
+  return !factor ? T(1) : factor[i] == 0 ? T(0) : 1 / factor[i];
+}
 
 /// out_i += sum of the parts, or with sums out_i += sums_i * own_i - sum of the parts.
 template <class T>
@@ -134,12 +163,13 @@ struct MergeParts {
   const T* own;   // packed rows
   int64_t pitch;
   T* out;
+  const T* factor = nullptr;
   NEARFAR_DEVICE void operator()() const {
     const int64_t at = cuda::global_thread(), i = at / d, k = at % d;
     if (i >= rows) return;
     T sum = 0;
     for (int64_t split = 0; split < splits; ++split) sum += parts[(split * padded + i) * d + k];
-    out[at] += sums ? sums[i] * own[i * pitch + k] - sum : sum;
+    out[at] += sums ? sums[i] * own[i * pitch + k] - sum : sum * reciprocal(factor, i);
   }
 };
 
@@ -147,16 +177,23 @@ struct MergeParts {
 template <class T>
 struct AddRows {
   static constexpr bool kDistances = false;
+  static constexpr bool kStores = false;
   T* out;
   int64_t rows, d;
   const T* sums;
   const T* own;
   int64_t pitch;
+  const T* factor = nullptr;
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
+#if defined(NEARFAR_HOPPER)
+    if constexpr (std::is_same_v<P, Wgmma>)
+      return put_rows<true>(f, out, rows, d, [&](int64_t i) { return reciprocal(factor, i); });
+#endif
     f.for_each([&](int64_t i, int64_t k, T value) {
-      if (i < rows && k < d) out[i * d + k] += sums ? sums[i] * own[i * pitch + k] - value : value;
+      if (i < rows && k < d)
+        out[i * d + k] += sums ? sums[i] * own[i * pitch + k] - value : value * reciprocal(factor, i);
     });
   }
 };
@@ -169,6 +206,12 @@ void multiply_parts(cuda::Context& c, const Plan& plan, const Operand<T, true>& 
 template <class T, class E>
 void multiply_transposed(cuda::Context& c, const Plan& plan, const Operand<T, false>& w, const Operand<E, false>& rows,
                          const Block& b, int64_t d, const AddRows<T>& add);
+
+/// The same of blocked weights and rows: b.columns (or, transposed, b.rows) is the depth.
+void multiply_blocked(cuda::Context& c, int64_t splits, const Blocked& w, const Blocked& rows, const Block& b, int64_t d,
+                      float* parts);
+void multiply_blocked_transposed(cuda::Context& c, const Blocked& w, const Blocked& rows, const Block& b, int64_t d,
+                                 const AddRows<float>& add);
 
 /// What the caller gets back from a strip: rows and columns of its blocks, by the shape alone.
 struct StripShape {
@@ -190,14 +233,21 @@ class Strip {
   /// stored: is there anything to store? dx null: no products. dy null: no product for y.
   Strip(cuda::Context& c, const Pairs<T, E>& pairs, bool whole_rows, bool stored, T* dx, T* dy)
       : c_(c), pairs_(pairs), dx_(dx), dy_(dy) {
-    shape = StripShape::of(pairs.x.n, pairs.y.n, c.strip_bytes / sizeof(T), whole_rows);
+    const bool blocked = pairs.blocked();
+    shape = StripShape::of(pairs.x.n, pairs.y.n, c.strip_bytes / (blocked ? sizeof(BF16) : sizeof(T)), whole_rows);
     if (!stored) return;
     const int64_t size = shape.rows * shape.columns;
-    weights_.w = c.take<T>(size);
+    if (blocked) {
+      weights_.blocks = {c.take<BF16>(size), shape.columns / Blocked::kColumns};
+      weights_.x_factor = pairs.x.factor;
+      weights_.y_factor = pairs.y.factor;
+    } else {
+      weights_.w = c.take<T>(size);
+    }
     weights_.near = pairs.scores.distance && dx ? c.take<uint32_t>(size / 32) : nullptr;
     weights_.pitch = shape.columns;
     if (!dx) return;
-    plan_ = plan<E>(c, "weights times rows", shape.rows, pairs.x.d, shape.columns, true);
+    plan_ = plan<E>(c, "weights times rows", shape.rows, pairs.x.d, shape.columns, true, blocked);
     parts_ = c.take<T>(plan_.splits * shape.rows * pairs.x.d);
     row_sums_ = c.take<T>(shape.rows);
     column_sums_ = c.take<T>(shape.columns);
@@ -226,6 +276,8 @@ class Strip {
     const Block& b = weights.block;
     const bool distance = pairs_.scores.distance;
     const int64_t d = pairs_.x.d;
+    if constexpr (std::is_same_v<E, BF16>)
+      if (pairs_.blocked()) return blocked_products(weights);
     if (distance) {
       if (dy_) c_.launch_warps(b.columns, NearColumns<T>{weights, pairs_.scores.x, pairs_.scores.y, dy_});
       c_.launch_warps(b.rows, NearRows<T>{weights, pairs_.scores.x, pairs_.scores.y, dx_, row_sums_});
@@ -252,6 +304,21 @@ class Strip {
   StripShape shape;
 
  private:
+  void blocked_products(const Weights<T>& weights) {
+    const Block& b = weights.block;
+    const int64_t d = pairs_.x.d;
+    const int64_t rows = b.rows < pairs_.x.n - b.row ? b.rows : pairs_.x.n - b.row;
+    const int64_t columns = b.columns < pairs_.y.n - b.column ? b.columns : pairs_.y.n - b.column;
+    multiply_blocked(c_, plan_.splits, weights.blocks, pairs_.y.blocks(b.column / Blocked::kRows), b, d, parts_);
+    c_.launch_threads(rows * d, MergeParts<T>{parts_, plan_.splits, b.rows, rows, d, nullptr, nullptr, 0,
+                                              dx_ + b.row * d, offset(pairs_.x.factor, b.row)});
+    if (!dy_) return;
+    multiply_blocked_transposed(
+        c_, weights.blocks, pairs_.x.blocks(b.row / Blocked::kRows), b, d,
+        AddRows<T>{dy_ + b.column * d, columns, d, nullptr, nullptr, 0, offset(pairs_.y.factor, b.column)});
+  }
+  static const T* offset(const T* factor, int64_t row) { return factor ? factor + row : nullptr; }
+
   static const float* factor(const Packed<T, E>& packed, int64_t row) {
     if constexpr (sizeof(T) == 4) return packed.factor ? packed.factor + row : nullptr;
     return nullptr;

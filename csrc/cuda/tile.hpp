@@ -85,6 +85,7 @@ template <class P>
 struct Fragment {
   typename P::Accumulators& acc;
   int64_t i0, j0;
+  char* memory = nullptr;  // shared, free for the epilogue: wgmma.hpp
   NEARFAR_DEVICE int64_t i(int a) const { return i0 + P::row(a); }
   NEARFAR_DEVICE int64_t j(int b) const { return j0 + P::col(b); }
   NEARFAR_DEVICE typename P::T& operator()(int a, int b) const { return P::value(acc, a, b); }

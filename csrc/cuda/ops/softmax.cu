@@ -31,16 +31,64 @@ struct MaskedScores {
   int64_t n, m, skip_shift;  // leave out column (i + shift) % n of row i; -1: none
   bool pairs;                // leave out column i of row i
   const int64_t* ids;
+  bool unit = false;  // rows have norm one at most
 
   NEARFAR_DEVICE bool has(int64_t i, int64_t j) const {
     if (i >= n || j >= m || (pairs && i == j)) return false;
     if (skip_shift >= 0 && j < n && j == (i + skip_shift < n ? i + skip_shift : i + skip_shift - n)) return false;
     return !(ids && j < n && ids[i] == ids[j]);
   }
+  /// Are all of 128 x 128 pairs in the denominator?
+  NEARFAR_DEVICE bool whole(int64_t i, int64_t j) const {
+    if (i + 128 > n || j + 128 > m || (pairs && i == j) || ids) return false;
+    const int64_t from = j - i - skip_shift;  // 0 or -n on the columns to skip
+    return skip_shift < 0 || ((from <= -128 || from >= 128) && (from + n <= -128 || from + n >= 128));
+  }
+  /// Scores of unit rows lie within the multiplier: then e^{s - bound} of all pairs is neither too large nor too small,
+  /// and serves rows, columns and weights alike.
+  NEARFAR_DEVICE bool bounded() const { return bounded_by(unit, multiplier()); }
+  NEARFAR_DEVICE static bool bounded_by(bool unit, double scale) { return unit && scale <= 30; }
+#if defined(NEARFAR_HOPPER)
+  /// In place, e^{s - bound}.
+  NEARFAR_DEVICE void exponentials(const Fragment<Wgmma>& f, int64_t row, int64_t column) const {
+    constexpr float kLog2E = 1.44269504f;
+    const float scale = static_cast<float>(multiplier()) * kLog2E;
+    const int64_t i0 = row + f.i0, j0 = column + f.j0;
+    uint32_t hidden[Wgmma::kRows];
+    hide(f, i0, j0, hidden);
+    for_each_pair(
+        f, scores.x_factor + i0, scores.y_factor + j0, [&](float x, float y, float value, int a, int b) {
+          return hidden[a] >> b & 1 ? 0.0f : cuda::exp2_fast(scale * (value * (x * y)) - scale);
+        });
+  }
+  /// Bits of a thread's columns: is the pair not in the denominator?
+  NEARFAR_DEVICE void hide(const Fragment<Wgmma>& f, int64_t i0, int64_t j0, uint32_t (&hidden)[Wgmma::kRows]) const {
+    for (uint32_t& bits : hidden) bits = 0;
+    if (whole(i0, j0)) return;
+    // Not unrolled, because its addresses would take the accumulators' registers.
+    NEARFAR_UNROLL
+    for (int a = 0; a < Wgmma::kRows; ++a) {
+      NEARFAR_ROLLED
+      for (int b = 0; b < Wgmma::kCols; ++b)
+        hidden[a] |= uint32_t(!has(i0 + Wgmma::row(a), j0 + Wgmma::col(b))) << b;
+    }
+  }
+#endif
   /// In place, for a whole tile.
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t row, int64_t column) const {
     const T scale = static_cast<T>(multiplier());
+#if defined(NEARFAR_HOPPER)
+    if constexpr (std::is_same_v<P, Wgmma>) {
+      uint32_t hidden[P::kRows];
+      hide(f, row + f.i0, column + f.j0, hidden);
+      return for_each_pair(
+          f, scores.x_factor + row + f.i0, scores.y_factor + column + f.j0,
+          [&](float x, float y, float value, int a, int b) {
+            return hidden[a] >> b & 1 ? -infinity<float>() : scale * (value * (x * y));
+          });
+    }
+#endif
     NEARFAR_UNROLL
     for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
     for (int b = 0; b < P::kCols; ++b) {
@@ -53,7 +101,7 @@ struct MaskedScores {
 /// Partial states of rows and columns by tile; `keep` also stores the scores.
 template <class T>
 struct LseEpilogue {
-  static constexpr bool kDistances = false;
+  static constexpr bool kDistances = false, kStores = false;
   MaskedScores<T> masked;
   Weights<T> keep;  // w null: not kept
   Block block;
@@ -63,6 +111,17 @@ struct LseEpilogue {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t tile_m, int64_t tile_n, int64_t) const {
+#if defined(NEARFAR_HOPPER)
+    if constexpr (std::is_same_v<P, Wgmma>) {
+      if (masked.bounded()) {
+        const T base = static_cast<T>(masked.multiplier());
+        masked.exponentials(f, block.row, block.column);
+        return sum_lines(
+            f, of_columns, [&](int i, float sum) { of_rows[(f.i0 + i) * tiles_n + tile_n] = {base, sum}; },
+            [&](int j, float sum) { of_columns[(f.j0 + j) * tiles_m + tile_m] = {base, sum}; });
+      }
+    }
+#endif
     masked.apply(f, block.row, block.column);
     if (keep.w) f.for_each([&](int64_t i, int64_t j, T score) { keep.w[i * keep.pitch + j] = score; });
     reduce_lse<P, true>(f, [&](int i, const PartialSum<T>& sum) { of_rows[(f.i0 + i) * tiles_n + tile_n] = sum; });
@@ -174,6 +233,8 @@ struct FillWeights {
   RowWeights<T> weights;
   int64_t first, count, valid;
   T *base, *weight;
+  Multiplier multiplier;
+  bool unit;
 
   NEARFAR_DEVICE void operator()() const {
     const int64_t at = cuda::global_thread(), i = first + at;
@@ -181,6 +242,8 @@ struct FillWeights {
     double lse = 0, w = 0;
     if (i < valid) lse = denominator.whole(states[i], i), w = weights(i);
     const bool empty = lse == -infinity<double>();
+    const double scale = multiplier();
+    if (MaskedScores<T>::bounded_by(unit, scale)) w *= exp(scale - lse), lse = scale;
     base[i] = static_cast<T>(empty ? 0 : lse);
     weight[i] = static_cast<T>(empty ? 0 : w);
   }
@@ -189,7 +252,7 @@ struct FillWeights {
 /// u_i e^{s_ij - a_i} + v_j e^{s_ij - b_j}
 template <class T>
 struct PairWeight {
-  const T *row_base, *row_weight, *column_base, *column_weight;  // columns null: rows only
+  const T *row_base, *row_weight, *column_base, *column_weight;
   NEARFAR_DEVICE T operator()(int64_t i, int64_t j, T score) const {
     if (score == -infinity<T>()) return 0;
     const T own = row_weight[i] * exp_flush(score - row_base[i]);
@@ -199,7 +262,7 @@ struct PairWeight {
 
 template <class T>
 struct WeightEpilogue {
-  static constexpr bool kDistances = false;
+  static constexpr bool kDistances = false, kStores = true;
   MaskedScores<T> masked;
   PairWeight<T> weight;
   Weights<T> out;
@@ -207,10 +270,39 @@ struct WeightEpilogue {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    masked.apply(f, out.block.row, out.block.column);
-    f.for_each([&](int64_t i, int64_t j, T score) {
-      out.w[i * out.pitch + j] = weight(out.block.row + i, out.block.column + j, score);
-    });
+    const Block& b = out.block;
+#if defined(NEARFAR_HOPPER)
+    if constexpr (std::is_same_v<P, Wgmma>) {
+      if (masked.bounded()) {
+        masked.exponentials(f, b.row, b.column);
+        for_each_pair(
+            f, weight.row_weight + b.row + f.i0, weight.column_weight + b.column + f.j0,
+            [](float row, float column, float value, int, int) { return value * (row + column); });
+      } else {
+        masked.apply(f, b.row, b.column);
+        for_each_pair(f, weight.row_base + b.row + f.i0, weight.column_base + b.column + f.j0,
+                      weight.row_weight + b.row + f.i0, weight.column_weight + b.column + f.j0,
+                      [](float x, float y, float u, float v, float score) {
+                        return u * exp_flush(score - x) + v * exp_flush(score - y);
+                      });
+      }
+      return out.store(f);
+    }
+#endif
+    masked.apply(f, b.row, b.column);
+    f.for_each([&](int64_t i, int64_t j, T& value) { value = weight(b.row + i, b.column + j, value); });
+    out.store(f);
+  }
+};
+
+template <class T>
+struct Fill {
+  T* out;
+  int64_t count;
+  T value;
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t k = cuda::global_thread();
+    if (k < count) out[k] = value;
   }
 };
 
@@ -279,7 +371,7 @@ class Softmax {
         n(p.x.n),
         m(p.y.n),
         columns_(p.mode == SoftmaxMode::both),
-        pairs_(c, p.x, p.y, p.normalize, false, p.dx != nullptr),
+        pairs_(c, p.x, p.y, p.normalize, false, p.dx != nullptr, true),
         strip_(c, pairs_, keeps_scores(), p.dx != nullptr, p.dx, p.mode == SoftmaxMode::pairs ? nullptr : p.dy),
         multiplier_{p.scale_at, p.scale} {}
 
@@ -287,7 +379,7 @@ class Softmax {
     first_states();
     const MaskedScores<T> masked{
         pairs_.scores, multiplier_, n, m, p.positive_is_column ? p.positive_shift : -1, p.mode == SoftmaxMode::pairs,
-        p.ids};
+        p.ids, unit()};
     // The two passes cut all pairs alike, except that the first keeps whole rows together.
     const StripShape shape = keeps_scores() ? strip_.shape : StripShape::of(n, m, lse_pairs(), false);
     of_rows_ = c.take<PartialSum<T>>(shape.rows * ceil_div(shape.columns, 64));
@@ -305,9 +397,10 @@ class Softmax {
   }
 
  private:
-  /// Three products in place of four.
+  bool unit() const { return p.normalize && pairs_.blocked(); }
+  /// Three products in place of four. Blocked strips hold bfloat16, which is too little for scores.
   bool keeps_scores() const {
-    return p.mode == SoftmaxMode::rows && p.dx &&
+    return !pairs_.blocked() && p.mode == SoftmaxMode::rows && p.dx &&
            round_up(m, kPadRows) * kPadRows * static_cast<int64_t>(sizeof(T)) <= c.strip_bytes;
   }
   /// Partial states take two numbers for 64 pairs (twice that with columns): as much as a strip of weights.
@@ -348,15 +441,21 @@ class Softmax {
 
   void fill(const LogSumExp* states, int64_t first, int64_t count, int64_t valid, T* base, T* weight) {
     RowWeights<T> weights = row_weights();
-    c.launch_threads(count, FillWeights<T>{denominator(), states, weights, first, count, valid, base, weight});
+    c.launch_threads(count, FillWeights<T>{denominator(), states, weights, first, count, valid, base, weight,
+                                                multiplier_, unit()});
   }
 
   void weight_pass(const MaskedScores<T>& masked) {
     fill(states_, 0, pairs_.x.padded, n, row_base_, row_weight_);
     if (columns_) fill(column_states_, 0, pairs_.y.padded, m, column_base_, column_weight_);
     const bool rows_only = p.mode == SoftmaxMode::rows;
-    const PairWeight<T> weight{row_base_, row_weight_, rows_only ? nullptr : column_base_,
-                               rows_only ? nullptr : column_weight_};
+    if (rows_only) {  // columns take no part: 0 e^{s - infinity}
+      column_base_ = c.take<T>(pairs_.y.padded);
+      column_weight_ = c.take<T>(pairs_.y.padded);
+      c.launch_threads(pairs_.y.padded, Fill<T>{column_base_, pairs_.y.padded, infinity<T>()});
+      c.launch_threads(pairs_.y.padded, Fill<T>{column_weight_, pairs_.y.padded, T(0)});
+    }
+    const PairWeight<T> weight{row_base_, row_weight_, column_base_, column_weight_};
     strip_.for_blocks([&](const Weights<T>& weights) {
       const Plan plan = plan_scores(c, "softmax weights", pairs_, weights.block);
       launch_scores(c, plan, pairs_, weights.block, WeightEpilogue<T>{masked, weight, weights});

@@ -1,0 +1,152 @@
+// The words of sm_90a: barriers in shared memory, the bulk copy engine, warpgroup matrix products (PTX ISA, "mbarrier",
+// "cp.async.bulk", "Asynchronous warpgroup level matrix instructions").
+//
+// Other architectures compile these as traps; plan.hpp never sends them there.
+#pragma once
+
+#include "cuda/number.hpp"
+
+#if defined(__CUDACC__) && !defined(NEARFAR_EMULATE)
+#include <cuda_bf16.h>
+
+#define NEARFAR_HOPPER
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define NEARFAR_SM90(code) code
+#else
+#define NEARFAR_SM90(code) __trap()
+#endif
+
+namespace nearfar::cuda {
+
+NEARFAR_DEVICE uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
+
+/// One phase ends when `count` threads have arrived and the bytes they announced have come.
+NEARFAR_DEVICE void barrier_init(uint64_t* barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+/// Makes initialised barriers known to the copy engine.
+NEARFAR_DEVICE void barrier_fence() {
+  NEARFAR_SM90(asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"));
+}
+NEARFAR_DEVICE void barrier_arrive(uint64_t* barrier) {
+  NEARFAR_SM90(asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory"));
+}
+NEARFAR_DEVICE void barrier_expect(uint64_t* barrier, int bytes) {
+  NEARFAR_SM90(asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+                            "r"(bytes)
+                            : "memory"));
+}
+NEARFAR_DEVICE void barrier_wait(uint64_t* barrier, int parity) {
+  NEARFAR_SM90(asm volatile("{\n"
+                            ".reg .pred done;\n"
+                            "again:\n"
+                            "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                            "@done bra ready;\n"
+                            "bra again;\n"
+                            "ready:\n"
+                            "}" ::"r"(shared_address(barrier)),
+                            "r"(parity)
+                            : "memory"));
+}
+
+/// By one thread: contiguous bytes to shared memory; the barrier counts them when they are there.
+NEARFAR_DEVICE void bulk_load(void* to, const void* from, int bytes, uint64_t* barrier) {
+  NEARFAR_SM90(asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
+      : "memory"));
+}
+/// By one thread: contiguous bytes from shared memory, which must stay until `bulk_stored`, by the same thread.
+NEARFAR_DEVICE void bulk_store(void* to, const void* from, int bytes) {
+  NEARFAR_SM90(asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
+                                __cvta_generic_to_global(to)),
+                            "r"(shared_address(from)), "r"(bytes)
+                            : "memory"));
+  NEARFAR_SM90(asm volatile("cp.async.bulk.commit_group;" ::: "memory"));
+}
+/// All such copies have left shared memory; else, have arrived.
+template <bool LEFT>
+NEARFAR_DEVICE void bulk_stored() {
+  if (LEFT) {
+    NEARFAR_SM90(asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"));
+  } else {
+    NEARFAR_SM90(asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"));
+  }
+}
+/// What this thread has stored in shared memory, the copy engine may read after the next barrier.
+NEARFAR_DEVICE void fence_async() { NEARFAR_SM90(asm volatile("fence.proxy.async.shared::cta;" ::: "memory")); }
+
+NEARFAR_DEVICE void wgmma_begin() { NEARFAR_SM90(asm volatile("wgmma.fence.sync.aligned;" ::: "memory")); }
+NEARFAR_DEVICE void wgmma_commit() { NEARFAR_SM90(asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")); }
+template <int LEFT>
+NEARFAR_DEVICE void wgmma_wait() {
+  NEARFAR_SM90(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"));
+}
+
+/// Keeps the compiler from reading accumulators before the wait in front of this.
+template <int N>
+NEARFAR_DEVICE void wgmma_fence(float (&c)[N][4]) {
+  NEARFAR_UNROLL
+  for (int n = 0; n < N; ++n) NEARFAR_UNROLL
+  for (int q = 0; q < 4; ++q) asm volatile("" : "+f"(c[n][q])::"memory");
+}
+
+/// A matrix in shared memory, swizzled by 128 bytes. `stride`: bytes from eight lines of 128 bytes to the next eight;
+/// `leading`: where lines lie along the sum, bytes from 64 lines across it to the next 64.
+NEARFAR_DEVICE uint64_t descriptor(const void* at, int leading, int stride) {
+  const auto field = [](uint32_t bytes) { return static_cast<uint64_t>(bytes / 16 & 0x3fff); };
+  return field(shared_address(at)) | field(leading) << 16 | field(stride) << 32 | uint64_t(1) << 62;
+}
+
+/// Two numbers that nobody writes meanwhile, in the order of the program: loads that the compiler moves together take
+/// the accumulators' registers.
+NEARFAR_DEVICE float2 load_pair(const float* at) {
+  float2 pair;
+  asm volatile("ld.global.nc.v2.f32 {%0, %1}, [%2];" : "=f"(pair.x), "=f"(pair.y) : "l"(at));
+  return pair;
+}
+
+/// Rounded to bfloat16, to shared memory.
+NEARFAR_DEVICE void store_pair(uint32_t address, float low, float high) {
+  uint32_t bits;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(bits) : "memory");
+}
+/// The same number, computed here: what depends on it does not leave the loop around, to wait in registers.
+NEARFAR_DEVICE int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
+/// 2^x, about 2 units in the last place; too small is zero.
+NEARFAR_DEVICE float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// c += a b for a of 64 x 16 and b of 16 x 128. TRANSPOSE: lines lie along the sum.
+template <bool TRANSPOSE_A, bool TRANSPOSE_B>
+NEARFAR_DEVICE void wgmma(float (&c)[16][4], uint64_t a, uint64_t b) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define NEARFAR_4(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
+  asm volatile(
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
+      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+      "%64, %65, 1, 1, 1, %66, %67;"
+      : NEARFAR_4(0), NEARFAR_4(1), NEARFAR_4(2), NEARFAR_4(3), NEARFAR_4(4), NEARFAR_4(5), NEARFAR_4(6), NEARFAR_4(7),
+        NEARFAR_4(8), NEARFAR_4(9), NEARFAR_4(10), NEARFAR_4(11), NEARFAR_4(12), NEARFAR_4(13), NEARFAR_4(14),
+        NEARFAR_4(15)
+      : "l"(a), "l"(b), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B));
+#undef NEARFAR_4
+#else
+  __trap();
+#endif
+}
+
+}  // namespace nearfar::cuda
+#endif

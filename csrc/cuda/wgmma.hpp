@@ -1,0 +1,315 @@
+// Multiply on Hopper's tensor cores: bfloat16 blocks (blocked.hpp) through the copy engine, float32 accumulators.
+//
+// C[i][j] = sum_k A[i][k] B[j][k] as in tile.hpp, with the same epilogues. Tiles of 128 x 128, two warpgroups of 64 rows;
+// one thread keeps copies of the next steps in flight. Two blocks share a multiprocessor, so that one multiplies while
+// the other is in its epilogue.
+#pragma once
+
+#include "cuda/blocked.hpp"
+#include "cuda/hopper.hpp"
+#include "cuda/tile.hpp"
+
+namespace nearfar {
+inline namespace device {
+
+/// An operand: with SUM_COLUMNS, tile t is its t-th 128 rows and a step of the sum 64 columns; else the other way about.
+template <bool SUM_COLUMNS>
+struct BlockedOperand {
+  static constexpr bool kSumColumns = SUM_COLUMNS;
+  Blocked blocks;
+};
+
+#if defined(NEARFAR_HOPPER)
+
+struct Wgmma {
+  using T = float;
+  static constexpr int kM = 128, kN = 128, kDepth = 64;
+  static constexpr int kRows = 2, kCols = 32, kRowLanes = 4, kWarpsM = 8, kWarpsN = 1;
+  struct Accumulators {
+    float v[16][4];
+  };
+  NEARFAR_DEVICE static int warp_m() { return cuda::warp_index(); }
+  NEARFAR_DEVICE static int warp_n() { return 0; }
+  NEARFAR_DEVICE static int row(int a) { return cuda::warp_index() * 16 + a * 8 + cuda::lane_index() / 4; }
+  NEARFAR_DEVICE static int col(int b) { return b / 2 * 8 + b % 2 + cuda::lane_index() % 4 * 2; }
+  NEARFAR_DEVICE static float& value(Accumulators& acc, int a, int b) { return acc.v[b / 2][a * 2 + b % 2]; }
+
+  static constexpr int kHalf = 8192, kOperand = 2 * kHalf, kStage = 2 * kOperand;
+
+  /// Step k of tile t: 16 KiB.
+  template <class Op>
+  NEARFAR_DEVICE static void load(char* to, const Op& op, int64_t t, int64_t k, uint64_t* barrier) {
+    if (Op::kSumColumns) {
+      cuda::bulk_load(to, op.blocks.block(t, k), kOperand, barrier);
+    } else {
+      for (int half = 0; half < 2; ++half)
+        cuda::bulk_load(to + half * kHalf,
+                        reinterpret_cast<const char*>(op.blocks.block(k / 2, 2 * t + half)) + k % 2 * kHalf, kHalf,
+                        barrier);
+    }
+  }
+  /// 64 (or, from 0, 128) lines of an operand, at 16 of the sum.
+  template <class Op>
+  NEARFAR_DEVICE static uint64_t view(const char* at, int group, int k) {
+    return Op::kSumColumns ? cuda::descriptor(at + group * kHalf + k * 32, 16, 1024)
+                           : cuda::descriptor(at + group * kHalf + k * 2048, kHalf, 1024);
+  }
+  template <class A, class B>
+  NEARFAR_DEVICE static void step(const char* stage, Accumulators& acc) {
+    const int group = cuda::warp_index() / 4;
+    cuda::wgmma_begin();
+    NEARFAR_UNROLL
+    for (int k = 0; k < 4; ++k)
+      cuda::wgmma<!A::kSumColumns, !B::kSumColumns>(acc.v, view<A>(stage, group, k), view<B>(stage + kOperand, 0, k));
+    cuda::wgmma_commit();
+  }
+};
+
+/// As many blocks as fit; each takes every so many'th tile, and while it is in the epilogue of one the first steps of the
+/// next are on their way. Tiles come in groups of kGroup rows, so that those that run together share both operands in
+/// the cache.
+template <class A, class B, class Epilogue>
+struct WgmmaKernel {
+  using P = Wgmma;
+  static constexpr int kGroup = 16;
+  static constexpr int kStages = Epilogue::kStores ? 2 : 3;
+  static constexpr int kMemory = kStages * P::kStage + (Epilogue::kStores ? 2 * P::kOperand : 0);
+  A a;
+  B b;
+  int tiles_m, tiles_n, steps, splits;
+  Epilogue epilogue;
+
+  /// A tile of a part of the depth; indices fit 32 bits, and few of them are kept beside the accumulators.
+  struct Work {
+    int m, n, split;
+  };
+  NEARFAR_DEVICE Work work(int index) const {
+    const int tiles = tiles_m * tiles_n, tile = index % tiles, first = tile / (kGroup * tiles_n) * kGroup;
+    const int left = tiles_m - first, group = left < kGroup ? left : kGroup, within = tile - first * tiles_n;
+    return {first + within % group, within / group, index / tiles};
+  }
+  NEARFAR_DEVICE int begin(int split) const { return static_cast<int>(int64_t(steps) * split / splits); }
+  NEARFAR_DEVICE int end() const { return tiles_m * tiles_n * splits; }
+  NEARFAR_DEVICE int wanted(int index) const {
+    for (; index < end(); index += static_cast<int>(cuda::block_count())) {
+      const Work w = work(index);
+      if (epilogue.wants(int64_t(w.m) * P::kM, int64_t(w.n) * P::kN, P::kM, P::kN)) break;
+    }
+    return index;
+  }
+  NEARFAR_DEVICE int next(int index) const { return wanted(index + static_cast<int>(cuda::block_count())); }
+
+  /// The steps that a block loads, in order.
+  struct Ahead {
+    int index, m, n, step, left;
+  };
+  NEARFAR_DEVICE Ahead ahead_from(int index) const {
+    const Work w = work(index);
+    return {index, w.m, w.n, begin(w.split), begin(w.split + 1) - begin(w.split)};
+  }
+  NEARFAR_DEVICE void load(char* memory, uint64_t* full, int s, Ahead& ahead) const {
+    if (ahead.index >= end()) return;
+    cuda::barrier_expect(full + s, P::kStage);
+    P::load(memory + s * P::kStage, a, ahead.m, ahead.step, full + s);
+    P::load(memory + s * P::kStage + P::kOperand, b, ahead.n, ahead.step, full + s);
+    ++ahead.step;
+    if (--ahead.left == 0) ahead = ahead_from(next(ahead.index));
+  }
+
+  NEARFAR_DEVICE void operator()(char* memory) const {
+    NEARFAR_SHARED uint64_t full[kStages], empty[kStages];
+    NEARFAR_SHARED Ahead ahead;
+    const bool leader = cuda::thread_index() == 0, speaker = cuda::thread_index() % 128 == 0;
+    if (leader) {
+      for (int s = 0; s < kStages; ++s) cuda::barrier_init(full + s, 1), cuda::barrier_init(empty + s, 2);
+      cuda::barrier_fence();
+      ahead = ahead_from(wanted(static_cast<int>(cuda::block_index())));
+    }
+    cuda::sync_block();
+    if (leader)
+      for (int s = 0; s < kStages; ++s) load(memory, full, s, ahead);
+    int stage = 0, parity = 0;
+    for (int index = wanted(static_cast<int>(cuda::block_index())); index < end(); index = next(index)) {
+      P::Accumulators acc;
+      NEARFAR_UNROLL
+      for (int n = 0; n < 16; ++n) NEARFAR_UNROLL
+      for (int q = 0; q < 4; ++q) acc.v[n][q] = 0;
+      // A step's memory is free when the one after it has been given to the tensor cores and it is done.
+      int before = stage, before_parity = parity;
+      const auto release = [&] {
+        if (speaker) cuda::barrier_arrive(empty + before);
+        if (leader) {
+          cuda::barrier_wait(empty + before, before_parity);
+          load(memory, full, before, ahead);
+        }
+        cuda::sync_warp();
+      };
+      const int split = work(index).split, count = begin(split + 1) - begin(split);
+      for (int k = 0; k < count; ++k) {
+        cuda::barrier_wait(full + stage, parity);
+        P::template step<A, B>(memory + stage * P::kStage, acc);
+        if (k > 0) {
+          cuda::wgmma_wait<1>();
+          release();
+        }
+        before = stage, before_parity = parity;
+        if (++stage == kStages) stage = 0, parity ^= 1;
+      }
+      cuda::wgmma_wait<0>();
+      cuda::wgmma_fence(acc.v);//X
+      release();
+      const Work w = work(index);
+      epilogue.template apply<P>(
+          Fragment<P>{acc, int64_t(w.m) * P::kM, int64_t(w.n) * P::kN, memory + kStages * P::kStage}, w.m, w.n, w.split);
+    }
+    if (leader) cuda::bulk_stored<false>();
+  }
+};
+
+/// Every accumulator becomes value(of_rows[its row], of_columns[its column], accumulator, a, b); pointers are to the numbers
+/// of the tile.
+template <class Value>
+NEARFAR_DEVICE void for_each_pair(const Fragment<Wgmma>& f, const float* of_rows, const float* of_columns, Value value) {
+  const int lane = cuda::opaque(cuda::lane_index());
+  const float *rows = of_rows + cuda::warp_index() * 16 + lane / 4, *columns = of_columns + lane % 4 * 2;
+  const float x[2] = {rows[0], rows[8]};
+  NEARFAR_UNROLL
+  for (int b = 0; b < Wgmma::kCols; b += 2) {
+    const float2 y = cuda::load_pair(columns + b / 2 * 8);
+    NEARFAR_UNROLL
+    for (int a = 0; a < Wgmma::kRows; ++a) {
+      f(a, b) = value(x[a], y.x, f(a, b), a, b);
+      f(a, b + 1) = value(x[a], y.y, f(a, b + 1), a, b + 1);
+    }
+  }
+}
+
+/// The same of two numbers of each: value(of_rows, of_columns, others of both, accumulator).
+template <class Value>
+NEARFAR_DEVICE void for_each_pair(const Fragment<Wgmma>& f, const float* of_rows, const float* of_columns,
+                                  const float* rows_too, const float* columns_too, Value value) {
+  const int lane = cuda::opaque(cuda::lane_index()), row = cuda::warp_index() * 16 + lane / 4, column = lane % 4 * 2;
+  NEARFAR_UNROLL
+  for (int a = 0; a < Wgmma::kRows; ++a) {
+    const float x = of_rows[row + 8 * a], x_too = rows_too[row + 8 * a];
+    NEARFAR_UNROLL
+    for (int b = 0; b < Wgmma::kCols; b += 2) {
+      const float2 y = cuda::load_pair(of_columns + column + b / 2 * 8);
+      const float2 y_too = cuda::load_pair(columns_too + column + b / 2 * 8);
+      f(a, b) = value(x, y.x, x_too, y_too.x, f(a, b));
+      f(a, b + 1) = value(x, y.y, x_too, y_too.y, f(a, b + 1));
+    }
+  }
+}
+
+/// out_ik = value, or with ADD += value * factor(i), of a tile of (rows, d).
+template <bool ADD, class Factor>
+NEARFAR_DEVICE void put_rows(const Fragment<Wgmma>& f, float* out, int64_t rows, int64_t d, Factor factor) {
+  NEARFAR_UNROLL
+  for (int a = 0; a < Wgmma::kRows; ++a) {
+    const int64_t i = f.i(a);
+    if (i >= rows) continue;
+    const float multiply = ADD ? factor(i) : 1.0f;
+    NEARFAR_UNROLL
+    for (int b = 0; b < Wgmma::kCols; b += 2) {
+      const int64_t k = f.j(b);
+      float* at = out + i * d + k;
+      if (d % 2 == 0 && k < d) {
+        float2* pair = reinterpret_cast<float2*>(at);
+        const float2 old = ADD ? *pair : make_float2(0, 0);
+        *pair = make_float2(old.x + f(a, b) * multiply, old.y + f(a, b + 1) * multiply);
+      } else {
+        for (int q = 0; q < 2; ++q)
+          if (k + q < d) at[q] = (ADD ? at[q] : 0.0f) + f(a, b + q) * multiply;
+      }
+    }
+  }
+}
+
+/// Halves N values a lane over lanes that differ in `mask`: each keeps the sums of its half, the upper lane the upper.
+template <int N>
+NEARFAR_DEVICE void fold(float* v, int mask) {
+  const bool upper = cuda::lane_index() & mask;
+  NEARFAR_UNROLL
+  for (int k = 0; k < N / 2; ++k) {
+    const float send = upper ? v[k] : v[k + N / 2], keep = upper ? v[k + N / 2] : v[k];
+    v[k] = keep + cuda::shuffle_xor(send, mask);
+  }
+}
+
+/// Sums of every row and, with `columns`, of every column of the tile; place_row(i, sum), place_column(j, sum), once each.
+template <class PlaceRow, class PlaceColumn>
+NEARFAR_DEVICE void sum_lines(const Fragment<Wgmma>& f, bool columns, PlaceRow place_row, PlaceColumn place_column) {
+  using P = Wgmma;
+  const int lane = cuda::lane_index();
+  NEARFAR_UNROLL
+  for (int a = 0; a < P::kRows; ++a) {
+    float sum = 0;
+    NEARFAR_UNROLL
+    for (int b = 0; b < P::kCols; ++b) sum += f(a, b);
+    sum += cuda::shuffle_xor(sum, 1);
+    sum += cuda::shuffle_xor(sum, 2);
+    if (lane % P::kRowLanes == 0) place_row(P::row(a), sum);
+  }
+  if (!columns) return;
+  float v[P::kCols];
+  NEARFAR_UNROLL
+  for (int b = 0; b < P::kCols; ++b) v[b] = f(0, b) + f(1, b);
+  fold<32>(v, 16);
+  fold<16>(v, 8);
+  fold<8>(v, 4);
+  NEARFAR_SHARED float parts[cuda::kWarps][P::kN];
+  cuda::sync_block();
+  NEARFAR_UNROLL
+  for (int k = 0; k < 4; ++k) {
+    const int b = (lane & 16) + (lane & 8) + (lane & 4) + k;  // halves of 32, 16, 8
+    parts[cuda::warp_index()][P::col(b)] = v[k];
+  }
+  cuda::sync_block();
+  const int j = cuda::thread_index();
+  if (j >= P::kN) return;
+  float sum = 0;
+  NEARFAR_UNROLL
+  for (int w = 0; w < cuda::kWarps; ++w) sum += parts[w][j];
+  place_column(j, sum);
+}
+
+/// The tile to a blocked matrix, tile (down, right) of it, through shared memory.
+NEARFAR_DEVICE void store_blocked(const Fragment<Wgmma>& f, const Blocked& to, int64_t down, int64_t right) {
+  if (cuda::thread_index() == 0) cuda::bulk_stored<true>();
+  cuda::sync_block();
+  // Rows 8 apart keep their low bits, and so the order of the pieces of 16 bytes.
+  const int lane = cuda::opaque(cuda::lane_index());
+  const uint32_t line = cuda::shared_address(f.memory) + (cuda::warp_index() * 16 + lane / 4) * 128 + lane % 4 * 4;
+  NEARFAR_UNROLL
+  for (int b = 0; b < Wgmma::kCols; b += 2) {
+    const int piece = b / 2;
+    const uint32_t at = line + piece / 8 * Wgmma::kOperand + (piece % 8 ^ lane / 4) * 16;
+    NEARFAR_UNROLL
+    for (int a = 0; a < Wgmma::kRows; ++a) cuda::store_pair(at + a * 8 * 128, f(a, b), f(a, b + 1));
+  }
+  cuda::fence_async();
+  cuda::sync_block();
+  if (cuda::thread_index() == 0) cuda::bulk_store(to.block(down, 2 * right), f.memory, 2 * Wgmma::kOperand);
+}
+
+#endif
+
+/// steps: of 64 along the sum.
+template <class A, class B, class Epilogue>
+void launch_wgmma(cuda::Context& c, const A& a, const B& b, int64_t tiles_m, int64_t tiles_n, int64_t steps,
+                  int64_t splits, const Epilogue& epilogue) {
+#if defined(NEARFAR_HOPPER)
+  using Kernel = WgmmaKernel<A, B, Epilogue>;
+  const int64_t work = tiles_m * tiles_n * splits, fit = 2 * c.device.multiprocessors;
+  if (work > INT32_MAX / 2) throw std::runtime_error("CUDA: more than 2^30 tiles");
+  const auto narrow = [](int64_t count) { return static_cast<int>(count); };
+  c.launch_large(work < fit ? work : fit, Kernel::kMemory,
+                 Kernel{a, b, narrow(tiles_m), narrow(tiles_n), narrow(steps), narrow(splits), epilogue});
+#else
+  throw std::logic_error("launch_wgmma: not in an emulation");
+#endif
+}
+
+}  // namespace device
+}  // namespace nearfar
