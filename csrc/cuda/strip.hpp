@@ -26,6 +26,7 @@ struct Weights {
   Blocked blocks{};
   const T *x_factor = nullptr, *y_factor = nullptr;
 
+  NEARFAR_DEVICE bool stored() const { return w || blocks.data; }
   /// A tile whose accumulators are weights, whole: once in an epilogue, at its end.
   template <class P>
   NEARFAR_DEVICE void store(const Fragment<P>& f) const {

@@ -30,7 +30,7 @@ NEARFAR_DEVICE void softplus_sigmoid(T l, T& softplus, T& sigmoid) {
 
 template <class T>
 struct SigmoidEpilogue {
-  static constexpr bool kDistances = false;
+  static constexpr bool kDistances = false, kStores = true;
   static constexpr int kSums = 2;  // of a row of a tile: losses, weights
   Scores<T> scores;
   Multiplier multiplier;
@@ -64,8 +64,7 @@ struct SigmoidEpilogue {
         [&](int i, const T(&totals)[kSums]) {
           for (int k = 0; k < kSums; ++k) of_rows[((f.i0 + i) * kSums + k) * tiles_n + tile_n] = totals[k];
         });
-    if (!out.w) return;
-    f.for_each([&](int64_t i, int64_t j, T w) { out.w[i * out.pitch + j] = w; });
+    if (out.stored()) out.store(f);
   }
 };
 
@@ -118,7 +117,7 @@ void run(cuda::Context& c, const SigmoidDevice<T>& p) {
   const Multiplier multiplier{{p.scale_at, p.scale}};
   const Bias bias{{p.bias_at, p.bias}};
   const T weight = static_cast<T>(p.weight);
-  const Pairs<T, E> pairs(c, p.x, p.y, p.normalize, false, p.dx != nullptr);
+  const Pairs<T, E> pairs(c, p.x, p.y, p.normalize, false, p.dx != nullptr, true);
   Strip<T, E> strip(c, pairs, false, p.dx != nullptr, p.dx, p.dy);
 
   double* sums = c.take<double>(Epilogue::kSums * n);

@@ -50,7 +50,7 @@ struct OtherScores {
 
 template <class T>
 struct SupConEpilogue {
-  static constexpr bool kDistances = false;
+  static constexpr bool kDistances = false, kStores = false;
   static constexpr int kSums = 2;  // of a row of a tile: how many positives, the sum of their scores
   OtherScores<T> others;
   Block block;
@@ -140,7 +140,7 @@ struct FillRows {
 
 template <class T>
 struct SupConWeightEpilogue {
-  static constexpr bool kDistances = false;
+  static constexpr bool kDistances = false, kStores = true;
   OtherScores<T> others;
   const T *base, *weight, *share;
   Weights<T> out;
@@ -162,7 +162,7 @@ struct SupConWeightEpilogue {
       if (positives(other_item, own_item)) w -= share[other];
       score = w;
     });
-    f.for_each([&](int64_t i, int64_t j, T w) { out.w[i * out.pitch + j] = w; });
+    out.store(f);
   }
 };
 
@@ -171,7 +171,7 @@ void run(cuda::Context& c, const SupConDevice<T>& p) {
   using Epilogue = SupConEpilogue<T>;
   const int64_t n = p.x.n;
   constexpr int64_t kNumbers = 4;  // of a row of a tile
-  const Pairs<T, E> pairs(c, p.x, p.x, p.normalize, false, p.dx != nullptr);
+  const Pairs<T, E> pairs(c, p.x, p.x, p.normalize, false, p.dx != nullptr, true);
   const PositiveSets positives{p.labels, p.positives.mask, p.positives.mask_row_stride, p.positives.mask_col_stride,
                                p.positives.views};
   const OtherScores<T> others{pairs.scores, {{p.scale_at, p.scale}}, positives, n};
