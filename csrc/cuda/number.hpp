@@ -55,7 +55,9 @@ NEARFAR_DEVICE T not_a_number() {
 
 NEARFAR_DEVICE float exp_flush(float x) { return expf(x); }
 NEARFAR_DEVICE double exp_flush(double x) { return exp(x); }
+using std::expm1;
 using std::log;
+using std::log1p;
 using std::sqrt;
 template <class T>
 NEARFAR_DEVICE T select(bool condition, T yes, T no) {
