@@ -37,8 +37,8 @@ constexpr StepName kStepNames[] = {{"gaussian", StepKind::gaussian, 1},
                                    {"multiply", StepKind::multiply, 0}};
 
 /// "name left right; ...", scores first. A score: its columns begin and end (-1: the last). A step: its register and
-/// its first parameter; `power`: register and exponent; `add`, `multiply`: two registers. Parameters that are not on the
-/// CPU are counted only.
+/// its first parameter; `power`: register and exponent; `add`, `multiply`: two registers. Parameters that are not on
+/// the CPU are counted only.
 inline Program parse_program(const std::string& text, const Array& values, int64_t depth) {
   Program program;
   if (values.ndim != 1 || values.shape[0] > Program::kParameters)

@@ -151,12 +151,6 @@ struct DeviceProgram {
   const Program program;
   DeviceProgram(Call& call, const std::string& text, py::handle parameters, int64_t depth)
       : values(borrow(parameters, "parameters", {DType::f64})), program(parse_program(text, values, depth)) {
-    for (int s = 0; s < program.scores; ++s)
-      if (program.score[s].kind == ScoreKind::absolute) {
-        PyErr_SetString(PyExc_NotImplementedError,
-                        "kernel: L1 distances (Laplacian) are not implemented on CUDA; pass arrays on the CPU");
-        throw py::error_already_set();
-      }
     if (values.on_cpu() || program.parameters == 0) return;
     call.input(parameters, "parameters", 1, {DType::f64});
     if (!values.contiguous()) refuse_value("parameters", "expected a contiguous vector");

@@ -5,7 +5,17 @@
 
 #include "cuda/portable.hpp"
 #include "pairwise/dtype.hpp"
-#include "pairwise/score.hpp"
+
+namespace nearfar {
+inline namespace device {
+
+NEARFAR_DEVICE float absolute(float x) { return fabsf(x); }
+NEARFAR_DEVICE double absolute(double x) { return fabs(x); }
+
+}  // namespace device
+}  // namespace nearfar
+
+#include "pairwise/score.hpp"  // after what its scores are made of
 
 namespace nearfar {
 inline namespace device {

@@ -7,6 +7,7 @@
 
 #include <optional>
 
+#include "cuda/simt.hpp"
 #include "cuda/strip.hpp"
 
 namespace nearfar {
@@ -65,7 +66,8 @@ struct DeviceProgram {
     return registers[scores + steps - 1];
   }
 
-  /// slopes[r] = upstream * d value / d register r. Adds upstream * d value / d parameter to `sums`, if that is not null.
+  /// slopes[r] = upstream * d value / d register r. Adds upstream * d value / d parameter to `sums`, if that is not
+  /// null.
   NEARFAR_DEVICE void reverse(const T* registers, T upstream, T* slopes, double* sums) const {
     NEARFAR_ROLLED
     for (int r = 0; r < scores + steps - 1; ++r) slopes[r] = 0;
@@ -250,6 +252,37 @@ struct AddParameterSums {
   }
 };
 
+/// The gradient by one set through L1 distances, which is no matrix product; a thread a coordinate:
+/// dx_ik += sum_j w_ij sign(x_ik - y_jk), or with ROWS false that of y.
+template <class T, bool ROWS>
+struct AddSigns {
+  Weights<T> weights;
+  Packed<T, T> own, other;
+  T* out;
+  NEARFAR_DEVICE void operator()() const {
+    const Block& b = weights.block;
+    const int64_t at = cuda::global_thread(), line = at / own.d, k = at % own.d;
+    const int64_t row = (ROWS ? b.row : b.column) + line, begin = ROWS ? b.column : b.row;
+    if (line >= (ROWS ? b.rows : b.columns) || row >= own.n) return;
+    const int64_t rest = other.n - begin, all = ROWS ? b.columns : b.rows, end = rest < all ? rest : all;
+    const T x = own.data[row * own.pitch + k];
+    const T* y = other.data + begin * other.pitch + k;
+    const T* w = weights.w + (ROWS ? line * weights.pitch : line);
+    constexpr int64_t kRun = 256;  // summed apart: long sums keep their digits
+    T total = 0;
+    for (int64_t first = 0; first < end; first += kRun) {
+      const int64_t last = first + kRun < end ? first + kRun : end;
+      T sum = 0;
+      for (int64_t o = first; o < last; ++o) {
+        const T difference = x - y[o * other.pitch], own_weight = w[ROWS ? o : o * weights.pitch];
+        sum += difference > 0 ? own_weight : difference < 0 ? -own_weight : T(0);
+      }
+      total += sum;
+    }
+    out[row * own.d + k] += total;
+  }
+};
+
 /// Columns of a gradient, which a score reads, into the whole.
 template <class T>
 struct AddColumns {
@@ -280,7 +313,7 @@ class PackedProgram {
       : program(c, text, parameters_at), n(x.n), m(y.n), c_(c) {
     for (int s = 0; s < text.scores; ++s) {
       const ProgramScore& score = text.score[s];
-      if (score.kind == ScoreKind::absolute) throw std::logic_error("program: no L1 distances on CUDA");
+      absolute_[s] = score.kind == ScoreKind::absolute;
       pairs_[s].emplace(c, columns_of(x, score), columns_of(y, score), false, program.square[s], products);
       mend_[s] = same && score.kind == ScoreKind::unit_dot;
     }
@@ -296,7 +329,23 @@ class PackedProgram {
     launch_scores(c_, plan_scores(c_, "scores of a kernel", pairs, out.block), pairs, out.block,
                   ProgramEpilogue<T, Put>{pairs.scores, out, n, m, outside, put});
   }
-  void put_scores(int s, const Weights<T>& out) const { put(s, out, false, PutScore<T>{mend_[s]}); }
+  void put_scores(int s, const Weights<T>& out) const {
+    const PutScore<T> score{mend_[s]};
+    if (!absolute_[s]) return put(s, out, false, score);
+    const Block& b = out.block;
+    const Packed<T, T>&x = pairs_[s]->x, &y = pairs_[s]->y;
+    const Operand<T, true> rows{x.data + b.row * x.pitch, x.pitch}, columns{y.data + b.column * y.pitch, y.pitch};
+    launch_tiles<Simt<AbsoluteDifference, T, 64>>(
+        c_, rows, columns, b.rows, b.columns, x.d, 1,
+        ProgramEpilogue<T, PutScore<T>>{pairs_[s]->scores, out, n, m, false, score});
+  }
+  /// The products of a strip's weights, which are pulls of score s, with both sets. dy null: not wanted.
+  void products(int s, Strip<T, T>& strip, const Weights<T>& weights, T* dx, T* dy) const {
+    if (!absolute_[s]) return strip.products(weights);
+    const Packed<T, T>&x = pairs_[s]->x, &y = pairs_[s]->y;
+    c_.launch_threads(weights.block.rows * x.d, AddSigns<T, true>{weights, x, y, dx});
+    if (dy) c_.launch_threads(weights.block.columns * y.d, AddSigns<T, false>{weights, y, x, dy});
+  }
 
   /// Buffers for the other scores of a block as large as `shape`.
   void take_others(const StripShape& shape) {
@@ -322,7 +371,7 @@ class PackedProgram {
   cuda::Context& c_;
   std::optional<Pairs<T, T>> pairs_[Program::kScores];
   Weights<T> others_[Program::kScores]{};
-  bool mend_[Program::kScores]{};
+  bool mend_[Program::kScores]{}, absolute_[Program::kScores]{};
 };
 
 /// Adds the gradient of sum_ij u_ij k(x_i, y_j) to dx, dy and dparameters, null if not wanted. upstream(room) are the u
@@ -373,7 +422,8 @@ void program_gradient(cuda::Context& c, const Program& text, const double* param
       c.launch(pair_blocks(block), reverse);
       if (sums) c.launch(program.parameters, AddParameterSums{sums, pair_blocks(block), dparameters});
     }
-    for (int s = 0; points && s < program.scores; ++s) parts[s].strip->products(reverse.score[s]);
+    for (int s = 0; points && s < program.scores; ++s)
+      packed.products(s, *parts[s].strip, reverse.score[s], parts[s].dx, parts[s].dy);
   });
 
   for (int s = 0; s < program.scores; ++s) {
