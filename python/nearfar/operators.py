@@ -53,7 +53,7 @@ def _grad_like(x: Tensor | None, wanted: bool) -> Tensor:
 
 def _parameter_grad(x: Tensor, parameters: Tensor, wanted: bool) -> Tensor:
     """On the device of the points."""
-    return torch.empty(parameters.shape if wanted else 0, dtype=torch.float64, device=x.device)
+    return torch.empty(parameters.shape, dtype=torch.float64, device=x.device) if wanted else torch.empty(0)
 
 
 # ---- operators -------------------------------------------------------------------------------------------------------
