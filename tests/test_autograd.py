@@ -42,7 +42,7 @@ def softmax_samples():
 
 def store_samples():
     x, y = torch.randn(2, 5, 3), torch.randn(2, 4, 3)
-    for map, normalize in (("euclidean", False), ("sqeuclidean", False), ("one_minus_dot", True), ("gaussian", False)):
+    for map, normalize in (("euclidean", False), ("sqeuclidean", False), ("one_minus_dot", True), ("dot", False)):
         yield x, y, map, normalize, False
         yield x, None, map, normalize, False
         yield x.bfloat16(), None, map, normalize, True

@@ -76,7 +76,6 @@ inline PairMap map_of(const std::string& name) {
   if (name == "one_minus_dot") return PairMap::one_minus_dot;
   if (name == "sqeuclidean") return PairMap::sqeuclidean;
   if (name == "euclidean") return PairMap::euclidean;
-  if (name == "gaussian") return PairMap::gaussian;
   refuse_value("map", "unknown map " + name);
 }
 

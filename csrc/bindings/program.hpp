@@ -37,14 +37,15 @@ constexpr StepName kStepNames[] = {{"gaussian", StepKind::gaussian, 1},
                                    {"multiply", StepKind::multiply, 0}};
 
 /// "name left right; ...", scores first. A score: its columns begin and end (-1: the last). A step: its register and
-/// its first parameter; `power`: register and exponent; `add`, `multiply`: two registers.
-inline Program parse_program(const std::string& text, py::handle parameters, int64_t depth) {
+/// its first parameter; `power`: register and exponent; `add`, `multiply`: two registers. Parameters that are not on
+/// the CPU are counted only.
+inline Program parse_program(const std::string& text, const Array& values, int64_t depth) {
   Program program;
-  const Array values = borrow(parameters, "parameters", {DType::f64});
-  if (values.ndim != 1 || !values.on_cpu() || values.shape[0] > Program::kParameters)
+  if (values.ndim != 1 || values.shape[0] > Program::kParameters)
     refuse_value("parameters", "expected a vector of at most 64 numbers, got shape " + shape_of(values));
   program.parameters = static_cast<int>(values.shape[0]);
-  for (int k = 0; k < program.parameters; ++k) program.parameter[k] = values.as<const double>()[k * values.strides[0]];
+  for (int k = 0; k < program.parameters && values.on_cpu(); ++k)
+    program.parameter[k] = values.as<const double>()[k * values.strides[0]];
   std::istringstream lines(text);
   for (std::string line; std::getline(lines, line, ';');) {
     std::istringstream words(line);
@@ -74,6 +75,9 @@ inline Program parse_program(const std::string& text, py::handle parameters, int
   }
   if (program.scores == 0 || (program.steps == 0 && program.scores > 1)) refuse_value("program", "has no value");
   return program;
+}
+inline Program parse_program(const std::string& text, py::handle parameters, int64_t depth) {
+  return parse_program(text, input(parameters, "parameters", 1, {DType::f64}), depth);
 }
 
 }  // namespace

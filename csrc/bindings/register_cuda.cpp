@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bindings/call.hpp"
+#include "bindings/program.hpp"
 #include "cuda/device.hpp"
 #include "cuda/ops.hpp"
 
@@ -161,37 +162,125 @@ void store_grad(py::handle x, py::handle y, const std::string& map, double, bool
   });
 }
 
-void matmul(py::handle x, py::handle y, py::handle v, const std::string& map, py::handle out, const py::tuple& where) {
+/// A kernel's program; its parameters may lie on the device, and are not read here then.
+struct DeviceProgram {
+  const Array values;
+  const double* at = nullptr;
+  const Program program;
+  DeviceProgram(Call& call, const std::string& text, py::handle parameters, int64_t depth)
+      : values(borrow(parameters, "parameters", {DType::f64})), program(parse_program(text, values, depth)) {
+    if (values.on_cpu() || program.parameters == 0) return;
+    call.input(parameters, "parameters", 1, {DType::f64});
+    if (!values.contiguous()) refuse_value("parameters", "expected a contiguous vector");
+    at = values.as<const double>();
+  }
+};
+
+/// What both gradients of a kernel write.
+template <class T>
+struct ProgramGradients {
+  T *dx, *dy;
+  double* dparameters;
+  ProgramGradients(DevicePairs& in, const Program& program, py::handle x, py::handle y, py::handle p)
+      : dx(in.call.gradient<T>(x, "dx", in.x)),
+        dy(in.call.gradient<T>(y, "dy", in.y)),
+        dparameters(p.is_none() ? nullptr : in.call.output<double>(p, "dparameters", {program.parameters})) {}
+  template <class Params>
+  void put(Params& p, const DevicePairs& in, int64_t b) const {
+    p.dx = dx ? dx + b * in.n() * in.d() : nullptr;
+    p.dy = dy ? dy + b * in.m() * in.d() : nullptr;
+    p.dparameters = dparameters;
+  }
+};
+
+void gram(py::handle x, py::handle y, const std::string& text, py::handle parameters, bool same, py::handle out,
+          const py::tuple& where) {
   DevicePairs in(x, y);
+  if (same && in.n() != in.m()) refuse_value("y", "expected the rows of x");
+  const DeviceProgram kernel(in.call, text, parameters, in.d());
+  with_compute_type(in.x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    T* data = in.result<T>(out, "out", false);
+    for (int64_t b = 0; b < in.batches() && in.results(false) > 0; ++b) {
+      cuda::GramDevice<T> p{};
+      p.x = rows_of(in.x, b);
+      p.y = rows_of(in.y, b);
+      p.program = &kernel.program;
+      p.parameters_at = kernel.at;
+      p.same = same;
+      p.out = data + b * in.results(false);
+      in.call.run(where, [&](cuda::Context& c) { cuda::gram<T>(c, p); });
+    }
+  });
+}
+
+void gram_grad(py::handle x, py::handle y, const std::string& text, py::handle parameters, py::handle grad,
+               py::handle dx, py::handle dy, py::handle dparameters, const py::tuple& where) {
+  DevicePairs in(x, y);
+  const DeviceProgram kernel(in.call, text, parameters, in.d());
+  with_compute_type(in.x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const T* upstream = in.result<T>(grad, "grad", false);
+    const ProgramGradients<T> gradients(in, kernel.program, dx, dy, dparameters);
+    for (int64_t b = 0; b < in.batches() && in.results(false) > 0; ++b) {
+      cuda::GramGradDevice<T> p{};
+      p.x = rows_of(in.x, b);
+      p.y = rows_of(in.y, b);
+      p.program = &kernel.program;
+      p.parameters_at = kernel.at;
+      p.grad = upstream + b * in.results(false);
+      gradients.put(p, in, b);
+      in.call.run(where, [&](cuda::Context& c) { cuda::gram_grad<T>(c, p); });
+    }
+  });
+}
+
+void matmul(py::handle x, py::handle y, py::handle v, const std::string& text, py::handle parameters, bool same,
+            py::handle out, const py::tuple& where) {
+  DevicePairs in(x, y);
+  if (same && in.n() != in.m()) refuse_value("y", "expected the rows of x");
   const Array values = in.call.points(v, "v", 3, in.x);
   require_shape(values, "v", {in.batches(), in.m(), values.shape[2]});
+  const DeviceProgram kernel(in.call, text, parameters, in.d());
   with_compute_type(in.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t r = values.shape[2];
     T* data = in.call.output<T>(out, "out", {in.batches(), in.n(), r});
-    const PairMap pair_map = map_of(map);
-    for (int64_t b = 0; b < in.batches() && in.n() * r > 0; ++b)
-      in.call.run(where, [&](cuda::Context& c) {
-        cuda::matmul<T>(c, {rows_of(in.x, b), rows_of(in.y, b), rows_of(values, b), pair_map, data + b * in.n() * r});
-      });
+    for (int64_t b = 0; b < in.batches() && in.n() * r > 0; ++b) {
+      cuda::MatmulDevice<T> p{};
+      p.x = rows_of(in.x, b);
+      p.y = rows_of(in.y, b);
+      p.v = rows_of(values, b);
+      p.program = &kernel.program;
+      p.parameters_at = kernel.at;
+      p.same = same;
+      p.out = data + b * in.n() * r;
+      in.call.run(where, [&](cuda::Context& c) { cuda::matmul<T>(c, p); });
+    }
   });
 }
 
-void matmul_grad(py::handle x, py::handle y, py::handle v, py::handle grad, const std::string& map, py::handle dx,
-                 py::handle dy, const py::tuple& where) {
+void matmul_grad(py::handle x, py::handle y, py::handle v, py::handle grad, const std::string& text,
+                 py::handle parameters, py::handle dx, py::handle dy, py::handle dparameters, const py::tuple& where) {
   DevicePairs in(x, y);
   const Array values = in.call.points(v, "v", 3, in.x), upstream = in.call.points(grad, "grad", 3, in.x);
   require_shape(values, "v", {in.batches(), in.m(), values.shape[2]});
   require_shape(upstream, "grad", {in.batches(), in.n(), values.shape[2]});
+  const DeviceProgram kernel(in.call, text, parameters, in.d());
   with_compute_type(in.x.dtype, [&](auto zero) {
     using T = decltype(zero);
-    T *x_out = in.call.gradient<T>(dx, "dx", in.x), *y_out = in.call.gradient<T>(dy, "dy", in.y);
-    const PairMap pair_map = map_of(map);
-    for (int64_t b = 0; b < in.batches() && in.results(false) > 0; ++b)
-      in.call.run(where, [&](cuda::Context& c) {
-        cuda::matmul_grad<T>(c, {rows_of(in.x, b), rows_of(in.y, b), rows_of(values, b), rows_of(upstream, b), pair_map,
-                                 x_out + b * in.n() * in.d(), y_out + b * in.m() * in.d()});
-      });
+    const ProgramGradients<T> gradients(in, kernel.program, dx, dy, dparameters);
+    for (int64_t b = 0; b < in.batches() && in.results(false) > 0; ++b) {
+      cuda::MatmulGradDevice<T> p{};
+      p.x = rows_of(in.x, b);
+      p.y = rows_of(in.y, b);
+      p.v = rows_of(values, b);
+      p.grad = rows_of(upstream, b);
+      p.program = &kernel.program;
+      p.parameters_at = kernel.at;
+      gradients.put(p, in, b);
+      in.call.run(where, [&](cuda::Context& c) { cuda::matmul_grad<T>(c, p); });
+    }
   });
 }
 
@@ -414,9 +503,14 @@ void register_cuda(py::module_& module) {
         arg("condensed"), arg("out"), arg("where"));
   m.def("store_grad", cuda_bindings::store_grad, arg("x"), arg("y"), arg("map"), arg("power"), arg("normalize"),
         arg("condensed"), arg("value"), arg("grad"), arg("dx"), arg("dy"), arg("where"));
-  m.def("matmul", cuda_bindings::matmul, arg("x"), arg("y"), arg("v"), arg("map"), arg("out"), arg("where"));
-  m.def("matmul_grad", cuda_bindings::matmul_grad, arg("x"), arg("y"), arg("v"), arg("grad"), arg("map"), arg("dx"),
-        arg("dy"), arg("where"));
+  m.def("gram", cuda_bindings::gram, arg("x"), arg("y"), arg("program"), arg("parameters"), arg("same"), arg("out"),
+        arg("where"));
+  m.def("gram_grad", cuda_bindings::gram_grad, arg("x"), arg("y"), arg("program"), arg("parameters"), arg("grad"),
+        arg("dx"), arg("dy"), arg("dparameters"), arg("where"));
+  m.def("matmul", cuda_bindings::matmul, arg("x"), arg("y"), arg("v"), arg("program"), arg("parameters"), arg("same"),
+        arg("out"), arg("where"));
+  m.def("matmul_grad", cuda_bindings::matmul_grad, arg("x"), arg("y"), arg("v"), arg("grad"), arg("program"),
+        arg("parameters"), arg("dx"), arg("dy"), arg("dparameters"), arg("where"));
   m.def("select", cuda_bindings::select, arg("x"), arg("y"), arg("map"), arg("power"), arg("normalize"),
         arg("exclude_self"), arg("k"), arg("value"), arg("index"), arg("screening"), arg("where"));
   m.def("softmax", cuda_bindings::softmax, arg("mode"), arg("x"), arg("y"), arg("positive"), arg("positive_shift"),

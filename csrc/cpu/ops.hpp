@@ -21,6 +21,14 @@ struct Rows {
   DType dtype = DType::f32;
 };
 
+/// Those that a score of a program reads.
+inline Rows columns_of(const Rows& rows, const ProgramScore& score) {
+  Rows own = rows;
+  own.data = static_cast<const char*>(rows.data) + score.begin * rows.col_stride * size_of(rows.dtype);
+  own.d = score.end - score.begin;
+  return own;
+}
+
 /// out[i, j] = map(x_i, y_j).
 template <class T>
 struct StoreParams {

@@ -5,7 +5,6 @@
 // a run and what a step leaves is read from L1.
 #pragma once
 
-#include <limits>
 #include <new>
 
 #include "cpu/strip.hpp"
@@ -75,13 +74,6 @@ class Scores {
   const int count;
 
  private:
-  static Rows columns_of(const Rows& rows, const ProgramScore& s) {
-    Rows own = rows;
-    own.data = static_cast<const char*>(rows.data) + s.begin * rows.col_stride * size_of(rows.dtype);
-    own.d = s.end - s.begin;
-    return own;
-  }
-
   /// <u, u> of a unit row is 1 up to rounding; of a zero row it is 0.
   static void mend_diagonal(int64_t t0, int64_t t1, int64_t i0, T* tile) {
     for (int64_t i = i0; i < i0 + P::NR; ++i)
@@ -107,12 +99,7 @@ class Evaluator {
   static constexpr int64_t kRun = 2048 / static_cast<int64_t>(sizeof(T));
 
   explicit Evaluator(const Program& program) : p_(program) {
-    // Finite with room for the factors of a map: the kernel of a tiny length scale is 1 at distance 0, not inf * 0.
-    const double most = static_cast<double>(std::numeric_limits<T>::max()) / 16;
-    for (int k = 0; k < p_.parameters; ++k) {
-      const double p = p_.parameter[k];
-      parameter_[k] = static_cast<T>(p > most ? most : p < -most ? -most : p);
-    }
+    for (int k = 0; k < p_.parameters; ++k) parameter_[k] = parameter_of<T>(p_.parameter[k]);
   }
 
   /// out[k] = the program's value for k < count, whole vectors; `out` may be one of the tiles.

@@ -5,7 +5,17 @@
 
 #include "cuda/portable.hpp"
 #include "pairwise/dtype.hpp"
-#include "pairwise/score.hpp"
+
+namespace nearfar {
+inline namespace device {
+
+NEARFAR_DEVICE float absolute(float x) { return fabsf(x); }
+NEARFAR_DEVICE double absolute(double x) { return fabs(x); }
+
+}  // namespace device
+}  // namespace nearfar
+
+#include "pairwise/score.hpp"  // after what its scores are made of
 
 namespace nearfar {
 inline namespace device {
@@ -55,7 +65,9 @@ NEARFAR_DEVICE T not_a_number() {
 
 NEARFAR_DEVICE float exp_flush(float x) { return expf(x); }
 NEARFAR_DEVICE double exp_flush(double x) { return exp(x); }
+using std::expm1;
 using std::log;
+using std::log1p;
 using std::sqrt;
 template <class T>
 NEARFAR_DEVICE T select(bool condition, T yes, T no) {

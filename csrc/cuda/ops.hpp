@@ -46,20 +46,25 @@ struct AlignmentDevice : AlignmentParams<T> {
   double* value_total = nullptr;
 };
 
-/// out = K v with K = map, a Gaussian of length scale 1 or the dot product; v (m, r), out (n, r).
+// Kernels given as programs. Their parameters may lie on the device; null: in the program.
 template <class T>
-struct MatmulDevice {
-  Rows x, y, v;
-  PairMap map;
-  T* out;
+struct GramDevice : GramParams<T> {
+  const double* parameters_at = nullptr;
 };
 
-/// dx, dy of <grad, K v>.
 template <class T>
-struct MatmulGradDevice {
-  Rows x, y, v, grad;
-  PairMap map;
-  T *dx, *dy;
+struct GramGradDevice : GramGradParams<T> {
+  const double* parameters_at = nullptr;
+};
+
+template <class T>
+struct MatmulDevice : MatmulParams<T> {
+  const double* parameters_at = nullptr;
+};
+
+template <class T>
+struct MatmulGradDevice : MatmulGradParams<T> {
+  const double* parameters_at = nullptr;
 };
 
 // Instantiated for float and double; see cuda/ops/*.cu.
@@ -79,6 +84,10 @@ template <class T>
 void potential(Context& c, const PotentialDevice<T>& p);
 template <class T>
 void alignment(Context& c, const AlignmentDevice<T>& p);
+template <class T>
+void gram(Context& c, const GramDevice<T>& p);
+template <class T>
+void gram_grad(Context& c, const GramGradDevice<T>& p);
 template <class T>
 void matmul(Context& c, const MatmulDevice<T>& p);
 template <class T>

@@ -10,6 +10,8 @@
 // first.
 #pragma once
 
+#include <limits>
+
 #include "pairwise/pair_map.hpp"
 #include "pairwise/program.hpp"
 #include "pairwise/score.hpp"
@@ -185,11 +187,19 @@ inline void with_map(PairMap name, F f) {
 // one over the squared length scale (over the length scale). The pull of a squared distance is twice its slope, so none
 // of them is differentiated through a square root; where the slope at distance 0 is infinite (matern12) it is 0.
 
+/// A parameter as steps compute with it: finite, with room for the factors of a map. The kernel of a tiny length scale
+/// is 1 at distance 0, not inf * 0.
+template <class T>
+NEARFAR_FN T parameter_of(double p) {
+  const double most = static_cast<double>(std::numeric_limits<T>::max()) / 16;
+  return static_cast<T>(p > most ? most : p < -most ? -most : p);
+}
+
 /// exp(-a s / 2)
 template <class T>
 struct GaussianStep {
   static constexpr int kParameters = 1;
-  explicit GaussianStep(const T* p) : half(p[0] * T(-0.5)) {}
+  NEARFAR_FN explicit GaussianStep(const T* p) : half(p[0] * T(-0.5)) {}
   template <class V>
   NEARFAR_FN V value(V s) const {
     return exp_flush(V(s * half));
@@ -209,7 +219,7 @@ struct GaussianStep {
 template <class T, int TWICE>
 struct MaternStep {
   static constexpr int kParameters = 1;
-  explicit MaternStep(const T* p) : a(p[0]) {}
+  NEARFAR_FN explicit MaternStep(const T* p) : a(p[0]) {}
   template <class V>
   NEARFAR_FN V value(V s) const {
     const V t = sqrt(V(s * (a * T(TWICE)))), e = exp_flush(V(-t));
@@ -239,7 +249,7 @@ struct MaternStep {
 template <class T>
 struct RationalQuadraticStep {
   static constexpr int kParameters = 2;
-  explicit RationalQuadraticStep(const T* p) : a(p[0]), alpha(p[1]), factor(a / (2 * alpha)) {}
+  NEARFAR_FN explicit RationalQuadraticStep(const T* p) : a(p[0]), alpha(p[1]), factor(a / (2 * alpha)) {}
   template <class V>
   NEARFAR_FN V value(V s) const {
     if (alpha == T(1)) return T(1) / (s * factor + T(1));
@@ -267,7 +277,7 @@ struct RationalQuadraticStep {
 template <class T>
 struct LaplacianStep {
   static constexpr int kParameters = 1;
-  explicit LaplacianStep(const T* p) : a(p[0]) {}
+  NEARFAR_FN explicit LaplacianStep(const T* p) : a(p[0]) {}
   template <class V>
   NEARFAR_FN V value(V s) const {
     return exp_flush(V(s * -a));
@@ -287,7 +297,7 @@ struct LaplacianStep {
 template <class T>
 struct AffineStep {
   static constexpr int kParameters = 2;
-  explicit AffineStep(const T* p) : a(p[0]), b(p[1]) {}
+  NEARFAR_FN explicit AffineStep(const T* p) : a(p[0]), b(p[1]) {}
   template <class V>
   NEARFAR_FN V value(V s) const {
     return s * a + b;
@@ -307,7 +317,7 @@ struct AffineStep {
 template <class T>
 struct ScaleStep {
   static constexpr int kParameters = 1;
-  explicit ScaleStep(const T* p) : c(p[0]) {}
+  NEARFAR_FN explicit ScaleStep(const T* p) : c(p[0]) {}
   template <class V>
   NEARFAR_FN V value(V s) const {
     return s * c;
@@ -327,7 +337,7 @@ struct ScaleStep {
 template <class T>
 struct TanhStep {
   static constexpr int kParameters = 0;
-  explicit TanhStep(const T*) {}
+  NEARFAR_FN explicit TanhStep(const T*) {}
   template <class V>
   NEARFAR_FN V value(V s) const {
     const V less = expm1(V(select(s < V{}, s, -s) * T(2))), size = less / (less + T(2));
@@ -348,7 +358,7 @@ struct TanhStep {
 template <class T>
 struct PowerStep {
   static constexpr int kParameters = 0;
-  explicit PowerStep(int n) : n(n) {}
+  NEARFAR_FN explicit PowerStep(int n) : n(n) {}
   template <class V>
   static NEARFAR_FN V power(V s, int n) {
     V result = V{} + T(1);
@@ -372,8 +382,11 @@ struct PowerStep {
 };
 
 /// The one switch from the kind of a step with one operand to its type; `parameters` are the step's own.
+#if defined(__CUDACC__)
+#pragma nv_exec_check_disable
+#endif
 template <class T, class F>
-inline void with_step(const ProgramStep& step, const T* parameters, F f) {
+NEARFAR_FN void with_step(const ProgramStep& step, const T* parameters, F f) {
   switch (step.kind) {
     case StepKind::gaussian:
       return f(GaussianStep<T>(parameters));

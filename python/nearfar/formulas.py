@@ -29,8 +29,6 @@ def apply_map(map: str, x: Tensor, y: Tensor) -> Tensor:
     square = (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1)
     if map == "sqeuclidean":
         return square
-    if map == "gaussian":
-        return torch.exp(-square / 2)
     return torch.where(square > 0, torch.where(square > 0, square, 1.0).sqrt(), 0.0)
 
 

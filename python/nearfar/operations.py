@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .arrays import Array, as_bytes, cast, codes_of, common_center, compute_dtype, empty, namespace
+from .arrays import Array, as_bytes, cast, codes_of, compute_dtype, empty, namespace
 from .backend import kernel, on_cuda
 
 # Workspace for exp(scores) of a strip of 128 rows. Beyond it (more than 64 Ki columns in float32) scores are computed
@@ -319,7 +319,7 @@ def alignment(
     return value, dx, dy
 
 
-_ON_CUDA = ("dot", "one_minus_dot", "sqeuclidean", "euclidean", "gaussian")
+_ON_CUDA = ("dot", "one_minus_dot", "sqeuclidean", "euclidean")
 
 
 def _metric(x: Array, map: str) -> tuple[str, float]:
@@ -363,7 +363,8 @@ def _pair_gradients(x: Array, y: Array | None, parameters: Array, wanted: str) -
     # Where y is x, both roles of it are computed, and added by `_both_roles`.
     columns, name = (x, "x") if y is None else (y, "y")
     dy = empty(x, tuple(columns.shape), zero=True) if name in wanted else None
-    return dx, dy, empty(parameters, tuple(parameters.shape), "float64", zero=True) if "p" in wanted else None
+    # Beside the points, also where the parameters are numbers on the CPU: whoever hands it out brings it there.
+    return dx, dy, empty(x, tuple(parameters.shape), "float64", zero=True) if "p" in wanted else None
 
 
 def _both_roles(dx: Array | None, dy: Array | None, y: Array | None) -> tuple[Any, Any]:
@@ -373,30 +374,8 @@ def _both_roles(dx: Array | None, dy: Array | None, y: Array | None) -> tuple[An
     return dx, dy
 
 
-def _unit_gaussian(x: Array, y: Array | None, parameters: Array, program: str) -> tuple[Any, Any, Any]:
-    """On the GPU, which knows the Gaussian of length scale 1 only: both sets about a centre, and the multiplier that
-    brings them there."""
-    if program != "sqeuclidean 0 -1; gaussian 0 0":
-        raise NotImplementedError("kernel: on CUDA only the Gaussian, by itself; pass arrays on the CPU")
-    x, y = (None if z is None else cast(z, compute_dtype(z)) for z in (x, y))
-    center = common_center(x)
-    return x - center, None if y is None else y - center, cast(parameters[0] ** 0.5, compute_dtype(x))
-
-
-def _unit_gaussian_gradients(
-    dx: Array, dy: Array | None, x: Array, y: Array | None, scale: Any, wanted: str
-) -> tuple[Any, Any, Any]:
-    """From gradients by the scaled points to those by the points and by the parameter, scale^2."""
-    along = (dx * x).sum() + (0 if dy is None else (dy * y).sum())
-    dp = cast((along / (2 * scale)).reshape(1), "float64") if "p" in wanted else None
-    return dx * scale if "x" in wanted else None, dy * scale if dy is not None and "y" in wanted else None, dp
-
-
 def gram(x: Array, y: Array | None, parameters: Array, program: str) -> Array:
     """k(x, y) of a kernel given as a program (`nearfar.kernels.program`), (b, n, m)."""
-    if on_cuda(x):
-        x, y, scale = _unit_gaussian(x, y, parameters, program)
-        return store(x * scale, None if y is None else y * scale, "gaussian", False, False)
     columns = x if y is None else y
     out = empty(x, (x.shape[0], x.shape[1], columns.shape[1]))
     kernel(x, "gram")(x, columns, program, parameters, y is None, out)
@@ -407,12 +386,6 @@ def gram_grad(
     grad: Array, x: Array, y: Array | None, parameters: Array, program: str, wanted: str
 ) -> tuple[Any, Any, Any]:
     """Gradients of ``<grad, gram(x, y)>`` with respect to those of x, y and the parameters ("p") that are wanted."""
-    if on_cuda(x):
-        x, y, scale = _unit_gaussian(x, y, parameters, program)
-        own, other = x * scale, None if y is None else y * scale
-        value = store(own, other, "gaussian", False, False)
-        dx, dy = store_grad(grad, value, own, other, "gaussian", False, False)
-        return _unit_gaussian_gradients(dx, dy, x, y, scale, wanted)
     dx, dy, dp = _pair_gradients(x, y, parameters, wanted)
     grad = _contiguous(cast(grad, compute_dtype(x)))
     kernel(x, "gram_grad")(x, x if y is None else y, program, parameters, grad, dx, dy, dp)
@@ -422,11 +395,6 @@ def gram_grad(
 def matmul(x: Array, y: Array | None, v: Array, parameters: Array, program: str) -> Array:
     """K(x, y) v for (b, n, d), (b, m, d), (b, m, r) and a kernel given as a program."""
     out = empty(x, (x.shape[0], x.shape[1], v.shape[2]))
-    if on_cuda(x):
-        x, y, scale = _unit_gaussian(x, y, parameters, program)
-        x, y = x * scale, None if y is None else y * scale
-        kernel(x, "matmul")(x, x if y is None else y, cast(v, compute_dtype(x)), "gaussian", out)
-        return out
     kernel(x, "matmul")(x, x if y is None else y, v, program, parameters, y is None, out)
     return out
 
@@ -439,16 +407,6 @@ def matmul_grad(
     dtype = compute_dtype(x)
     x, y, v, grad = (None if a is None else cast(a, dtype) for a in (x, y, v, grad))
     columns = x if y is None else y
-    if on_cuda(x):
-        dv = matmul(columns, None if y is None else x, grad, parameters, program) if "v" in wanted else None
-        x, y, scale = _unit_gaussian(x, y, parameters, program)
-        own = x * scale
-        other = own if y is None else y * scale
-        dx, dy = empty(x, tuple(own.shape), zero=True), empty(x, tuple(other.shape), zero=True)
-        kernel(x, "matmul_grad")(own, other, v, _contiguous(grad), "gaussian", dx, dy)
-        dx, dy = _both_roles(dx, dy, y)
-        dx, dy, dp = _unit_gaussian_gradients(dx, dy, x, y, scale, wanted)
-        return dx, dy, dv, dp
     dx, dy, dp = _pair_gradients(x, y, parameters, wanted)
     if dx is not None or dy is not None or dp is not None:
         kernel(x, "matmul_grad")(x, columns, v, grad, program, parameters, dx, dy, dp)

@@ -51,6 +51,11 @@ def _grad_like(x: Tensor | None, wanted: bool) -> Tensor:
     return torch.empty(0) if x is None or not wanted else torch.empty(x.shape, dtype=_compute(x), device=x.device)
 
 
+def _parameter_grad(x: Tensor, parameters: Tensor, wanted: bool) -> Tensor:
+    """On the device of the points."""
+    return torch.empty(parameters.shape, dtype=torch.float64, device=x.device) if wanted else torch.empty(0)
+
+
 # ---- operators -------------------------------------------------------------------------------------------------------
 
 
@@ -193,7 +198,7 @@ _gram_grad = _define(
     lambda grad, x, y, parameters, program, wanted: (
         _grad_like(x, "x" in wanted),
         _grad_like(y, "y" in wanted),
-        _grad_like(parameters, "p" in wanted),
+        _parameter_grad(x, parameters, "p" in wanted),
     ),
 )
 
@@ -211,7 +216,7 @@ _matmul_grad = _define(
         _grad_like(x, "x" in wanted),
         _grad_like(y, "y" in wanted),
         _grad_like(v, "v" in wanted),
-        _grad_like(parameters, "p" in wanted),
+        _parameter_grad(x, parameters, "p" in wanted),
     ),
 )
 

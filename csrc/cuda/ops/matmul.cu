@@ -1,65 +1,12 @@
-// Kernel matrix times matrix, K(x, y) v, and its gradient, by strips of K.
+// Kernel matrix times matrix, K(x, y) v, and its gradient, by strips of K, for a kernel given as a program.
 //
 //   out_i  = sum_j k(x_i, y_j) v_j
 //   dx_i   = sum_j <g_i, v_j> pull_ij (x_i - y_j)     (of <g, K v>; v's own gradient is K(y, x) g: the same operation)
 #include "cuda/ops.hpp"
-#include "cuda/strip.hpp"
+#include "cuda/program.hpp"
 
 namespace nearfar {
 namespace {
-
-/// The map's values; or with `gradient`, the strip's numbers <g_i, v_j> times the pull of the map.
-template <class T>
-struct KernelEpilogue {
-  static constexpr bool kDistances = true;
-  Scores<T> scores;
-  PairMap map;
-  bool gradient;
-  int64_t n, m;
-  Weights<T> strip;
-
-  NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
-  template <class P>
-  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    const int64_t row = strip.block.row, column = strip.block.column;
-    auto inside = [&](int64_t i, int64_t j) { return row + i < n && column + j < m; };
-    auto put = [&](int64_t i, int64_t j, T score, bool near) {
-      T& place = strip.w[i * strip.pitch + j];
-      const T value = map_value(map, score);
-      if (!gradient) {
-        place = value;
-        return;
-      }
-      place *= map_pull(map, value);
-      if (near) strip.mark(row + i, column + j);
-    };
-    f.for_each(
-        [&](int64_t i, int64_t j, T product) {
-          return inside(i, j) && scores.must_measure(row + i, column + j, scores(row + i, column + j, product));
-        },
-        [&](int64_t i, int64_t j, T product) {
-          if (inside(i, j)) {
-            const T score = scores(row + i, column + j, product);
-            put(i, j, score, strip.near && scores.near(row + i, column + j, score));
-          } else {
-            strip.w[i * strip.pitch + j] = 0;
-          }
-        },
-        [&](int64_t i, int64_t j) { put(i, j, scores.measure(row + i, column + j), true); });
-  }
-};
-
-/// Products as they are, into the strip.
-template <class T>
-struct StoreStrip {
-  static constexpr bool kDistances = false;
-  Weights<T> strip;
-  NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
-  template <class P>
-  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    f.for_each([&](int64_t i, int64_t j, T value) { strip.w[i * strip.pitch + j] = value; });
-  }
-};
 
 /// out_i += sum_j w_ij v_j for a few columns of v: a warp a row.
 template <class T, int MOST>
@@ -93,8 +40,9 @@ namespace cuda {
 
 template <class T>
 void matmul(Context& c, const MatmulDevice<T>& p) {
-  const Pairs<T, T> pairs(c, p.x, p.y, false, is_distance(p.map), false);
-  Strip<T, T> strip(c, pairs, false, true, nullptr, nullptr);
+  PackedProgram<T> kernel(c, *p.program, p.parameters_at, p.x, p.y, p.same, false);
+  Strip<T, T> strip(c, kernel[0], false, true, nullptr, nullptr);
+  kernel.take_others(strip.shape);
   const int64_t n = p.x.n, r = p.v.d;
   c.launch_threads(n * r, Zero<T>{p.out, n * r});
   constexpr int kFew = 4;
@@ -108,8 +56,7 @@ void matmul(Context& c, const MatmulDevice<T>& p) {
   }
   strip.for_blocks([&](const Weights<T>& weights) {
     const Block& b = weights.block;
-    const Plan plan = plan_scores(c, "kernel", pairs, b);
-    launch_scores(c, plan, pairs, b, KernelEpilogue<T>{pairs.scores, p.map, false, n, p.y.n, weights});
+    kernel.values(weights, true);
     if (few) {
       c.launch_warps(b.rows, FewColumns<T, kFew>{weights, Source<T>{p.v}, n, p.out});
       return;
@@ -123,18 +70,15 @@ void matmul(Context& c, const MatmulDevice<T>& p) {
   });
 }
 
+/// The upstream gradient of k(x_i, y_j) is <g_i, v_j>: scores too.
 template <class T>
 void matmul_grad(Context& c, const MatmulGradDevice<T>& p) {
-  const Pairs<T, T> pairs(c, p.x, p.y, false, is_distance(p.map), true);
   const Pairs<T, T> coefficients(c, p.grad, p.v, false, false, false);
-  Strip<T, T> strip(c, pairs, false, true, p.dx, p.dy);
-  strip.for_blocks([&](const Weights<T>& weights) {
-    const Block& b = weights.block;
-    strip.clear_near(weights);
-    launch_scores(c, plan_scores(c, "coefficients", coefficients, b), coefficients, b, StoreStrip<T>{weights});
-    launch_scores(c, plan_scores(c, "kernel weights", pairs, b), pairs, b,
-                  KernelEpilogue<T>{pairs.scores, p.map, true, p.x.n, p.y.n, weights});
-    strip.products(weights);
+  program_gradient<T>(c, *p.program, p.parameters_at, p.x, p.y, p.dx, p.dy, p.dparameters, true, [&](Weights<T> room) {
+    room.near = nullptr;
+    launch_scores(c, plan_scores(c, "coefficients", coefficients, room.block), coefficients, room.block,
+                  ProgramEpilogue<T, PutScore<T>>{coefficients.scores, room, p.x.n, p.y.n, false, PutScore<T>{false}});
+    return room;
   });
 }
 

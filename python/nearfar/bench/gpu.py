@@ -119,6 +119,12 @@ def _gaussian(x: Any, y: Any) -> Any:
     return torch.cat([torch.exp(-torch.cdist(rows, y).square() / 2) @ y[:, :1] for rows in x.split(4096)])
 
 
+def _matern(x: Any, y: Any) -> Any:
+    torch = load("torch")
+    parts = ((5**0.5 * torch.cdist(rows, y)) for rows in x.split(4096))
+    return torch.cat([((1 + t + t * t / 3) * torch.exp(-t)) @ y[:, :1] for t in parts])
+
+
 def _assign(x: Any, y: Any) -> Any:
     torch = load("torch")
     square = y.square().sum(1)
@@ -141,8 +147,8 @@ def lines(quick: bool) -> list[Line]:
     def uniformity(x: Any, y: Any) -> Any:
         return nf.uniformity(x)
 
-    def matmul(x: Any, y: Any) -> Any:
-        return nf.kernels.Gaussian().matmul(x, y, y[:, :1])
+    def matmul(kernel: Any) -> Loss:
+        return lambda x, y: kernel.matmul(x, y, y[:, :1])
 
     return [
         Line("info_nce", "bfloat16", (n, n, deep), 3, nf.info_nce_loss, _info_nce, _chunked_info_nce),
@@ -157,7 +163,9 @@ def lines(quick: bool) -> list[Line]:
         Line("info_nce", "bfloat16", (min(n, 256), min(n, 256), 128), 3, nf.info_nce_loss, _info_nce),
         Line("cdist", "float32", (middle, middle, 128), 1, nf.cdist, lambda x, y: load("torch").cdist(x, y),
              gradient=False),
-        Line("gaussian_matmul", "float32", (many, many, 64), 1, matmul, _gaussian, gradient=False),
+        Line("gaussian_matmul", "float32", (many, many, 64), 1, matmul(nf.kernels.Gaussian()), _gaussian,
+             gradient=False),
+        Line("matern_matmul", "float32", (many, many, 64), 1, matmul(nf.kernels.Matern()), _matern, gradient=False),
         Line("kmeans_assign", "float32", (rows, centroids, 128), 1, nf.kmeans_assign, _assign, gradient=False,
              paired=False),
         Line("knn", "float32", (middle, many, 128), 1, lambda x, y: nf.knn(x, y, 10), _nearest, gradient=False,

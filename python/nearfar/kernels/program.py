@@ -144,7 +144,15 @@ class Builder:
 
         if all(isinstance(value, float) for value in self._values):
             return torch.tensor(self._values, dtype=torch.float64)
-        return torch.stack([torch.as_tensor(v, dtype=torch.float64).reshape(()) for v in self._values])
+        # On the GPU if one is, where kernels read them. A number is filled in there: a copy would be waited for.
+        devices = [value.device for value in self._values if is_torch(value) and value.device.type != "cpu"]
+        options: dict[str, Any] = {"dtype": torch.float64, "device": devices[0] if devices else "cpu"}
+        return torch.stack(
+            [
+                torch.full((), v, **options) if isinstance(v, float) else torch.as_tensor(v, **options).reshape(())
+                for v in self._values
+            ]
+        )
 
 
 def _beside(parts: list[Array]) -> Array:

@@ -1,0 +1,440 @@
+// Programs (pairwise/program.hpp) on the device: the tile engine leaves every score of a block of pairs in a buffer of
+// its own, then one thread a pair evaluates the program there, or by a reverse sweep the pull of every score. The
+// Gaussian by itself is compiled into the engine's epilogue, and its pairs never lie in memory as scores.
+//
+// Steps reach kernels by value, and parameters by value or from where they lie on the device: nothing waits.
+#pragma once
+
+#include <optional>
+
+#include "cuda/simt.hpp"
+#include "cuda/strip.hpp"
+
+namespace nearfar {
+inline namespace device {
+
+// ---- parameters and evaluation -------------------------------------------------------------------------------------
+
+template <class T>
+struct PutParameters {
+  double value[Program::kParameters];
+  const double* at;  // null: `value`
+  int count;
+  T* out;
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t k = cuda::global_thread();
+    if (k < count) out[k] = parameter_of<T>(at ? at[k] : value[k]);
+  }
+};
+
+/// A program as kernels hold it.
+template <class T>
+struct DeviceProgram {
+  static constexpr int kRegisters = Program::kScores + Program::kSteps;
+  int scores, steps, parameters;
+  ProgramStep step[Program::kSteps];
+  bool square[Program::kScores];  // is the score a squared distance?
+  const T* parameter;
+
+  DeviceProgram(cuda::Context& c, const Program& program, const double* parameters_at)
+      : scores(program.scores), steps(program.steps), parameters(program.parameters) {
+    PutParameters<T> put{{}, parameters_at, parameters, c.take<T>(parameters)};
+    for (int s = 0; s < steps; ++s) step[s] = program.step[s];
+    for (int s = 0; s < scores; ++s) square[s] = program.score[s].kind == ScoreKind::sqeuclidean;
+    for (int k = 0; k < parameters; ++k) put.value[k] = program.parameter[k];
+    c.launch_threads(parameters, put);
+    parameter = put.out;
+  }
+
+  bool is_gaussian() const { return scores == 1 && steps == 1 && square[0] && step[0].kind == StepKind::gaussian; }
+
+  /// Registers from scores on; the last is the value.
+  NEARFAR_DEVICE T evaluate(T* registers) const {
+    NEARFAR_ROLLED
+    for (int s = 0; s < steps; ++s) {
+      const ProgramStep& own = step[s];
+      const T a = registers[own.left];
+      T& to = registers[scores + s];
+      if (own.kind == StepKind::add) {
+        to = a + registers[own.right];
+      } else if (own.kind == StepKind::multiply) {
+        to = a * registers[own.right];
+      } else {
+        with_step<T>(own, parameter + own.right, [&](auto map) { to = map.value(a); });
+      }
+    }
+    return registers[scores + steps - 1];
+  }
+
+  /// slopes[r] = upstream * d value / d register r. Adds upstream * d value / d parameter to `sums`, if that is not
+  /// null.
+  NEARFAR_DEVICE void reverse(const T* registers, T upstream, T* slopes, double* sums) const {
+    NEARFAR_ROLLED
+    for (int r = 0; r < scores + steps - 1; ++r) slopes[r] = 0;
+    slopes[scores + steps - 1] = upstream;
+    NEARFAR_ROLLED
+    for (int s = steps - 1; s >= 0; --s) {
+      const ProgramStep& own = step[s];
+      const T from = slopes[scores + s], a = registers[own.left], value = registers[scores + s];
+      if (own.kind == StepKind::add) {
+        slopes[own.left] += from;
+        slopes[own.right] += from;
+      } else if (own.kind == StepKind::multiply) {
+        const T b = registers[own.right];
+        slopes[own.left] += from * b;
+        slopes[own.right] += from * a;
+      } else {
+        with_step<T>(own, parameter + own.right, [&](auto map) {
+          slopes[own.left] += from * map.slope(a, value);
+          for (int p = 0; sums && p < map.kParameters; ++p)
+            sums[own.right + p] += static_cast<double>(from * map.by(p, a, value));
+        });
+      }
+    }
+  }
+};
+
+// ---- what the tile engine leaves -----------------------------------------------------------------------------------
+
+/// The score itself. mend: <u, u> of a unit row is 1 up to rounding; of a zero row it is 0.
+template <class T>
+struct PutScore {
+  bool mend;
+  NEARFAR_DEVICE PutScore begin() const { return *this; }
+  NEARFAR_DEVICE void operator()(T& place, int64_t i, int64_t j, T score) const {
+    place = mend && i == j && score > T(0.5) ? T(1) : score;
+  }
+};
+
+template <class T>
+struct PutGaussian {
+  const T* parameter;
+  struct Put {
+    GaussianStep<T> step;
+    NEARFAR_DEVICE void operator()(T& place, int64_t, int64_t, T score) const { place = step.value(score); }
+  };
+  NEARFAR_DEVICE Put begin() const { return {GaussianStep<T>(parameter)}; }
+};
+
+/// Upstream gradients times the pull of the Gaussian. They may lie where the result goes.
+template <class T>
+struct PutGaussianPull {
+  const T* parameter;
+  Weights<T> upstream;
+  struct Put {
+    GaussianStep<T> step;
+    const Weights<T>& upstream;
+    NEARFAR_DEVICE void operator()(T& place, int64_t i, int64_t j, T score) const {
+      place = upstream.at(i, j) * (2 * step.slope(score, step.value(score)));
+    }
+  };
+  NEARFAR_DEVICE Put begin() const { return {GaussianStep<T>(parameter), upstream}; }
+};
+
+/// Leaves something of every pair in `out`, 0 outside if that has room there, and marks near pairs where it has bits.
+template <class T, class Put>
+struct ProgramEpilogue {
+  static constexpr bool kDistances = true;
+  Scores<T> scores;
+  Weights<T> out;
+  int64_t n, m;
+  bool outside;
+  Put put;
+
+  NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
+  template <class P>
+  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
+    const int64_t row = out.block.row, column = out.block.column;
+    const auto one = put.begin();
+    auto inside = [&](int64_t i, int64_t j) { return row + i < n && column + j < m; };
+    auto leave = [&](int64_t i, int64_t j, T score, bool near) {
+      one(out.w[i * out.pitch + j], row + i, column + j, score);
+      if (near) out.mark(row + i, column + j);
+    };
+    f.for_each(
+        [&](int64_t i, int64_t j, T product) {
+          return inside(i, j) && scores.must_measure(row + i, column + j, scores(row + i, column + j, product));
+        },
+        [&](int64_t i, int64_t j, T product) {
+          if (inside(i, j)) {
+            const T score = scores(row + i, column + j, product);
+            leave(i, j, score, out.near && scores.near(row + i, column + j, score));
+          } else if (outside) {
+            out.w[i * out.pitch + j] = 0;
+          }
+        },
+        [&](int64_t i, int64_t j) { leave(i, j, scores.measure(row + i, column + j), out.near != nullptr); });
+  }
+};
+
+// ---- a thread a pair -----------------------------------------------------------------------------------------------
+
+constexpr int64_t kPairRows = 32, kPairColumns = 128;  // of a block of threads
+static_assert(kPadRows % kPairColumns == 0 && kPadRows % kPairRows == 0, "blocks of pairs are cut evenly");
+
+inline int64_t pair_blocks(const Block& b) { return b.rows / kPairRows * (b.columns / kPairColumns); }
+
+/// f(i, j) for the pairs of a thread.
+template <class F>
+NEARFAR_DEVICE void for_pairs(const Block& b, F f) {
+  const int64_t across = b.columns / kPairColumns, block = cuda::block_index();
+  const int64_t j = b.column + block % across * kPairColumns + cuda::thread_index() % kPairColumns;
+  const int64_t first = b.row + block / across * kPairRows;
+  NEARFAR_ROLLED
+  for (int64_t i = first + cuda::thread_index() / kPairColumns; i < first + kPairRows;
+       i += cuda::kThreads / kPairColumns)
+    f(i, j);
+}
+
+/// The program's values from its scores, in the place of the first; 0 outside if that has room there.
+template <class T>
+struct EvaluatePairs {
+  DeviceProgram<T> program;
+  Weights<T> score[Program::kScores];
+  int64_t n, m;
+  bool outside;
+
+  NEARFAR_DEVICE void operator()() const {
+    for_pairs(score[0].block, [&](int64_t i, int64_t j) {
+      const bool inside = i < n && j < m;
+      if (!inside && !outside) return;
+      T value = 0;
+      if (inside) {
+        T registers[DeviceProgram<T>::kRegisters];
+        for (int s = 0; s < program.scores; ++s) registers[s] = score[s].at(i, j);
+        value = program.evaluate(registers);
+      }
+      score[0].at(i, j) = value;
+    });
+  }
+};
+
+/// Upstream gradients times the pull of every score, in the place of the score. parts (parameter, block of threads):
+/// sums for the gradients of the parameters, null if not wanted.
+template <class T>
+struct ReversePairs {
+  DeviceProgram<T> program;
+  Weights<T> score[Program::kScores];
+  Weights<T> upstream;
+  int64_t n, m;
+  double* parts;
+
+  NEARFAR_DEVICE void operator()() const {
+    double sums[Program::kParameters];
+    for (int p = 0; parts && p < program.parameters; ++p) sums[p] = 0;
+    for_pairs(score[0].block, [&](int64_t i, int64_t j) {
+      T registers[DeviceProgram<T>::kRegisters], slopes[DeviceProgram<T>::kRegisters];
+      const bool inside = i < n && j < m;
+      if (inside) {
+        for (int s = 0; s < program.scores; ++s) registers[s] = score[s].at(i, j);
+        program.evaluate(registers);
+        program.reverse(registers, upstream.at(i, j), slopes, parts ? sums : nullptr);
+      }
+      for (int s = 0; s < program.scores; ++s)
+        score[s].at(i, j) = !inside ? T(0) : program.square[s] ? 2 * slopes[s] : slopes[s];
+    });
+    for (int p = 0; parts && p < program.parameters; ++p) {
+      const double sum = block_sum(sums[p]);
+      if (cuda::thread_index() == 0) parts[p * cuda::block_count() + cuda::block_index()] = sum;
+    }
+  }
+};
+
+/// A block a parameter.
+struct AddParameterSums {
+  const double* parts;
+  int64_t count;
+  double* out;
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t p = cuda::block_index();
+    const double sum = OrderedSum{parts + p * count, count}();
+    if (cuda::thread_index() == 0) out[p] += sum;
+  }
+};
+
+/// The gradient by one set through L1 distances, which is no matrix product; a thread a coordinate:
+/// dx_ik += sum_j w_ij sign(x_ik - y_jk), or with ROWS false that of y.
+template <class T, bool ROWS>
+struct AddSigns {
+  Weights<T> weights;
+  Packed<T, T> own, other;
+  T* out;
+  NEARFAR_DEVICE void operator()() const {
+    const Block& b = weights.block;
+    const int64_t at = cuda::global_thread(), line = at / own.d, k = at % own.d;
+    const int64_t row = (ROWS ? b.row : b.column) + line, begin = ROWS ? b.column : b.row;
+    if (line >= (ROWS ? b.rows : b.columns) || row >= own.n) return;
+    const int64_t rest = other.n - begin, all = ROWS ? b.columns : b.rows, end = rest < all ? rest : all;
+    const T x = own.data[row * own.pitch + k];
+    const T* y = other.data + begin * other.pitch + k;
+    const T* w = weights.w + (ROWS ? line * weights.pitch : line);
+    constexpr int64_t kRun = 256;  // summed apart: long sums keep their digits
+    T total = 0;
+    for (int64_t first = 0; first < end; first += kRun) {
+      const int64_t last = first + kRun < end ? first + kRun : end;
+      T sum = 0;
+      for (int64_t o = first; o < last; ++o) {
+        const T difference = x - y[o * other.pitch], own_weight = w[ROWS ? o : o * weights.pitch];
+        sum += difference > 0 ? own_weight : difference < 0 ? -own_weight : T(0);
+      }
+      total += sum;
+    }
+    out[row * own.d + k] += total;
+  }
+};
+
+/// Columns of a gradient, which a score reads, into the whole.
+template <class T>
+struct AddColumns {
+  const T* from;
+  int64_t count, d;
+  T* to;
+  int64_t width;
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t at = cuda::global_thread();
+    if (at < count) to[at / d * width + at % d] += from[at];
+  }
+};
+
+// ---- launches ------------------------------------------------------------------------------------------------------
+
+template <class T>
+Weights<T> part_of(T* matrix, int64_t pitch, const Block& b) {
+  return {matrix + b.row * pitch + b.column, nullptr, pitch, b};
+}
+
+/// A program with the packed point sets of its scores.
+template <class T>
+class PackedProgram {
+ public:
+  /// same: y is x. products: as for Pairs.
+  PackedProgram(cuda::Context& c, const Program& text, const double* parameters_at, const Rows& x, const Rows& y,
+                bool same, bool products)
+      : program(c, text, parameters_at), n(x.n), m(y.n), c_(c) {
+    for (int s = 0; s < text.scores; ++s) {
+      const ProgramScore& score = text.score[s];
+      absolute_[s] = score.kind == ScoreKind::absolute;
+      pairs_[s].emplace(c, columns_of(x, score), columns_of(y, score), false, program.square[s], products);
+      mend_[s] = same && score.kind == ScoreKind::unit_dot;
+    }
+  }
+  PackedProgram(const PackedProgram&) = delete;
+  PackedProgram& operator=(const PackedProgram&) = delete;
+
+  const Pairs<T, T>& operator[](int s) const { return *pairs_[s]; }
+
+  template <class Put>
+  void put(int s, const Weights<T>& out, bool outside, const Put& put) const {
+    const Pairs<T, T>& pairs = *pairs_[s];
+    launch_scores(c_, plan_scores(c_, "scores of a kernel", pairs, out.block), pairs, out.block,
+                  ProgramEpilogue<T, Put>{pairs.scores, out, n, m, outside, put});
+  }
+  void put_scores(int s, const Weights<T>& out) const {
+    const PutScore<T> score{mend_[s]};
+    if (!absolute_[s]) return put(s, out, false, score);
+    const Block& b = out.block;
+    const Packed<T, T>&x = pairs_[s]->x, &y = pairs_[s]->y;
+    const Operand<T, true> rows{x.data + b.row * x.pitch, x.pitch}, columns{y.data + b.column * y.pitch, y.pitch};
+    launch_tiles<Simt<AbsoluteDifference, T, 64>>(
+        c_, rows, columns, b.rows, b.columns, x.d, 1,
+        ProgramEpilogue<T, PutScore<T>>{pairs_[s]->scores, out, n, m, false, score});
+  }
+  /// The products of a strip's weights, which are pulls of score s, with both sets. dy null: not wanted.
+  void products(int s, Strip<T, T>& strip, const Weights<T>& weights, T* dx, T* dy) const {
+    if (!absolute_[s]) return strip.products(weights);
+    const Packed<T, T>&x = pairs_[s]->x, &y = pairs_[s]->y;
+    c_.launch_threads(weights.block.rows * x.d, AddSigns<T, true>{weights, x, y, dx});
+    if (dy) c_.launch_threads(weights.block.columns * y.d, AddSigns<T, false>{weights, y, x, dy});
+  }
+
+  /// Buffers for the other scores of a block as large as `shape`.
+  void take_others(const StripShape& shape) {
+    for (int s = 1; s < program.scores; ++s)
+      others_[s] = {c_.take<T>(shape.rows * shape.columns), nullptr, shape.columns, {}};
+  }
+  /// The program's values in a block.
+  void values(const Weights<T>& out, bool outside) const {
+    if (program.is_gaussian()) return put(0, out, outside, PutGaussian<T>{program.parameter});
+    EvaluatePairs<T> evaluate{program, {out}, n, m, outside};
+    for (int s = 0; s < program.scores; ++s) {
+      if (s > 0) evaluate.score[s] = others_[s];
+      evaluate.score[s].block = out.block;
+      put_scores(s, evaluate.score[s]);
+    }
+    if (program.steps > 0 || outside) c_.launch(pair_blocks(out.block), evaluate);
+  }
+
+  const DeviceProgram<T> program;
+  const int64_t n, m;
+
+ private:
+  cuda::Context& c_;
+  std::optional<Pairs<T, T>> pairs_[Program::kScores];
+  Weights<T> others_[Program::kScores]{};
+  bool mend_[Program::kScores]{}, absolute_[Program::kScores]{};
+};
+
+/// Adds the gradient of sum_ij u_ij k(x_i, y_j) to dx, dy and dparameters, null if not wanted. upstream(room) are the u
+/// of the block of `room`, which they may be put into.
+template <class T, class Upstream>
+void program_gradient(cuda::Context& c, const Program& text, const double* parameters_at, const Rows& x, const Rows& y,
+                      T* dx, T* dy, double* dparameters, bool needs_room, Upstream upstream) {
+  const PackedProgram<T> packed(c, text, parameters_at, x, y, false, true);
+  const DeviceProgram<T>& program = packed.program;
+  const bool points = dx || dy, gaussian = program.is_gaussian() && !dparameters;
+  struct Part {
+    T *dx = nullptr, *dy = nullptr;
+    std::optional<Strip<T, T>> strip;
+  };
+  Part parts[Program::kScores];
+  // dX is computed in any case; where it is not wanted, or not all of it, aside.
+  auto room = [&](T* whole, const Rows& rows, int64_t d) {
+    if (whole && d == rows.d) return whole;
+    T* own = c.take<T>(rows.n * d);
+    c.launch_threads(rows.n * d, Zero<T>{own, rows.n * d});
+    return own;
+  };
+  for (int s = 0; s < program.scores; ++s) {
+    const Pairs<T, T>& pairs = packed[s];
+    if (points) parts[s].dx = room(dx, x, pairs.x.d);
+    if (dy) parts[s].dy = room(dy, y, pairs.y.d);
+    parts[s].strip.emplace(c, pairs, false, true, parts[s].dx, parts[s].dy);
+  }
+  const StripShape shape = parts[0].strip->shape;
+  Weights<T> aside{nullptr, nullptr, shape.columns, {}};
+  if (needs_room && !gaussian) aside.w = c.take<T>(shape.rows * shape.columns);
+  double* sums = nullptr;
+  if (dparameters) sums = c.take<double>(pair_blocks({0, shape.rows, 0, shape.columns}) * program.parameters);
+
+  parts[0].strip->for_blocks([&](const Weights<T>& first) {
+    const Block& block = first.block;
+    ReversePairs<T> reverse{program, {}, {}, packed.n, packed.m, sums};
+    for (int s = 0; s < program.scores; ++s) {
+      reverse.score[s] = parts[s].strip->open(block.row, block.column);
+      parts[s].strip->clear_near(reverse.score[s]);
+    }
+    if (gaussian) {
+      packed.put(0, first, true, PutGaussianPull<T>{program.parameter, upstream(first)});
+    } else {
+      aside.block = block;
+      reverse.upstream = upstream(aside);
+      for (int s = 0; s < program.scores; ++s) packed.put_scores(s, reverse.score[s]);
+      c.launch(pair_blocks(block), reverse);
+      if (sums) c.launch(program.parameters, AddParameterSums{sums, pair_blocks(block), dparameters});
+    }
+    for (int s = 0; points && s < program.scores; ++s)
+      packed.products(s, *parts[s].strip, reverse.score[s], parts[s].dx, parts[s].dy);
+  });
+
+  for (int s = 0; s < program.scores; ++s) {
+    const int64_t d = packed[s].x.d, begin = text.score[s].begin;
+    auto add = [&](const T* from, T* to, const Rows& rows) {
+      if (to && from != to) c.launch_threads(rows.n * d, AddColumns<T>{from, rows.n * d, d, to + begin, rows.d});
+    };
+    add(parts[s].dx, dx, x);
+    add(parts[s].dy, dy, y);
+  }
+}
+
+}  // namespace device
+}  // namespace nearfar
