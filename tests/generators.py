@@ -365,18 +365,21 @@ def assert_gradient(actual, expected, tolerance, step=0.0, floor=0.0):
     assert error <= bound, f"error {error:.3g} of norm {np.linalg.norm(expected):.3g}, allowed {bound:.3g}"
 
 
-def compare(f, wanted, dtype="float64", *, value_floor=0.0, floor=0.0, weights=None, **arguments):
-    """`f` against its reference, value and gradients, at the contract's tolerances."""
+def compare(
+    f, wanted, dtype="float64", *, value_floor=0.0, floor=0.0, weights=None, gradient=None, **arguments
+):
+    """`f` against its reference, value and gradients, at the contract's tolerances or that of `gradient`."""
+    gradient = GRADIENT[dtype] if gradient is None else gradient
     value, grads = evaluate(f, wanted, weights, **arguments)
     expected, expected_grads = reference(f, wanted, weights, **arguments)
     assert_value(value, expected, VALUE[dtype], value_floor)
     for name, grad, expected_grad in zip(wanted, grads, expected_grads, strict=True):
         if name not in ("temperature", "logit_scale", "logit_bias"):
             assert grad.dtype == arguments[name].dtype
-            assert_gradient(grad, expected_grad, GRADIENT[dtype], STEP[dtype], floor)
+            assert_gradient(grad, expected_grad, gradient, STEP[dtype], floor)
         else:
             # The slope of a scalar can be the small difference of two large means of cosines.
             scalar_floor = 1.0 / float(arguments[name]) ** 2 if name == "temperature" else 1.0
             if arguments.get("reduction") in ("sum", "none"):
                 scalar_floor *= len(arguments[wanted[0]])
-            assert_gradient(grad, expected_grad, GRADIENT[dtype], floor=0.1 * scalar_floor)
+            assert_gradient(grad, expected_grad, gradient, floor=0.1 * scalar_floor)

@@ -5,6 +5,8 @@ NEARFAR_CUDA=EMULATE the same kernels run on the CPU, a fiber for every thread: 
 fragment layouts to be right, and is no result of a GPU. Elsewhere everything here is skipped.
 """
 
+import warnings
+
 import generators as g
 import numpy as np
 import pytest
@@ -62,8 +64,10 @@ def pair(n, d, dtype, seed=0):
 
 
 def check(loss, wanted, dtype, **arguments):
-    """A loss and its gradients at the contract's tolerances."""
-    g.compare(loss, wanted, dtype, value_floor=1e-3, floor=1e-3, **arguments)
+    """A loss and its gradients at the contract's tolerances; Hopper rounds weights of bfloat16 rows to bfloat16."""
+    rounded = dtype == "bfloat16" and ON_GPU and torch.cuda.get_device_capability() == (9, 0)
+    tolerance = {"gradient": 2.0**-10} if rounded else {}
+    g.compare(loss, wanted, dtype, value_floor=1e-3, floor=1e-3, **tolerance, **arguments)
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -401,7 +405,9 @@ def test_no_hidden_synchronisation():
     query, key = (z.requires_grad_() for z in pair(512, 64, "bfloat16"))
     scale = torch.tensor(10.0, device="cuda", requires_grad=True)
     nf.clip_loss(query, key, scale).backward()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
     try:
         nf.clip_loss(query, key, scale).backward()
         nf.nt_xent_loss(query, key).backward()

@@ -200,18 +200,22 @@ struct Denominator {
   bool positive_in_sum;
   const double* positive_score;
 
+  /// Nothing to tell the positive from, and the positive not in the sum.
+  NEARFAR_DEVICE bool alone(const LogSumExp& state) const { return !positive_in_sum && state.s == 0; }
   /// Log of the whole denominator.
   NEARFAR_DEVICE double whole(LogSumExp state, int64_t i) const {
     if (positive_in_sum) state.add(positive_score[i], 1);
     return state.value();
   }
   NEARFAR_DEVICE double loss(const LogSumExp& state, int64_t i) const {
+    if (alone(state)) return 0;
     const double z = state.value() - positive_score[i];
     if (!positive_in_sum) return z;
     return z > 0 ? z + log1p(exp(-z)) : log1p(exp(z));
   }
   /// d loss / d positive score.
   NEARFAR_DEVICE double slope(const LogSumExp& state, int64_t i) const {
+    if (alone(state)) return 0;
     return positive_in_sum ? -1 / (1 + exp(positive_score[i] - state.value())) : -1;
   }
 };
@@ -452,7 +456,7 @@ class Softmax {
     if (rows_only) {  // columns take no part: 0 e^{s - infinity}
       column_base_ = c.take<T>(pairs_.y.padded);
       column_weight_ = c.take<T>(pairs_.y.padded);
-      c.launch_threads(pairs_.y.padded, Fill<T>{column_base_, pairs_.y.padded, infinity<T>()});
+      c.launch_threads(pairs_.y.padded, Fill<T>{column_base_, pairs_.y.padded, static_cast<T>(HUGE_VAL)});
       c.launch_threads(pairs_.y.padded, Fill<T>{column_weight_, pairs_.y.padded, T(0)});
     }
     const PairWeight<T> weight{row_base_, row_weight_, column_base_, column_weight_};
