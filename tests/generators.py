@@ -365,9 +365,7 @@ def assert_gradient(actual, expected, tolerance, step=0.0, floor=0.0):
     assert error <= bound, f"error {error:.3g} of norm {np.linalg.norm(expected):.3g}, allowed {bound:.3g}"
 
 
-def compare(
-    f, wanted, dtype="float64", *, value_floor=0.0, floor=0.0, weights=None, gradient=None, **arguments
-):
+def compare(f, wanted, dtype="float64", *, value_floor=0.0, floor=0.0, weights=None, gradient=None, **arguments):
     """`f` against its reference, value and gradients, at the contract's tolerances or that of `gradient`."""
     gradient = GRADIENT[dtype] if gradient is None else gradient
     value, grads = evaluate(f, wanted, weights, **arguments)

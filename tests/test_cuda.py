@@ -5,6 +5,7 @@ NEARFAR_CUDA=EMULATE the same kernels run on the CPU, a fiber for every thread: 
 fragment layouts to be right, and is no result of a GPU. Elsewhere everything here is skipped.
 """
 
+import contextlib
 import warnings
 
 import generators as g
@@ -68,6 +69,18 @@ def check(loss, wanted, dtype, **arguments):
     rounded = dtype == "bfloat16" and ON_GPU and torch.cuda.get_device_capability() == (9, 0)
     tolerance = {"gradient": 2.0**-10} if rounded else {}
     g.compare(loss, wanted, dtype, value_floor=1e-3, floor=1e-3, **tolerance, **arguments)
+
+
+@contextlib.contextmanager
+def no_synchronisation():
+    """Whatever waits for the GPU raises."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns that the mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -405,17 +418,12 @@ def test_no_hidden_synchronisation():
     query, key = (z.requires_grad_() for z in pair(512, 64, "bfloat16"))
     scale = torch.tensor(10.0, device="cuda", requires_grad=True)
     nf.clip_loss(query, key, scale).backward()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that the mode is a prototype
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         nf.clip_loss(query, key, scale).backward()
         nf.nt_xent_loss(query, key).backward()
         nf.uniformity(query).backward()
         nf.cdist(query, key).sum().backward()
         nf.knn(query.detach(), key.detach(), 3)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @gpu_only

@@ -288,11 +288,8 @@ def test_no_hidden_synchronisation_and_graph_capture():
     with torch.cuda.stream(stream):
         both()
     torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with test_cuda.no_synchronisation():
         both()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = both()
