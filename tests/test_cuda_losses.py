@@ -319,6 +319,7 @@ def test_no_hidden_synchronisation(name):
 
 
 @gpu_only
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node")
 @calls
 def test_graph_capture(name):
     loss, make, wanted = CALLS[name]

@@ -14,6 +14,7 @@
 #define NEARFAR_SHARED static
 #define NEARFAR_UNROLL
 #define NEARFAR_ROLLED
+#define NEARFAR_UNROLL_4
 
 namespace nearfar::cuda {
 

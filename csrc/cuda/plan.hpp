@@ -40,8 +40,8 @@ Plan plan(const cuda::Context& c, const char* operation, int64_t rows, int64_t c
   const int64_t tiles = ceil_div(rows, plan.tile) * ceil_div(columns, plan.tile);
   constexpr int64_t kLeastDepth = 256, kMostSplits = 32;
   if (split && tiles > 0 && tiles < 2 * wanted) {
-    // Two blocks of wgmma fill a multiprocessor: one more would run alone.
-    plan.splits = blocked ? 2 * wanted / tiles : ceil_div(2 * wanted, tiles);
+    // Two blocks of wgmma fill a multiprocessor: one more would run alone. Three rounds lose little in the last.
+    plan.splits = blocked ? (tiles <= wanted ? 2 * wanted / tiles : 6 * wanted / tiles) : ceil_div(2 * wanted, tiles);
     if (plan.splits > depth / kLeastDepth) plan.splits = depth / kLeastDepth > 0 ? depth / kLeastDepth : 1;
     if (plan.splits > kMostSplits) plan.splits = kMostSplits;
   }

@@ -26,6 +26,7 @@ inline constexpr int kThreads = 256, kWarp = 32, kWarps = kThreads / kWarp;
 #define NEARFAR_SHARED __shared__
 #define NEARFAR_UNROLL _Pragma("unroll")
 #define NEARFAR_ROLLED _Pragma("unroll 1")
+#define NEARFAR_UNROLL_4 _Pragma("unroll 4")
 
 namespace nearfar::cuda {
 

@@ -55,6 +55,7 @@ NEARFAR_DEVICE T direct_distance(const Source<T>& x, const Source<T>& y, int64_t
 template <class T>
 NEARFAR_DEVICE double warp_dot(const Source<T>& x, int64_t i, const Source<T>& y, int64_t j) {
   double sum = 0;
+  NEARFAR_UNROLL_4
   for (int64_t k = cuda::lane_index(); k < x.rows.d; k += cuda::kWarp)
     sum += static_cast<double>(x.get(i, k)) * static_cast<double>(y.get(j, k));
   return cuda::warp_sum(sum);
@@ -63,8 +64,8 @@ NEARFAR_DEVICE double warp_dot(const Source<T>& x, int64_t i, const Source<T>& y
 // ---- inverse norms
 // ---------------------------------------------------------------------------------------------------
 
-/// A warp a row. The norm is taken of the row over its largest entry, so that squares stay in range. A zero row stays
-/// zero.
+/// A warp a row. The norm of float64 rows is taken of the row over its largest entry, so that squares stay in range; those
+/// of float32 do in double. A zero row stays zero.
 template <class T>
 struct InverseNorms {
   Source<T> source;
@@ -73,19 +74,27 @@ struct InverseNorms {
   NEARFAR_DEVICE void operator()() const {
     const int64_t i = cuda::global_warp();
     if (i >= source.rows.n) return;
-    double most = 0, sum = 0;
-    for (int64_t k = cuda::lane_index(); k < source.rows.d; k += cuda::kWarp)
-      most = largest(most, fabs(static_cast<double>(source.raw(i, k))));
-    for (int mask = cuda::kWarp / 2; mask > 0; mask /= 2) most = largest(most, cuda::shuffle_xor(most, mask));
+    double most = 1, sum = 0;
+    if (sizeof(T) == 8) {
+      most = 0;
+      for (int64_t k = cuda::lane_index(); k < source.rows.d; k += cuda::kWarp)
+        most = largest(most, fabs(static_cast<double>(source.raw(i, k))));
+      for (int mask = cuda::kWarp / 2; mask > 0; mask /= 2) most = largest(most, cuda::shuffle_xor(most, mask));
+    }
+    NEARFAR_UNROLL_4
     for (int64_t k = cuda::lane_index(); k < source.rows.d; k += cuda::kWarp) {
       const double value = static_cast<double>(source.raw(i, k)) / (most > 0 ? most : 1);
       sum += value * value;
     }
     const double norm = most * sqrt(cuda::warp_sum(sum));
     if (cuda::lane_index() == 0)
-      inverse[i] = most == infinity<double>() ? T(0) : norm == 0 ? T(0) : static_cast<T>(1 / norm);
+      inverse[i] = norm == 0 || most == infinity<double>() ? T(0) : static_cast<T>(1 / norm);
   }
 };
+
+inline bool same_rows(const Rows& a, const Rows& b) {
+  return a.data == b.data && a.n == b.n && a.d == b.d && a.row_stride == b.row_stride && a.col_stride == b.col_stride;
+}
 
 template <class T>
 Source<T> source_of(cuda::Context& c, const Rows& rows, bool normalize) {

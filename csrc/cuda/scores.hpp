@@ -44,8 +44,7 @@ struct Pairs {
   /// blocked: the operation's epilogues store weights by `Weights::store` only, so that bfloat16 rows may be blocked.
   Pairs(cuda::Context& c, const Rows& x_rows, const Rows& y_rows, bool normalize, bool distance, bool products,
         bool blocked = false) {
-    const bool same = x_rows.data == y_rows.data && x_rows.n == y_rows.n && x_rows.row_stride == y_rows.row_stride &&
-                      x_rows.col_stride == y_rows.col_stride;
+    const bool same = same_rows(x_rows, y_rows);
     const Source<T> of_y = source_of<T>(c, y_rows, normalize);
     const Source<T> of_x = same ? of_y : source_of<T>(c, x_rows, normalize);
     const bool direct = distance && x_rows.d <= kDirectDims;

@@ -165,12 +165,28 @@ struct MergeParts {
   int64_t pitch;
   T* out;
   const T* factor = nullptr;
+  const T* weight = nullptr;  // of row i; null: 1
   NEARFAR_DEVICE void operator()() const {
     const int64_t at = cuda::global_thread(), i = at / d, k = at % d;
     if (i >= rows) return;
     T sum = 0;
     for (int64_t split = 0; split < splits; ++split) sum += parts[(split * padded + i) * d + k];
-    out[at] += sums ? sums[i] * own[i * pitch + k] - sum : sum * reciprocal(factor, i);
+    out[at] += sums ? sums[i] * own[i * pitch + k] - sum : sum * reciprocal(factor, i) * (weight ? weight[i] : T(1));
+  }
+};
+
+/// Blocked rows times a number each.
+template <class T>
+struct WeighRows {
+  Blocked rows;
+  const T* weight;
+  int64_t count;  // of numbers
+  BF16* out;
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t at = cuda::global_thread(), block = at / Blocked::kBlock, line = at % Blocked::kBlock / Blocked::kColumns;
+    if (at < count)
+      out[at] = narrow<BF16>(
+          static_cast<float>(widen(rows.data[at]) * weight[block / rows.across * Blocked::kRows + line]));
   }
 };
 
@@ -248,6 +264,7 @@ class Strip {
     weights_.near = pairs.scores.distance && dx ? c.take<uint32_t>(size / 32) : nullptr;
     weights_.pitch = shape.columns;
     if (!dx) return;
+    if (blocked && whole_rows && dy) weighed_rows_ = {c.take<BF16>(shape.rows * pairs.x.pitch), pairs.x.pitch / Blocked::kColumns};
     plan_ = plan<E>(c, "weights times rows", shape.rows, pairs.x.d, shape.columns, true, blocked);
     parts_ = c.take<T>(plan_.splits * shape.rows * pairs.x.d);
     row_sums_ = c.take<T>(shape.rows);
@@ -272,13 +289,14 @@ class Strip {
     if (weights.near) c_.launch_threads(words, Zero<uint32_t>{weights.near, words});
   }
 
-  /// Weights that the epilogue of a product has left, times both sets. dy null: only dX.
-  void products(const Weights<T>& weights) {
+  /// Weights that the epilogue of a product has left, times both sets. dy null: only dX. of_rows: what row i of blocked
+  /// weights is still to be multiplied by, where a strip holds whole rows; null: nothing.
+  void products(const Weights<T>& weights, const T* of_rows = nullptr) {
     const Block& b = weights.block;
     const bool distance = pairs_.scores.distance;
     const int64_t d = pairs_.x.d;
     if constexpr (std::is_same_v<E, BF16>)
-      if (pairs_.blocked()) return blocked_products(weights);
+      if (pairs_.blocked()) return blocked_products(weights, offset(of_rows, weights.block.row));
     if (distance) {
       if (dy_) c_.launch_warps(b.columns, NearColumns<T>{weights, pairs_.scores.x, pairs_.scores.y, dy_});
       c_.launch_warps(b.rows, NearRows<T>{weights, pairs_.scores.x, pairs_.scores.y, dx_, row_sums_});
@@ -305,17 +323,23 @@ class Strip {
   StripShape shape;
 
  private:
-  void blocked_products(const Weights<T>& weights) {
+  void blocked_products(const Weights<T>& weights, const T* of_rows) {
     const Block& b = weights.block;
     const int64_t d = pairs_.x.d;
     const int64_t rows = b.rows < pairs_.x.n - b.row ? b.rows : pairs_.x.n - b.row;
     const int64_t columns = b.columns < pairs_.y.n - b.column ? b.columns : pairs_.y.n - b.column;
     multiply_blocked(c_, plan_.splits, weights.blocks, pairs_.y.blocks(b.column / Blocked::kRows), b, d, parts_);
     c_.launch_threads(rows * d, MergeParts<T>{parts_, plan_.splits, b.rows, rows, d, nullptr, nullptr, 0,
-                                              dx_ + b.row * d, offset(pairs_.x.factor, b.row)});
+                                              dx_ + b.row * d, offset(pairs_.x.factor, b.row), of_rows});
     if (!dy_) return;
+    Blocked own = pairs_.x.blocks(b.row / Blocked::kRows);
+    if (of_rows) {
+      const int64_t count = b.rows * pairs_.x.pitch;
+      c_.launch_threads(count, WeighRows<T>{own, of_rows, count, weighed_rows_.data});
+      own = weighed_rows_;
+    }
     multiply_blocked_transposed(
-        c_, weights.blocks, pairs_.x.blocks(b.row / Blocked::kRows), b, d,
+        c_, weights.blocks, own, b, d,
         AddRows<T>{dy_ + b.column * d, columns, d, nullptr, nullptr, 0, offset(pairs_.y.factor, b.column)});
   }
   static const T* offset(const T* factor, int64_t row) { return factor ? factor + row : nullptr; }
@@ -333,6 +357,7 @@ class Strip {
   const Pairs<T, E>& pairs_;
   T *dx_, *dy_;
   Weights<T> weights_{};
+  Blocked weighed_rows_;
   Plan plan_{};
   T *parts_ = nullptr, *row_sums_ = nullptr, *column_sums_ = nullptr;
 };

@@ -202,6 +202,19 @@ NEARFAR_DEVICE void for_each_pair(const Fragment<Wgmma>& f, const float* of_rows
   }
 }
 
+/// Bits of a thread's columns, for each of its rows: does the pair (row, column of the tile) not count? whole: all do. The
+/// loop is not unrolled, because its addresses would take the accumulators' registers.
+template <class Has>
+NEARFAR_DEVICE void hide_pairs(bool whole, Has has, uint32_t (&hidden)[Wgmma::kRows]) {
+  NEARFAR_UNROLL
+  for (int a = 0; a < Wgmma::kRows; ++a) {
+    hidden[a] = 0;
+    if (whole) continue;
+    NEARFAR_ROLLED
+    for (int b = 0; b < Wgmma::kCols; ++b) hidden[a] |= uint32_t(!has(Wgmma::row(a), Wgmma::col(b))) << b;
+  }
+}
+
 /// out_ik = value, or with ADD += value * factor(i), of a tile of (rows, d).
 template <bool ADD, class Factor>
 NEARFAR_DEVICE void put_rows(const Fragment<Wgmma>& f, float* out, int64_t rows, int64_t d, Factor factor) {

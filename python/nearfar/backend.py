@@ -16,7 +16,7 @@ from .arrays import Array, device_name, empty, is_torch
 from .runtime import get_num_threads
 
 # About the most that the weights of a strip of pairs take on the GPU.
-STRIP_BYTES = 64 << 20
+STRIP_BYTES = 256 << 20
 
 # A developer's build (NEARFAR_CUDA=EMULATE) runs the GPU's kernels on the CPU, a thousand times slower. Not for users.
 emulate = os.environ.get("NEARFAR_EMULATE", "") == "1"

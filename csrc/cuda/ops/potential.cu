@@ -15,7 +15,7 @@ using cuda::PotentialDevice;
 /// Of every tile: the sum of e^{t (r_0 - r)}, or with `least` the least r. Weights are stored where there is a strip.
 template <class T>
 struct PotentialEpilogue {
-  static constexpr bool kDistances = true;
+  static constexpr bool kDistances = true, kStores = true;
   Scores<T> scores;
   Weights<T> strip;  // w null: not stored
   Block block;
@@ -31,6 +31,9 @@ struct PotentialEpilogue {
   }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t tile_m, int64_t tile_n, int64_t) const {
+#if defined(NEARFAR_HOPPER)
+    if constexpr (std::is_same_v<P, Wgmma>) return apply_unit(f, tile_m, tile_n);
+#endif
     const T base = reference ? static_cast<T>(*reference) : T(0);
     double total = least ? infinity<double>() : 0;
     auto put = [&](int64_t i, int64_t j, T square, bool near) {
@@ -65,6 +68,26 @@ struct PotentialEpilogue {
     }
     if (cuda::thread_index() == 0) of_tiles[tile_m * tiles_n + tile_n] = total;
   }
+#if defined(NEARFAR_HOPPER)
+  /// Rows of norm one, or zero: their factor says which.
+  NEARFAR_DEVICE void apply_unit(const Fragment<Wgmma>& f, int64_t tile_m, int64_t tile_n) const {
+    const float slope = -1.44269504f * static_cast<float>(t);
+    const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
+    uint32_t hidden[Wgmma::kRows];
+    hide_pairs(i0 + Wgmma::kM <= n && j0 + Wgmma::kN <= n && i0 != j0,
+               [&](int i, int j) { return inside(f.i0 + i, f.j0 + j); }, hidden);
+    float sums[Wgmma::kRows] = {0, 0};
+    for_each_pair(f, scores.x_factor + i0, scores.y_factor + j0, [&](float x, float y, float value, int a, int b) {
+      const float square = (x == 0 ? 0.0f : 1.0f) + (y == 0 ? 0.0f : 1.0f) - 2 * (value * (x * y));
+      const float w = hidden[a] >> b & 1 ? 0.0f : cuda::exp2_fast(slope * square);
+      sums[a] += w;
+      return w;
+    });
+    const double total = block_sum(static_cast<double>(sums[0]) + static_cast<double>(sums[1]));
+    if (cuda::thread_index() == 0) of_tiles[tile_m * tiles_n + tile_n] = total;
+    if (strip.stored()) strip.store(f);
+  }
+#endif
 };
 
 struct LeastOfTiles {
@@ -93,10 +116,15 @@ struct FinishPotential {
   }
 };
 
-template <class T>
+constexpr double kSafeExponent = 60;
+
+/// Packed bfloat16 rows are unit rows in blocks. There |x - y|^2 is 2 - 2 <x, y>, and of the gradient sum_j w_ij (x_i - x_j)
+/// the part along x_i is nothing to the row itself: -sum_j w_ij x_j is left, in which near pairs need no care.
+template <class T, class E>
 void run(cuda::Context& c, const PotentialDevice<T>& p) {
-  const Pairs<T, T> pairs(c, p.x, p.x, p.normalize, true, p.dx != nullptr);
-  Strip<T, T> strip(c, pairs, false, p.dx != nullptr, p.dx, nullptr);
+  constexpr bool kUnit = std::is_same_v<E, BF16>;
+  const Pairs<T, E> pairs(c, p.x, p.x, p.normalize, !kUnit, p.dx != nullptr, kUnit);
+  Strip<T, E> strip(c, pairs, false, p.dx != nullptr, p.dx, nullptr);
   // By strips also where nothing is stored: the partial sums are of one launch each.
   const int64_t per_row = ceil_div(pairs.x.padded, 64);
   double* of_tiles = c.take<double>(per_row * per_row);
@@ -111,7 +139,7 @@ void run(cuda::Context& c, const PotentialDevice<T>& p) {
         const Plan plan = plan_scores(c, "potential", pairs, b);
         const int64_t tiles_n = ceil_div(b.columns, plan.tile);
         if (store) strip.clear_near(weights);
-        if (!store) weights.w = nullptr;
+        if (!store) weights.w = nullptr, weights.blocks.data = nullptr;
         launch_scores(c, plan, pairs, b,
                       PotentialEpilogue<T>{pairs.scores, weights, b, p.x.n, tiles_n, least, static_cast<T>(p.t),
                                            reference, of_tiles + tiles});
@@ -121,7 +149,6 @@ void run(cuda::Context& c, const PotentialDevice<T>& p) {
     return tiles;
   };
 
-  constexpr double kSafeExponent = 60;
   if (!p.normalize || 4 * p.t > kSafeExponent) {
     double* least = c.take<double>(1);
     const int64_t tiles = pass(true, false);
@@ -133,7 +160,7 @@ void run(cuda::Context& c, const PotentialDevice<T>& p) {
   if (!p.dx) return;
   FinishRows<T> step{};
   step.scale = slope;
-  step.multiply = 1;
+  step.multiply = kUnit ? -1 : 1;
   finish_rows(c, pairs.scores.x, p.dx, step);
 }
 
@@ -142,7 +169,9 @@ void run(cuda::Context& c, const PotentialDevice<T>& p) {
 namespace cuda {
 template <class T>
 void potential(Context& c, const PotentialDevice<T>& p) {
-  run(c, p);
+  if constexpr (sizeof(T) == 4)
+    if (c.hopper() && p.normalize && p.x.dtype == DType::bf16 && 4 * p.t <= kSafeExponent) return run<T, BF16>(c, p);
+  run<T, T>(c, p);
 }
 }  // namespace cuda
 }  // namespace nearfar

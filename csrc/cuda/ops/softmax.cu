@@ -61,17 +61,8 @@ struct MaskedScores {
           return hidden[a] >> b & 1 ? 0.0f : cuda::exp2_fast(scale * (value * (x * y)) - scale);
         });
   }
-  /// Bits of a thread's columns: is the pair not in the denominator?
   NEARFAR_DEVICE void hide(const Fragment<Wgmma>& f, int64_t i0, int64_t j0, uint32_t (&hidden)[Wgmma::kRows]) const {
-    for (uint32_t& bits : hidden) bits = 0;
-    if (whole(i0, j0)) return;
-    // Not unrolled, because its addresses would take the accumulators' registers.
-    NEARFAR_UNROLL
-    for (int a = 0; a < Wgmma::kRows; ++a) {
-      NEARFAR_ROLLED
-      for (int b = 0; b < Wgmma::kCols; ++b)
-        hidden[a] |= uint32_t(!has(i0 + Wgmma::row(a), j0 + Wgmma::col(b))) << b;
-    }
+    hide_pairs(whole(i0, j0), [&](int i, int j) { return has(i0 + i, j0 + j); }, hidden);
   }
 #endif
   /// In place, for a whole tile.
@@ -99,9 +90,9 @@ struct MaskedScores {
 };
 
 /// Partial states of rows and columns by tile; `keep` also stores the scores.
-template <class T>
+template <class T, bool KEEPS_BLOCKS>
 struct LseEpilogue {
-  static constexpr bool kDistances = false, kStores = false;
+  static constexpr bool kDistances = false, kStores = KEEPS_BLOCKS;
   MaskedScores<T> masked;
   Weights<T> keep;  // w null: not kept
   Block block;
@@ -116,9 +107,11 @@ struct LseEpilogue {
       if (masked.bounded()) {
         const T base = static_cast<T>(masked.multiplier());
         masked.exponentials(f, block.row, block.column);
-        return sum_lines(
+        sum_lines(
             f, of_columns, [&](int i, float sum) { of_rows[(f.i0 + i) * tiles_n + tile_n] = {base, sum}; },
             [&](int j, float sum) { of_columns[(f.j0 + j) * tiles_m + tile_m] = {base, sum}; });
+        if (KEEPS_BLOCKS) keep.store(f);
+        return;
       }
     }
 #endif
@@ -402,10 +395,13 @@ class Softmax {
 
  private:
   bool unit() const { return p.normalize && pairs_.blocked(); }
-  /// Three products in place of four. Blocked strips hold bfloat16, which is too little for scores.
+  /// Three products in place of four. Blocked strips hold bfloat16, which is too little for scores; exponentials with a
+  /// common base are kept there, and rows are divided by their sums afterwards.
   bool keeps_scores() const {
-    return !pairs_.blocked() && p.mode == SoftmaxMode::rows && p.dx &&
-           round_up(m, kPadRows) * kPadRows * static_cast<int64_t>(sizeof(T)) <= c.strip_bytes;
+    if (p.mode != SoftmaxMode::rows || !p.dx) return false;
+    if (pairs_.blocked() && (p.scale_at || !MaskedScores<T>::bounded_by(unit(), p.scale))) return false;
+    const int64_t size = pairs_.blocked() ? sizeof(BF16) : sizeof(T);
+    return round_up(m, kPadRows) * kPadRows * size <= c.strip_bytes;
   }
   /// Partial states take two numbers for 64 pairs (twice that with columns): as much as a strip of weights.
   int64_t lse_pairs() const { return c.strip_bytes / static_cast<int64_t>(sizeof(T)) * 16; }
@@ -414,7 +410,10 @@ class Softmax {
   Denominator denominator() const { return {p.positive_in_sum, positive_score_}; }
 
   void first_states() {
-    positive_ = source_of<T>(c, p.positive, p.normalize);
+    const bool y_again = same_rows(p.positive, p.y), x_again = same_rows(p.positive, p.x);
+    positive_ = y_again   ? pairs_.scores.y
+                : x_again ? pairs_.scores.x
+                          : source_of<T>(c, p.positive, p.normalize);
     paired_ = source_of<T>(c, p.paired, p.normalize);
     states_ = c.take<LogSumExp>(n);
     if (columns_) column_states_ = c.take<LogSumExp>(m);
@@ -433,12 +432,19 @@ class Softmax {
     if (keeps_scores()) kept = strip_.open(row, column);
     const Plan plan = plan_scores(c, "log-sum-exp", pairs_, b);
     const int64_t tiles_m = ceil_div(b.rows, plan.tile), tiles_n = ceil_div(b.columns, plan.tile);
-    launch_scores(c, plan, pairs_, b, LseEpilogue<T>{masked, kept, b, tiles_m, tiles_n, of_rows_, of_columns_});
+    const bool keeps_blocks = pairs_.blocked() && keeps_scores();
+    if constexpr (std::is_same_v<E, BF16>)
+      if (keeps_blocks)
+        launch_scores(c, plan, pairs_, b, LseEpilogue<T, true>{masked, kept, b, tiles_m, tiles_n, of_rows_, nullptr});
+    if (!keeps_blocks)
+      launch_scores(c, plan, pairs_, b,
+                    LseEpilogue<T, false>{masked, kept, b, tiles_m, tiles_n, of_rows_, of_columns_});
     const int64_t rows = b.rows < n - row ? b.rows : n - row, columns = b.columns < m - column ? b.columns : m - column;
     c.launch_warps(rows, MergeStates<T>{of_rows_, tiles_n, rows, states_ + row});
     if (columns_) c.launch_warps(columns, MergeStates<T>{of_columns_, tiles_m, columns, column_states_ + column});
     if (!keeps_scores()) return;
     fill(states_, row, b.rows, n, row_base_, row_weight_);
+    if (keeps_blocks) return strip_.products(kept, row_weight_);
     c.launch_threads(b.rows * b.columns, WeighStrip<T>{PairWeight<T>{row_base_, row_weight_, nullptr, nullptr}, kept});
     strip_.products(kept);
   }
