@@ -47,7 +47,7 @@ struct MaskedScores {
   /// Scores of unit rows lie within the multiplier: then e^{s - bound} of all pairs is neither too large nor too small,
   /// and serves rows, columns and weights alike.
   NEARFAR_DEVICE bool bounded() const { return bounded_by(unit, multiplier()); }
-  NEARFAR_DEVICE static bool bounded_by(bool unit, double scale) { return unit && scale <= 30; }
+  NEARFAR_HOST_DEVICE static bool bounded_by(bool unit, double scale) { return unit && scale <= 30; }
 #if defined(NEARFAR_HOPPER)
   /// In place, e^{s - bound}.
   NEARFAR_DEVICE void exponentials(const Fragment<Wgmma>& f, int64_t row, int64_t column) const {
