@@ -249,7 +249,10 @@ def test_results_repeat_bit_for_bit(monkeypatch):
 
 def test_reduced_precision_when_torch_allows_it(tf32):
     x, y = sets(130, 70, 40, "float32")
-    for kernel, formula in ((k.Gaussian(5.0), gaussian(x.double(), y.double(), 5.0)), (k.Linear(0.0), x.double() @ y.double().T)):
+    for kernel, formula in (
+        (k.Gaussian(5.0), gaussian(x.double(), y.double(), 5.0)),
+        (k.Linear(0.0), x.double() @ y.double().T),
+    ):
         expected = formula.double().cpu()
         error = (kernel(x, y).cpu().double() - expected).abs().max() / expected.abs().max()
         assert 1e-9 < error < 5e-3

@@ -236,7 +236,7 @@ enum class Screening : int { automatic, always, never };
 template <class T>
 struct SelectParams {
   Rows x, y;
-  PairMap map;  // not gaussian
+  PairMap map;
   bool normalize;
   bool exclude_self;  // column i is not a neighbour of row i
   int64_t k;

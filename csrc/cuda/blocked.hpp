@@ -1,6 +1,6 @@
-// Matrices of bfloat16 as Hopper's copy engine and tensor cores want them: blocks of 128 rows x 64 columns, one after the
-// other along a row of blocks, each 16 KiB. Row r of a block is 128 bytes, whose 16-byte pieces are exchanged by
-// r % 8, so that no eight rows that are read together share a bank ("128-byte swizzle").
+// Matrices of bfloat16 as Hopper's copy engine and tensor cores want them: blocks of 128 rows x 64 columns, one after
+// the other along a row of blocks, each 16 KiB. Row r of a block is 128 bytes, whose 16-byte pieces are exchanged by r
+// % 8, so that no eight rows that are read together share a bank ("128-byte swizzle").
 //
 // One block is a tile's step whether its rows or its columns are summed over: scores sum over the columns of packed
 // rows, gradients over rows. So one copy of the rows serves every product, and a strip of weights both of its own.

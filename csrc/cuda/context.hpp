@@ -88,8 +88,9 @@ inline void expect_success(cudaError_t error) {
 template <class Body>
 void launch_kernel(void (*kernel)(Body), int64_t blocks, int bytes, void* stream, const Body& body) {
   void* arguments[] = {const_cast<Body*>(&body)};
-  expect_success(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)), dim3(kThreads),
-                         arguments, static_cast<size_t>(bytes), static_cast<cudaStream_t>(stream)));
+  expect_success(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+                                  dim3(kThreads), arguments, static_cast<size_t>(bytes),
+                                  static_cast<cudaStream_t>(stream)));
 }
 template <class Body>
 void Context::launch_large(int64_t blocks, int bytes, const Body& body) const {
@@ -97,7 +98,7 @@ void Context::launch_large(int64_t blocks, int bytes, const Body& body) const {
   if (blocks > INT32_MAX) throw std::runtime_error("CUDA: more than 2^31 blocks");
   bytes += 1024;
   expect_success(cudaFuncSetAttribute(reinterpret_cast<const void*>(&large_kernel<Body>),
-                             cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+                                      cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   launch_kernel(&large_kernel<Body>, blocks, bytes, stream_, body);
 }
 #endif

@@ -26,59 +26,56 @@ NEARFAR_DEVICE void barrier_init(uint64_t* barrier, int count) {
 }
 /// Makes initialised barriers known to the copy engine.
 NEARFAR_DEVICE void barrier_fence() {
-  NEARFAR_SM90(asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"));
+  NEARFAR_SM90(asm volatile("fence.mbarrier_init.release.cluster;" :: : "memory"));
 }
 NEARFAR_DEVICE void barrier_arrive(uint64_t* barrier) {
   NEARFAR_SM90(asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory"));
 }
 NEARFAR_DEVICE void barrier_expect(uint64_t* barrier, int bytes) {
   NEARFAR_SM90(asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
-                            "r"(bytes)
-                            : "memory"));
+                            "r"(bytes) : "memory"));
 }
 NEARFAR_DEVICE void barrier_wait(uint64_t* barrier, int parity) {
-  NEARFAR_SM90(asm volatile("{\n"
-                            ".reg .pred done;\n"
-                            "again:\n"
-                            "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                            "@done bra ready;\n"
-                            "bra again;\n"
-                            "ready:\n"
-                            "}" ::"r"(shared_address(barrier)),
-                            "r"(parity)
-                            : "memory"));
+  NEARFAR_SM90(
+      asm volatile("{\n"
+                   ".reg .pred done;\n"
+                   "again:\n"
+                   "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                   "@done bra ready;\n"
+                   "bra again;\n"
+                   "ready:\n"
+                   "}" ::"r"(shared_address(barrier)),
+                   "r"(parity) : "memory"));
 }
 
 /// By one thread: contiguous bytes to shared memory; the barrier counts them when they are there.
 NEARFAR_DEVICE void bulk_load(void* to, const void* from, int bytes, uint64_t* barrier) {
-  NEARFAR_SM90(asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(to)),
-      "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
-      : "memory"));
+  NEARFAR_SM90(
+      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                       shared_address(to)),
+                   "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier)) : "memory"));
 }
 /// By one thread: contiguous bytes from shared memory, which must stay until `bulk_stored`, by the same thread.
 NEARFAR_DEVICE void bulk_store(void* to, const void* from, int bytes) {
-  NEARFAR_SM90(asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
-                                __cvta_generic_to_global(to)),
-                            "r"(shared_address(from)), "r"(bytes)
-                            : "memory"));
-  NEARFAR_SM90(asm volatile("cp.async.bulk.commit_group;" ::: "memory"));
+  NEARFAR_SM90(
+      asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
+                   "r"(shared_address(from)), "r"(bytes) : "memory"));
+  NEARFAR_SM90(asm volatile("cp.async.bulk.commit_group;" :: : "memory"));
 }
 /// All such copies have left shared memory; else, have arrived.
 template <bool LEFT>
 NEARFAR_DEVICE void bulk_stored() {
   if (LEFT) {
-    NEARFAR_SM90(asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"));
+    NEARFAR_SM90(asm volatile("cp.async.bulk.wait_group.read 0;" :: : "memory"));
   } else {
-    NEARFAR_SM90(asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"));
+    NEARFAR_SM90(asm volatile("cp.async.bulk.wait_group 0;" :: : "memory"));
   }
 }
 /// What this thread has stored in shared memory, the copy engine may read after the next barrier.
-NEARFAR_DEVICE void fence_async() { NEARFAR_SM90(asm volatile("fence.proxy.async.shared::cta;" ::: "memory")); }
+NEARFAR_DEVICE void fence_async() { NEARFAR_SM90(asm volatile("fence.proxy.async.shared::cta;" :: : "memory")); }
 
-NEARFAR_DEVICE void wgmma_begin() { NEARFAR_SM90(asm volatile("wgmma.fence.sync.aligned;" ::: "memory")); }
-NEARFAR_DEVICE void wgmma_commit() { NEARFAR_SM90(asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")); }
+NEARFAR_DEVICE void wgmma_begin() { NEARFAR_SM90(asm volatile("wgmma.fence.sync.aligned;" :: : "memory")); }
+NEARFAR_DEVICE void wgmma_commit() { NEARFAR_SM90(asm volatile("wgmma.commit_group.sync.aligned;" :: : "memory")); }
 template <int LEFT>
 NEARFAR_DEVICE void wgmma_wait() {
   NEARFAR_SM90(asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"));
@@ -123,6 +120,13 @@ NEARFAR_DEVICE int opaque(int value) {
 NEARFAR_DEVICE float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+/// 1 / x, about 1 unit in the last place.
+NEARFAR_DEVICE float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -19,8 +19,8 @@ void multiply_transposed(cuda::Context& c, const Plan& plan, const Operand<T, fa
       c, plan, [&](auto policy) { launch_tiles<decltype(policy)>(c, w, rows, b.columns, d, b.rows, 1, add); });
 }
 
-void multiply_blocked(cuda::Context& c, int64_t splits, const Blocked& w, const Blocked& rows, const Block& b, int64_t d,
-                      float* parts) {
+void multiply_blocked(cuda::Context& c, int64_t splits, const Blocked& w, const Blocked& rows, const Block& b,
+                      int64_t d, float* parts) {
   launch_wgmma(c, BlockedOperand<true>{w}, BlockedOperand<false>{rows}, b.rows / Blocked::kRows,
                ceil_div(d, Blocked::kRows), b.columns / Blocked::kColumns, splits, StoreParts<float>{parts, b.rows, d});
 }

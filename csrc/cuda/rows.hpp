@@ -55,7 +55,6 @@ NEARFAR_DEVICE T direct_distance(const Source<T>& x, const Source<T>& y, int64_t
 template <class T>
 NEARFAR_DEVICE double warp_dot(const Source<T>& x, int64_t i, const Source<T>& y, int64_t j) {
   double sum = 0;
-  NEARFAR_UNROLL_4
   for (int64_t k = cuda::lane_index(); k < x.rows.d; k += cuda::kWarp)
     sum += static_cast<double>(x.get(i, k)) * static_cast<double>(y.get(j, k));
   return cuda::warp_sum(sum);
@@ -64,8 +63,8 @@ NEARFAR_DEVICE double warp_dot(const Source<T>& x, int64_t i, const Source<T>& y
 // ---- inverse norms
 // ---------------------------------------------------------------------------------------------------
 
-/// A warp a row. The norm of float64 rows is taken of the row over its largest entry, so that squares stay in range; those
-/// of float32 do in double. A zero row stays zero.
+/// A warp a row. The norm of float64 rows is taken of the row over its largest entry, so that squares stay in range;
+/// those of float32 do in double. A zero row stays zero.
 template <class T>
 struct InverseNorms {
   Source<T> source;
@@ -87,8 +86,7 @@ struct InverseNorms {
       sum += value * value;
     }
     const double norm = most * sqrt(cuda::warp_sum(sum));
-    if (cuda::lane_index() == 0)
-      inverse[i] = norm == 0 || most == infinity<double>() ? T(0) : static_cast<T>(1 / norm);
+    if (cuda::lane_index() == 0) inverse[i] = norm == 0 || most == infinity<double>() ? T(0) : static_cast<T>(1 / norm);
   }
 };
 
@@ -111,8 +109,8 @@ Source<T> source_of(cuda::Context& c, const Rows& rows, bool normalize) {
 
 /// Rows ready for the engine: contiguous, zero up to a whole tile in both directions (and one row more, because a tile
 /// may read past the depth of the last row). Row i is `factor[i] * data[i]`: 16-bit rows are packed exactly, times a
-/// power of two, and their norm is left to who uses the product (blocked rows always have a factor, perhaps 1). float32 and float64 rows are normalised or centred
-/// here.
+/// power of two, and their norm is left to who uses the product (blocked rows always have a factor, perhaps 1). float32
+/// and float64 rows are normalised or centred here.
 template <class T, class E>
 struct Packed {
   E* data = nullptr;

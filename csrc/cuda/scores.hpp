@@ -107,8 +107,6 @@ NEARFAR_DEVICE T map_value(PairMap map, T score) {
       return SquaredEuclideanMap::value(score);
     case PairMap::euclidean:
       return EuclideanMap::value(score);
-    case PairMap::gaussian:
-      return GaussianMap::value(score);
   }
   return score;
 }
@@ -123,8 +121,6 @@ NEARFAR_DEVICE T map_pull(PairMap map, T value) {
       return SquaredEuclideanMap::pull(value);
     case PairMap::euclidean:
       return EuclideanMap::pull(value);
-    case PairMap::gaussian:
-      return GaussianMap::pull(value);
   }
   return value;
 }
@@ -134,8 +130,6 @@ NEARFAR_DEVICE T map_score(PairMap map, T value) {
   switch (map) {
     case PairMap::euclidean:
       return EuclideanMap::score(value);
-    case PairMap::gaussian:
-      return GaussianMap::score(value);
     default:
       return value;
   }

@@ -15,8 +15,8 @@ inline namespace device {
 /// A block of weights: element (i, j) of all pairs is w[(i - row) * pitch + j - column]. Bits of `near` mark pairs that
 /// enter by their difference, where x_i and y_j would cancel in the products.
 ///
-/// Of blocked rows the weights are blocked too, bfloat16, and hold the factors of both rows: the products are divided by
-/// their own row's.
+/// Of blocked rows the weights are blocked too, bfloat16, and hold the factors of both rows: the products are divided
+/// by their own row's.
 template <class T>
 struct Weights {
   T* w;
@@ -183,10 +183,11 @@ struct WeighRows {
   int64_t count;  // of numbers
   BF16* out;
   NEARFAR_DEVICE void operator()() const {
-    const int64_t at = cuda::global_thread(), block = at / Blocked::kBlock, line = at % Blocked::kBlock / Blocked::kColumns;
+    const int64_t at = cuda::global_thread(), block = at / Blocked::kBlock,
+                  line = at % Blocked::kBlock / Blocked::kColumns;
     if (at < count)
-      out[at] = narrow<BF16>(
-          static_cast<float>(widen(rows.data[at]) * weight[block / rows.across * Blocked::kRows + line]));
+      out[at] =
+          narrow<BF16>(static_cast<float>(widen(rows.data[at]) * weight[block / rows.across * Blocked::kRows + line]));
   }
 };
 
@@ -225,8 +226,8 @@ void multiply_transposed(cuda::Context& c, const Plan& plan, const Operand<T, fa
                          const Block& b, int64_t d, const AddRows<T>& add);
 
 /// The same of blocked weights and rows: b.columns (or, transposed, b.rows) is the depth.
-void multiply_blocked(cuda::Context& c, int64_t splits, const Blocked& w, const Blocked& rows, const Block& b, int64_t d,
-                      float* parts);
+void multiply_blocked(cuda::Context& c, int64_t splits, const Blocked& w, const Blocked& rows, const Block& b,
+                      int64_t d, float* parts);
 void multiply_blocked_transposed(cuda::Context& c, const Blocked& w, const Blocked& rows, const Block& b, int64_t d,
                                  const AddRows<float>& add);
 
@@ -264,7 +265,8 @@ class Strip {
     weights_.near = pairs.scores.distance && dx ? c.take<uint32_t>(size / 32) : nullptr;
     weights_.pitch = shape.columns;
     if (!dx) return;
-    if (blocked && whole_rows && dy) weighed_rows_ = {c.take<BF16>(shape.rows * pairs.x.pitch), pairs.x.pitch / Blocked::kColumns};
+    if (blocked && whole_rows && dy)
+      weighed_rows_ = {c.take<BF16>(shape.rows * pairs.x.pitch), pairs.x.pitch / Blocked::kColumns};
     plan_ = plan<E>(c, "weights times rows", shape.rows, pairs.x.d, shape.columns, true, blocked);
     parts_ = c.take<T>(plan_.splits * shape.rows * pairs.x.d);
     row_sums_ = c.take<T>(shape.rows);

@@ -1,8 +1,8 @@
 // Multiply on Hopper's tensor cores: bfloat16 blocks (blocked.hpp) through the copy engine, float32 accumulators.
 //
-// C[i][j] = sum_k A[i][k] B[j][k] as in tile.hpp, with the same epilogues. Tiles of 128 x 128, two warpgroups of 64 rows;
-// one thread keeps copies of the next steps in flight. Two blocks share a multiprocessor, so that one multiplies while
-// the other is in its epilogue.
+// C[i][j] = sum_k A[i][k] B[j][k] as in tile.hpp, with the same epilogues. Tiles of 128 x 128, two warpgroups of 64
+// rows; one thread keeps copies of the next steps in flight. Two blocks share a multiprocessor, so that one multiplies
+// while the other is in its epilogue.
 #pragma once
 
 #include "cuda/blocked.hpp"
@@ -12,7 +12,8 @@
 namespace nearfar {
 inline namespace device {
 
-/// An operand: with SUM_COLUMNS, tile t is its t-th 128 rows and a step of the sum 64 columns; else the other way about.
+/// An operand: with SUM_COLUMNS, tile t is its t-th 128 rows and a step of the sum 64 columns; else the other way
+/// about.
 template <bool SUM_COLUMNS>
 struct BlockedOperand {
   static constexpr bool kSumColumns = SUM_COLUMNS;
@@ -65,9 +66,9 @@ struct Wgmma {
   }
 };
 
-/// As many blocks as fit; each takes every so many'th tile, and while it is in the epilogue of one the first steps of the
-/// next are on their way. Tiles come in groups of kGroup rows, so that those that run together share both operands in
-/// the cache.
+/// As many blocks as fit; each takes every so many'th tile, and while it is in the epilogue of one the first steps of
+/// the next are on their way. Tiles come in groups of kGroup rows, so that those that run together share both operands
+/// in the cache.
 template <class A, class B, class Epilogue>
 struct WgmmaKernel {
   using P = Wgmma;
@@ -156,20 +157,22 @@ struct WgmmaKernel {
         if (++stage == kStages) stage = 0, parity ^= 1;
       }
       cuda::wgmma_wait<0>();
-      cuda::wgmma_fence(acc.v);//X
+      cuda::wgmma_fence(acc.v);  // X
       release();
       const Work w = work(index);
       epilogue.template apply<P>(
-          Fragment<P>{acc, int64_t(w.m) * P::kM, int64_t(w.n) * P::kN, memory + kStages * P::kStage}, w.m, w.n, w.split);
+          Fragment<P>{acc, int64_t(w.m) * P::kM, int64_t(w.n) * P::kN, memory + kStages * P::kStage}, w.m, w.n,
+          w.split);
     }
     if (leader) cuda::bulk_stored<false>();
   }
 };
 
-/// Every accumulator becomes value(of_rows[its row], of_columns[its column], accumulator, a, b); pointers are to the numbers
-/// of the tile.
+/// Every accumulator becomes value(of_rows[its row], of_columns[its column], accumulator, a, b); pointers are to the
+/// numbers of the tile.
 template <class Value>
-NEARFAR_DEVICE void for_each_pair(const Fragment<Wgmma>& f, const float* of_rows, const float* of_columns, Value value) {
+NEARFAR_DEVICE void for_each_pair(const Fragment<Wgmma>& f, const float* of_rows, const float* of_columns,
+                                  Value value) {
   const int lane = cuda::opaque(cuda::lane_index());
   const float *rows = of_rows + cuda::warp_index() * 16 + lane / 4, *columns = of_columns + lane % 4 * 2;
   const float x[2] = {rows[0], rows[8]};
@@ -202,8 +205,8 @@ NEARFAR_DEVICE void for_each_pair(const Fragment<Wgmma>& f, const float* of_rows
   }
 }
 
-/// Bits of a thread's columns, for each of its rows: does the pair (row, column of the tile) not count? whole: all do. The
-/// loop is not unrolled, because its addresses would take the accumulators' registers.
+/// Bits of a thread's columns, for each of its rows: does the pair (row, column of the tile) not count? whole: all do.
+/// The loop is not unrolled, because its addresses would take the accumulators' registers.
 template <class Has>
 NEARFAR_DEVICE void hide_pairs(bool whole, Has has, uint32_t (&hidden)[Wgmma::kRows]) {
   NEARFAR_UNROLL
@@ -250,7 +253,8 @@ NEARFAR_DEVICE void fold(float* v, int mask) {
   }
 }
 
-/// Sums of every row and, with `columns`, of every column of the tile; place_row(i, sum), place_column(j, sum), once each.
+/// Sums of every row and, with `columns`, of every column of the tile; place_row(i, sum), place_column(j, sum), once
+/// each.
 template <class PlaceRow, class PlaceColumn>
 NEARFAR_DEVICE void sum_lines(const Fragment<Wgmma>& f, bool columns, PlaceRow place_row, PlaceColumn place_column) {
   using P = Wgmma;

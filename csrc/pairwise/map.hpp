@@ -76,23 +76,6 @@ struct EuclideanMap {
   }
 };
 
-/// exp(-r / 2): the length scale is divided out of the points beforehand.
-struct GaussianMap {
-  static constexpr bool kDistance = true;
-  template <class V>
-  static NEARFAR_FN V value(V r) {
-    return exp_flush(V(r * -0.5f));
-  }
-  template <class V>
-  static NEARFAR_FN V pull(V value) {
-    return -value;
-  }
-  template <class V>
-  static NEARFAR_FN V score(V value) {
-    return log(value) * -2.0f;
-  }
-};
-
 /// d / dx_k of a metric of |x_k - y_k| is  g pull(x_k - y_k, g, aside(value)), summed over the pairs of x: what a pair
 /// needs besides the difference is computed once, aside. 0 where the difference is 0.
 struct CoordinateMap {
@@ -173,8 +156,6 @@ inline void with_map(PairMap name, F f) {
       return f(SquaredEuclideanMap{});
     case PairMap::euclidean:
       return f(EuclideanMap{});
-    case PairMap::gaussian:
-      return f(GaussianMap{});
     default:
       return;  // those of with_coordinate_map
   }

@@ -74,8 +74,9 @@ struct PotentialEpilogue {
     const float slope = -1.44269504f * static_cast<float>(t);
     const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
     uint32_t hidden[Wgmma::kRows];
-    hide_pairs(i0 + Wgmma::kM <= n && j0 + Wgmma::kN <= n && i0 != j0,
-               [&](int i, int j) { return inside(f.i0 + i, f.j0 + j); }, hidden);
+    hide_pairs(
+        i0 + Wgmma::kM <= n && j0 + Wgmma::kN <= n && i0 != j0,
+        [&](int i, int j) { return inside(f.i0 + i, f.j0 + j); }, hidden);
     float sums[Wgmma::kRows] = {0, 0};
     for_each_pair(f, scores.x_factor + i0, scores.y_factor + j0, [&](float x, float y, float value, int a, int b) {
       const float square = (x == 0 ? 0.0f : 1.0f) + (y == 0 ? 0.0f : 1.0f) - 2 * (value * (x * y));
@@ -118,8 +119,8 @@ struct FinishPotential {
 
 constexpr double kSafeExponent = 60;
 
-/// Packed bfloat16 rows are unit rows in blocks. There |x - y|^2 is 2 - 2 <x, y>, and of the gradient sum_j w_ij (x_i - x_j)
-/// the part along x_i is nothing to the row itself: -sum_j w_ij x_j is left, in which near pairs need no care.
+/// Packed bfloat16 rows are unit rows in blocks. There |x - y|^2 is 2 - 2 <x, y>, and of the gradient sum_j w_ij (x_i -
+/// x_j) the part along x_i is nothing to the row itself: -sum_j w_ij x_j is left, in which near pairs need no care.
 template <class T, class E>
 void run(cuda::Context& c, const PotentialDevice<T>& p) {
   constexpr bool kUnit = std::is_same_v<E, BF16>;

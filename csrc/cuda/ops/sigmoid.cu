@@ -45,6 +45,9 @@ struct SigmoidEpilogue {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t tile_n, int64_t) const {
+#if defined(NEARFAR_HOPPER)
+    if constexpr (std::is_same_v<P, Wgmma>) return apply_blocked(f, tile_n);
+#endif
     const T scale = static_cast<T>(multiplier()), shift = static_cast<T>(bias());
     reduce_sums<P, kSums>(
         [&](int a, T(&sums)[kSums]) {
@@ -66,6 +69,44 @@ struct SigmoidEpilogue {
         });
     if (out.stored()) out.store(f);
   }
+#if defined(NEARFAR_HOPPER)
+  NEARFAR_DEVICE void apply_blocked(const Fragment<Wgmma>& f, int64_t tile_n) const {
+    using P = Wgmma;
+    const float scale = static_cast<float>(multiplier()), shift = static_cast<float>(bias());
+    const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
+    uint32_t hidden[P::kRows];
+    hide_pairs(
+        i0 + P::kM <= n && j0 + P::kN <= n && i0 != j0,
+        [&](int i, int j) { return i0 + i < n && j0 + j < n && i0 + i != j0 + j; }, hidden);
+    float upstream[P::kRows], sums[P::kRows][kSums] = {};
+    NEARFAR_UNROLL
+    for (int a = 0; a < P::kRows; ++a) {
+      const int64_t i = i0 + P::row(a);
+      upstream[a] = i >= n ? 0.0f : static_cast<float>(weights ? weights[i] : weight);
+    }
+    for_each_pair(f, scores.x_factor + i0, scores.y_factor + j0, [&](float x, float y, float value, int a, int b) {
+      const float l = scale * (value * (x * y)) + shift, e = cuda::exp2_fast(-1.44269504f * fabsf(l));
+      // One division for both; log(1 + e) = 2 artanh z, z <= 1/3, by its series.
+      const float r = cuda::reciprocal_fast((1 + e) * (2 + e)), z = e * (r * (1 + e)), q = z * z;
+      const float log_part =
+          2 * z * (1 + q * (1.0f / 3 + q * (1.0f / 5 + q * (1.0f / 7 + q * (1.0f / 9 + q * (1.0f / 11))))));
+      const float softplus = fmaxf(l, 0.0f) + log_part, sigmoid = (l < 0 ? e : 1.0f) * (r * (2 + e));
+      if (hidden[a] >> b & 1) return 0.0f;
+      sums[a][0] += softplus;
+      sums[a][1] += sigmoid * upstream[a];
+      return sigmoid * upstream[a];
+    });
+    NEARFAR_UNROLL
+    for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
+    for (int k = 0; k < kSums; ++k) {
+      float sum = sums[a][k];
+      NEARFAR_UNROLL
+      for (int mask = 1; mask < P::kRowLanes; mask *= 2) sum += cuda::shuffle_xor(sum, mask);
+      if (first_of_row<P>()) of_rows[((f.i0 + P::row(a)) * kSums + k) * tiles_n + tile_n] = sum;
+    }
+    if (out.stored()) out.store(f);
+  }
+#endif
 };
 
 /// The diagonal, which is where the sums of rows begin: softplus(-l_ii), and its slope -sigmoid(-l_ii) times the

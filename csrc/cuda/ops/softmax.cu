@@ -56,10 +56,9 @@ struct MaskedScores {
     const int64_t i0 = row + f.i0, j0 = column + f.j0;
     uint32_t hidden[Wgmma::kRows];
     hide(f, i0, j0, hidden);
-    for_each_pair(
-        f, scores.x_factor + i0, scores.y_factor + j0, [&](float x, float y, float value, int a, int b) {
-          return hidden[a] >> b & 1 ? 0.0f : cuda::exp2_fast(scale * (value * (x * y)) - scale);
-        });
+    for_each_pair(f, scores.x_factor + i0, scores.y_factor + j0, [&](float x, float y, float value, int a, int b) {
+      return hidden[a] >> b & 1 ? 0.0f : cuda::exp2_fast(scale * (value * (x * y)) - scale);
+    });
   }
   NEARFAR_DEVICE void hide(const Fragment<Wgmma>& f, int64_t i0, int64_t j0, uint32_t (&hidden)[Wgmma::kRows]) const {
     hide_pairs(whole(i0, j0), [&](int i, int j) { return has(i0 + i, j0 + j); }, hidden);
@@ -73,11 +72,10 @@ struct MaskedScores {
     if constexpr (std::is_same_v<P, Wgmma>) {
       uint32_t hidden[P::kRows];
       hide(f, row + f.i0, column + f.j0, hidden);
-      return for_each_pair(
-          f, scores.x_factor + row + f.i0, scores.y_factor + column + f.j0,
-          [&](float x, float y, float value, int a, int b) {
-            return hidden[a] >> b & 1 ? -infinity<float>() : scale * (value * (x * y));
-          });
+      return for_each_pair(f, scores.x_factor + row + f.i0, scores.y_factor + column + f.j0,
+                           [&](float x, float y, float value, int a, int b) {
+                             return hidden[a] >> b & 1 ? -infinity<float>() : scale * (value * (x * y));
+                           });
     }
 #endif
     NEARFAR_UNROLL
@@ -272,9 +270,8 @@ struct WeightEpilogue {
     if constexpr (std::is_same_v<P, Wgmma>) {
       if (masked.bounded()) {
         masked.exponentials(f, b.row, b.column);
-        for_each_pair(
-            f, weight.row_weight + b.row + f.i0, weight.column_weight + b.column + f.j0,
-            [](float row, float column, float value, int, int) { return value * (row + column); });
+        for_each_pair(f, weight.row_weight + b.row + f.i0, weight.column_weight + b.column + f.j0,
+                      [](float row, float column, float value, int, int) { return value * (row + column); });
       } else {
         masked.apply(f, b.row, b.column);
         for_each_pair(f, weight.row_base + b.row + f.i0, weight.column_base + b.column + f.j0,
@@ -376,7 +373,7 @@ class Softmax {
     first_states();
     const MaskedScores<T> masked{
         pairs_.scores, multiplier_, n, m, p.positive_is_column ? p.positive_shift : -1, p.mode == SoftmaxMode::pairs,
-        p.ids, unit()};
+        p.ids,         unit()};
     // The two passes cut all pairs alike, except that the first keeps whole rows together.
     const StripShape shape = keeps_scores() ? strip_.shape : StripShape::of(n, m, lse_pairs(), false);
     of_rows_ = c.take<PartialSum<T>>(shape.rows * ceil_div(shape.columns, 64));
@@ -411,9 +408,7 @@ class Softmax {
 
   void first_states() {
     const bool y_again = same_rows(p.positive, p.y), x_again = same_rows(p.positive, p.x);
-    positive_ = y_again   ? pairs_.scores.y
-                : x_again ? pairs_.scores.x
-                          : source_of<T>(c, p.positive, p.normalize);
+    positive_ = y_again ? pairs_.scores.y : x_again ? pairs_.scores.x : source_of<T>(c, p.positive, p.normalize);
     paired_ = source_of<T>(c, p.paired, p.normalize);
     states_ = c.take<LogSumExp>(n);
     if (columns_) column_states_ = c.take<LogSumExp>(m);
@@ -451,8 +446,8 @@ class Softmax {
 
   void fill(const LogSumExp* states, int64_t first, int64_t count, int64_t valid, T* base, T* weight) {
     RowWeights<T> weights = row_weights();
-    c.launch_threads(count, FillWeights<T>{denominator(), states, weights, first, count, valid, base, weight,
-                                                multiplier_, unit()});
+    c.launch_threads(
+        count, FillWeights<T>{denominator(), states, weights, first, count, valid, base, weight, multiplier_, unit()});
   }
 
   void weight_pass(const MaskedScores<T>& masked) {
