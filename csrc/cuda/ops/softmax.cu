@@ -4,24 +4,12 @@
 // order. rows, where whole rows of scores fit a strip: scores stay in the strip, and become weights when the strip's
 // log-sum-exps are known: three products in all. Else the weights come from a second product of the same scores, once
 // every normaliser is known: four products (three for NT-Xent, whose weights are symmetric).
-#include "cuda/ops.hpp"
-#include "cuda/strip.hpp"
-#include "pairwise/reduce.hpp"
+#include "cuda/loss.hpp"
 
 namespace nearfar {
 namespace {
 
 using cuda::SoftmaxDevice;
-
-/// The multiplier of dot products, which may be on the device. One that is not positive is NaN.
-struct Multiplier {
-  const double* at;
-  double value;
-  NEARFAR_DEVICE double operator()() const {
-    const double scale = at ? *at : value;
-    return scale > 0 ? scale : not_a_number<double>();
-  }
-};
 
 /// Scaled scores, -inf where a pair is not in the denominator.
 template <class T>
@@ -119,38 +107,6 @@ struct LseEpilogue {
     if (of_columns)
       reduce_lse<P, false>(f,
                            [&](int j, const PartialSum<T>& sum) { of_columns[(f.j0 + j) * tiles_m + tile_m] = sum; });
-  }
-};
-
-/// A warp a line: states[line] merges its partial states, in an order that their number decides.
-template <class T>
-struct MergeStates {
-  const PartialSum<T>* partial;
-  int64_t parts, lines;
-  LogSumExp* states;
-
-  NEARFAR_DEVICE void operator()() const {
-    const int64_t line = cuda::global_warp();
-    if (line >= lines) return;
-    LogSumExp state;
-    for (int64_t part = cuda::lane_index(); part < parts; part += cuda::kWarp) {
-      const PartialSum<T> own = partial[line * parts + part];
-      state.add(static_cast<double>(own.m), static_cast<double>(own.s));
-    }
-    for (int mask = 1; mask < cuda::kWarp; mask *= 2) {
-      LogSumExp other;
-      other.m = cuda::shuffle_xor(state.m, mask);
-      other.s = cuda::shuffle_xor(state.s, mask);
-      // Both lanes merge in the same order, so that they agree.
-      LogSumExp low = cuda::lane_index() & mask ? other : state;
-      low.merge(cuda::lane_index() & mask ? state : other);
-      state = low;
-    }
-    if (cuda::lane_index() == 0) {
-      LogSumExp total = states[line];
-      total.merge(state);
-      states[line] = total;
-    }
   }
 };
 
@@ -343,19 +299,6 @@ struct FinishLosses {
   }
 };
 
-/// sum_ij (dL/ds_ij) s_ij = sum_i <x_i, dx_i> for unit rows before the projection, over scale; with pairs every score
-/// counts twice.
-struct ScaleGradient {
-  OrderedSum sum;
-  Multiplier multiplier;
-  double divide;
-  double* out;
-  NEARFAR_DEVICE void operator()() const {
-    const double total = sum();
-    if (cuda::thread_index() == 0) *out = total / (divide * multiplier());
-  }
-};
-
 template <class T, class E>
 class Softmax {
  public:
@@ -367,7 +310,7 @@ class Softmax {
         columns_(p.mode == SoftmaxMode::both),
         pairs_(c, p.x, p.y, p.normalize, false, p.dx != nullptr, true),
         strip_(c, pairs_, keeps_scores(), p.dx != nullptr, p.dx, p.mode == SoftmaxMode::pairs ? nullptr : p.dy),
-        multiplier_{p.scale_at, p.scale} {}
+        multiplier_{{p.scale_at, p.scale}} {}
 
   void run() {
     first_states();
@@ -435,8 +378,9 @@ class Softmax {
       launch_scores(c, plan, pairs_, b,
                     LseEpilogue<T, false>{masked, kept, b, tiles_m, tiles_n, of_rows_, of_columns_});
     const int64_t rows = b.rows < n - row ? b.rows : n - row, columns = b.columns < m - column ? b.columns : m - column;
-    c.launch_warps(rows, MergeStates<T>{of_rows_, tiles_n, rows, states_ + row});
-    if (columns_) c.launch_warps(columns, MergeStates<T>{of_columns_, tiles_m, columns, column_states_ + column});
+    c.launch_warps(rows, MergeLogSumExps<T>{of_rows_, tiles_n, rows, 1, 1, states_ + row});
+    if (columns_)
+      c.launch_warps(columns, MergeLogSumExps<T>{of_columns_, tiles_m, columns, 1, 1, column_states_ + column});
     if (!keeps_scores()) return;
     fill(states_, row, b.rows, n, row_base_, row_weight_);
     if (keeps_blocks) return strip_.products(kept, row_weight_);
@@ -490,7 +434,7 @@ class Softmax {
     if (alias) step.terms[2] = target;
     step.along = along;
     finish_rows(c, x, p.dx, step);
-    c.launch(1, ScaleGradient{{along, n}, multiplier_, p.mode == SoftmaxMode::pairs ? 2.0 : 1.0, p.dscale_at});
+    c.launch(1, ScaleSlope{{along, n}, multiplier_, p.mode == SoftmaxMode::pairs ? 2.0 : 1.0, p.dscale_at});
     FinishRows<T> other{};
     other.scale = step.scale;
     other.multiply = step.multiply;
