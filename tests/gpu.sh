@@ -43,10 +43,12 @@ part bench 130 "$python" -m nearfar bench --device cuda --budget 0.3 --json "$ou
 
 small="(info_nce or clip or nt_xent or uniformity or alignment or cdist or matmul or knn or kmeans)"
 small="$small and (37-16 or 65-33 or 5-66-3 or 65-16-2 or 40-3 or 33 or kmeans) and not float64"
+# initcheck does not see what the bulk copy engine writes, which on Hopper is the weights of bfloat16 rows.
 for tool in memcheck racecheck synccheck initcheck; do
   if command -v compute-sanitizer >/dev/null; then
     part "sanitizer-$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-      "$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda.py -k "$small"
+      "$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda.py \
+      -k "$small$([ "$tool" = initcheck ] && echo ' and not bfloat16')"
   else
     echo "sanitizer-$tool: SKIPPED, no compute-sanitizer on PATH" | tee -a "$out/summary.txt"
   fi
