@@ -116,6 +116,7 @@ NEARFAR_DEVICE int opaque(int value) {
   return value;
 }
 
+constexpr float kLog2E = 1.44269504f;
 /// 2^x, about 2 units in the last place; too small is zero.
 NEARFAR_DEVICE float exp2_fast(float x) {
   float y;

@@ -38,11 +38,6 @@ NEARFAR_DEVICE RowParts<P, K>& row_parts() {
   NEARFAR_SHARED RowParts<P, K> parts;
   return parts;
 }
-/// The first of the lanes of a warp that share rows.
-template <class P>
-NEARFAR_DEVICE bool first_of_row() {
-  return cuda::lane_index() % P::kRowLanes == 0;
-}
 
 /// terms(a, sums) gives K numbers of a thread's part of row a; place(row of the tile, totals) is called once for every
 /// row, by one thread.
@@ -56,8 +51,7 @@ NEARFAR_DEVICE void reduce_sums(Terms terms, Place place) {
     terms(a, sums);
     NEARFAR_UNROLL
     for (int k = 0; k < K; ++k) {
-      NEARFAR_UNROLL
-      for (int mask = 1; mask < P::kRowLanes; mask *= 2) sums[k] += cuda::shuffle_xor(sums[k], mask);
+      sums[k] = sum_of_row<P>(sums[k]);
       if (first_of_row<P>()) parts.of[P::warp_n()][k][P::row(a)] = sums[k];
     }
   }
@@ -155,12 +149,7 @@ inline int64_t tiles_of(const StripShape& shape) { return ceil_div(shape.columns
 /// f(block) for all pairs, row by row, where nothing is stored but `numbers` for every row of a tile.
 template <class T, class E, class F>
 void for_tile_blocks(const cuda::Context& c, const Pairs<T, E>& pairs, int64_t numbers, F f) {
-  const StripShape shape = tile_blocks(c, pairs, numbers);
-  for (int64_t row = 0; row < pairs.x.padded; row += shape.rows)
-    for (int64_t column = 0; column < pairs.y.padded; column += shape.columns) {
-      const int64_t rows = pairs.x.padded - row, columns = pairs.y.padded - column;
-      f(Block{row, rows < shape.rows ? rows : shape.rows, column, columns < shape.columns ? columns : shape.columns});
-    }
+  tile_blocks(c, pairs, numbers).for_blocks(pairs.x.padded, pairs.y.padded, f);
 }
 
 /// sum_ij (dL/ds_ij) s_ij = sum_i <x_i, dx_i> for rows before the projection, over scale; `counted`: how often every

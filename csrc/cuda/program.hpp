@@ -391,7 +391,7 @@ void program_gradient(cuda::Context& c, const Program& text, const double* param
   auto room = [&](T* whole, const Rows& rows, int64_t d) {
     if (whole && d == rows.d) return whole;
     T* own = c.take<T>(rows.n * d);
-    c.launch_threads(rows.n * d, Zero<T>{own, rows.n * d});
+    c.launch_threads(rows.n * d, Fill<T>{own, rows.n * d, T(0)});
     return own;
   };
   for (int s = 0; s < program.scores; ++s) {
@@ -410,7 +410,7 @@ void program_gradient(cuda::Context& c, const Program& text, const double* param
     const Block& block = first.block;
     ReversePairs<T> reverse{program, {}, {}, packed.n, packed.m, sums};
     for (int s = 0; s < program.scores; ++s) {
-      reverse.score[s] = parts[s].strip->open(block.row, block.column);
+      reverse.score[s] = parts[s].strip->open(block);
       parts[s].strip->clear_near(reverse.score[s]);
     }
     if (gaussian) {

@@ -78,7 +78,7 @@ void launch_scores(cuda::Context& c, const Plan& plan, const Pairs<T, E>& pairs,
     if (pairs.blocked()) {
       const BlockedOperand<true> x{pairs.x.blocks(b.row / Blocked::kRows)},
           y{pairs.y.blocks(b.column / Blocked::kRows)};
-      return launch_wgmma(c, x, y, ceil_div(b.rows, 128), ceil_div(b.columns, 128),
+      return launch_wgmma(c, x, y, ceil_div(b.rows, Blocked::kRows), ceil_div(b.columns, Blocked::kRows),
                           ceil_div(pairs.x.d, Blocked::kColumns), 1, epilogue);
     }
   }

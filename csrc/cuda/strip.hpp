@@ -48,12 +48,13 @@ struct Weights {
 };
 
 template <class T>
-struct Zero {
+struct Fill {
   T* out;
   int64_t count;
+  T value;
   NEARFAR_DEVICE void operator()() const {
     const int64_t k = cuda::global_thread();
-    if (k < count) out[k] = 0;
+    if (k < count) out[k] = value;
   }
 };
 
@@ -242,6 +243,14 @@ struct StripShape {
     if (s.columns > 0 && s.rows * s.columns > budget) s.rows = at_least_one(budget / s.columns);
     return s;
   }
+  /// f(block) for all of (rows, columns), whole tiles, row by row.
+  template <class F>
+  void for_blocks(int64_t all_rows, int64_t all_columns, F f) const {
+    for (int64_t row = 0; row < all_rows; row += rows)
+      for (int64_t column = 0; column < all_columns; column += columns)
+        f(Block{row, all_rows - row < rows ? all_rows - row : rows, column,
+                all_columns - column < columns ? all_columns - column : columns});
+  }
   static int64_t at_least_one(int64_t count) { return count < kPadRows ? kPadRows : count / kPadRows * kPadRows; }
 };
 
@@ -276,19 +285,16 @@ class Strip {
   /// f(weights of a block, empty so far) for every block, row by row.
   template <class F>
   void for_blocks(F f) {
-    for (int64_t row = 0; row < pairs_.x.padded; row += shape.rows)
-      for (int64_t column = 0; column < pairs_.y.padded; column += shape.columns) f(open(row, column));
+    shape.for_blocks(pairs_.x.padded, pairs_.y.padded, [&](const Block& block) { f(open(block)); });
   }
-  Weights<T> open(int64_t row, int64_t column) {
-    const int64_t rows = pairs_.x.padded - row, columns = pairs_.y.padded - column;
+  Weights<T> open(const Block& block) {
     Weights<T> weights = weights_;
-    weights.block = {row, rows < shape.rows ? rows : shape.rows, column,
-                     columns < shape.columns ? columns : shape.columns};
+    weights.block = block;
     return weights;
   }
   void clear_near(const Weights<T>& weights) {
     const int64_t words = weights.block.rows * weights.pitch / 32;
-    if (weights.near) c_.launch_threads(words, Zero<uint32_t>{weights.near, words});
+    if (weights.near) c_.launch_threads(words, Fill<uint32_t>{weights.near, words, 0});
   }
 
   /// Weights that the epilogue of a product has left, times both sets. dy null: only dX. of_rows: what row i of blocked

@@ -176,6 +176,19 @@ struct PartialSum {
   T m, s;
 };
 
+/// The first of the lanes of a warp that share rows.
+template <class P>
+NEARFAR_DEVICE bool first_of_row() {
+  return cuda::lane_index() % P::kRowLanes == 0;
+}
+/// Over these lanes; all have it.
+template <class P>
+NEARFAR_DEVICE typename P::T sum_of_row(typename P::T value) {
+  NEARFAR_UNROLL
+  for (int mask = 1; mask < P::kRowLanes; mask *= 2) value += cuda::shuffle_xor(value, mask);
+  return value;
+}
+
 /// Log-sum-exp of every row (ROWS) or column of the tile; place(k, partial) is called once for each, by one thread.
 template <class P, bool ROWS, class Place>
 NEARFAR_DEVICE void reduce_lse(const Fragment<P>& f, Place place) {

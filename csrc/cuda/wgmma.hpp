@@ -157,7 +157,7 @@ struct WgmmaKernel {
         if (++stage == kStages) stage = 0, parity ^= 1;
       }
       cuda::wgmma_wait<0>();
-      cuda::wgmma_fence(acc.v);  // X
+      cuda::wgmma_fence(acc.v);
       release();
       const Work w = work(index);
       epilogue.template apply<P>(
@@ -264,6 +264,7 @@ NEARFAR_DEVICE void sum_lines(const Fragment<Wgmma>& f, bool columns, PlaceRow p
     float sum = 0;
     NEARFAR_UNROLL
     for (int b = 0; b < P::kCols; ++b) sum += f(a, b);
+    // Not sum_of_row and first_of_row, which find the lane again: sixty bytes of registers spill.
     sum += cuda::shuffle_xor(sum, 1);
     sum += cuda::shuffle_xor(sum, 2);
     if (lane % P::kRowLanes == 0) place_row(P::row(a), sum);

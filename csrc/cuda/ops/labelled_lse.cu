@@ -225,7 +225,7 @@ struct LabelledWeightEpilogue {
       }
       f(a, b) = w;
     }
-    f.for_each([&](int64_t i, int64_t j, T w) { out.w[i * out.pitch + j] = w; });
+    out.store(f);
   }
 };
 

@@ -44,7 +44,7 @@ void matmul(Context& c, const MatmulDevice<T>& p) {
   Strip<T, T> strip(c, kernel[0], false, true, nullptr, nullptr);
   kernel.take_others(strip.shape);
   const int64_t n = p.x.n, r = p.v.d;
-  c.launch_threads(n * r, Zero<T>{p.out, n * r});
+  c.launch_threads(n * r, Fill<T>{p.out, n * r, T(0)});
   constexpr int kFew = 4;
   const bool few = r <= kFew;
   Packed<T, T> v;

@@ -71,7 +71,7 @@ struct PotentialEpilogue {
 #if defined(NEARFAR_HOPPER)
   /// Rows of norm one, or zero: their factor says which.
   NEARFAR_DEVICE void apply_unit(const Fragment<Wgmma>& f, int64_t tile_m, int64_t tile_n) const {
-    const float slope = -1.44269504f * static_cast<float>(t);
+    const float slope = -cuda::kLog2E * static_cast<float>(t);
     const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
     uint32_t hidden[Wgmma::kRows];
     hide_pairs(
@@ -133,20 +133,18 @@ void run(cuda::Context& c, const PotentialDevice<T>& p) {
 
   auto pass = [&](bool least, bool store) {
     int64_t tiles = 0;
-    for (int64_t row = 0; row < pairs.x.padded; row += strip.shape.rows)
-      for (int64_t column = 0; column < pairs.y.padded; column += strip.shape.columns) {
-        Weights<T> weights = strip.open(row, column);
-        const Block& b = weights.block;
-        const Plan plan = plan_scores(c, "potential", pairs, b);
-        const int64_t tiles_n = ceil_div(b.columns, plan.tile);
-        if (store) strip.clear_near(weights);
-        if (!store) weights.w = nullptr, weights.blocks.data = nullptr;
-        launch_scores(c, plan, pairs, b,
-                      PotentialEpilogue<T>{pairs.scores, weights, b, p.x.n, tiles_n, least, static_cast<T>(p.t),
-                                           reference, of_tiles + tiles});
-        tiles += ceil_div(b.rows, plan.tile) * tiles_n;
-        if (store) strip.products(weights);
-      }
+    strip.for_blocks([&](Weights<T> weights) {
+      const Block& b = weights.block;
+      const Plan plan = plan_scores(c, "potential", pairs, b);
+      const int64_t tiles_n = ceil_div(b.columns, plan.tile);
+      if (store) strip.clear_near(weights);
+      if (!store) weights.w = nullptr, weights.blocks.data = nullptr;
+      launch_scores(c, plan, pairs, b,
+                    PotentialEpilogue<T>{pairs.scores, weights, b, p.x.n, tiles_n, least, static_cast<T>(p.t),
+                                         reference, of_tiles + tiles});
+      tiles += ceil_div(b.rows, plan.tile) * tiles_n;
+      if (store) strip.products(weights);
+    });
     return tiles;
   };
 

@@ -85,7 +85,7 @@ struct SigmoidEpilogue {
       upstream[a] = i >= n ? 0.0f : static_cast<float>(weights ? weights[i] : weight);
     }
     for_each_pair(f, scores.x_factor + i0, scores.y_factor + j0, [&](float x, float y, float value, int a, int b) {
-      const float l = scale * (value * (x * y)) + shift, e = cuda::exp2_fast(-1.44269504f * fabsf(l));
+      const float l = scale * (value * (x * y)) + shift, e = cuda::exp2_fast(-cuda::kLog2E * fabsf(l));
       // One division for both; log(1 + e) = 2 artanh z, z <= 1/3, by its series.
       const float r = cuda::reciprocal_fast((1 + e) * (2 + e)), z = e * (r * (1 + e)), q = z * z;
       const float log_part =
@@ -99,9 +99,7 @@ struct SigmoidEpilogue {
     NEARFAR_UNROLL
     for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
     for (int k = 0; k < kSums; ++k) {
-      float sum = sums[a][k];
-      NEARFAR_UNROLL
-      for (int mask = 1; mask < P::kRowLanes; mask *= 2) sum += cuda::shuffle_xor(sum, mask);
+      const float sum = sum_of_row<P>(sums[a][k]);
       if (first_of_row<P>()) of_rows[((f.i0 + P::row(a)) * kSums + k) * tiles_n + tile_n] = sum;
     }
     if (out.stored()) out.store(f);

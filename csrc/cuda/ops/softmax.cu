@@ -39,8 +39,7 @@ struct MaskedScores {
 #if defined(NEARFAR_HOPPER)
   /// In place, e^{s - bound}.
   NEARFAR_DEVICE void exponentials(const Fragment<Wgmma>& f, int64_t row, int64_t column) const {
-    constexpr float kLog2E = 1.44269504f;
-    const float scale = static_cast<float>(multiplier()) * kLog2E;
+    const float scale = static_cast<float>(multiplier()) * cuda::kLog2E;
     const int64_t i0 = row + f.i0, j0 = column + f.j0;
     uint32_t hidden[Wgmma::kRows];
     hide(f, i0, j0, hidden);
@@ -245,17 +244,6 @@ struct WeightEpilogue {
   }
 };
 
-template <class T>
-struct Fill {
-  T* out;
-  int64_t count;
-  T value;
-  NEARFAR_DEVICE void operator()() const {
-    const int64_t k = cuda::global_thread();
-    if (k < count) out[k] = value;
-  }
-};
-
 /// Scores of a strip become weights, in place.
 template <class T>
 struct WeighStrip {
@@ -318,8 +306,8 @@ class Softmax {
         pairs_.scores, multiplier_, n, m, p.positive_is_column ? p.positive_shift : -1, p.mode == SoftmaxMode::pairs,
         p.ids,         unit()};
     // The two passes cut all pairs alike, except that the first keeps whole rows together.
-    const StripShape shape = keeps_scores() ? strip_.shape : StripShape::of(n, m, lse_pairs(), false);
-    of_rows_ = c.take<PartialSum<T>>(shape.rows * ceil_div(shape.columns, 64));
+    const StripShape shape = keeps_scores() ? strip_.shape : tile_blocks(c, pairs_, 4);
+    of_rows_ = c.take<PartialSum<T>>(shape.rows * tiles_of(shape));
     if (columns_) of_columns_ = c.take<PartialSum<T>>(shape.columns * ceil_div(shape.rows, 64));
     if (p.dx) {
       row_base_ = c.take<T>(pairs_.x.padded);
@@ -327,8 +315,7 @@ class Softmax {
       column_base_ = columns_ ? c.take<T>(pairs_.y.padded) : row_base_;
       column_weight_ = columns_ ? c.take<T>(pairs_.y.padded) : row_weight_;
     }
-    for (int64_t row = 0; row < pairs_.x.padded; row += shape.rows)
-      for (int64_t column = 0; column < pairs_.y.padded; column += shape.columns) lse_block(masked, row, column, shape);
+    shape.for_blocks(pairs_.x.padded, pairs_.y.padded, [&](const Block& block) { lse_block(masked, block); });
     if (p.dx && !keeps_scores()) weight_pass(masked);
     finish();
   }
@@ -343,9 +330,6 @@ class Softmax {
     const int64_t size = pairs_.blocked() ? sizeof(BF16) : sizeof(T);
     return round_up(m, kPadRows) * kPadRows * size <= c.strip_bytes;
   }
-  /// Partial states take two numbers for 64 pairs (twice that with columns): as much as a strip of weights.
-  int64_t lse_pairs() const { return c.strip_bytes / static_cast<int64_t>(sizeof(T)) * 16; }
-
   RowWeights<T> row_weights() const { return {p.weights, p.weight, columns_ ? 0.5 : 1.0}; }
   Denominator denominator() const { return {p.positive_in_sum, positive_score_}; }
 
@@ -362,12 +346,9 @@ class Softmax {
                                   p.paired_per_row, states_, column_states_, positive_score_, paired_score_});
   }
 
-  void lse_block(const MaskedScores<T>& masked, int64_t row, int64_t column, const StripShape& shape) {
-    const int64_t rows_left = pairs_.x.padded - row, columns_left = pairs_.y.padded - column;
-    const Block b{row, rows_left < shape.rows ? rows_left : shape.rows, column,
-                  columns_left < shape.columns ? columns_left : shape.columns};
+  void lse_block(const MaskedScores<T>& masked, const Block& b) {
     Weights<T> kept{};
-    if (keeps_scores()) kept = strip_.open(row, column);
+    if (keeps_scores()) kept = strip_.open(b);
     const Plan plan = plan_scores(c, "log-sum-exp", pairs_, b);
     const int64_t tiles_m = ceil_div(b.rows, plan.tile), tiles_n = ceil_div(b.columns, plan.tile);
     const bool keeps_blocks = pairs_.blocked() && keeps_scores();
@@ -377,12 +358,13 @@ class Softmax {
     if (!keeps_blocks)
       launch_scores(c, plan, pairs_, b,
                     LseEpilogue<T, false>{masked, kept, b, tiles_m, tiles_n, of_rows_, of_columns_});
-    const int64_t rows = b.rows < n - row ? b.rows : n - row, columns = b.columns < m - column ? b.columns : m - column;
-    c.launch_warps(rows, MergeLogSumExps<T>{of_rows_, tiles_n, rows, 1, 1, states_ + row});
+    const int64_t rows = b.rows < n - b.row ? b.rows : n - b.row,
+                  columns = b.columns < m - b.column ? b.columns : m - b.column;
+    c.launch_warps(rows, MergeLogSumExps<T>{of_rows_, tiles_n, rows, 1, 1, states_ + b.row});
     if (columns_)
-      c.launch_warps(columns, MergeLogSumExps<T>{of_columns_, tiles_m, columns, 1, 1, column_states_ + column});
+      c.launch_warps(columns, MergeLogSumExps<T>{of_columns_, tiles_m, columns, 1, 1, column_states_ + b.column});
     if (!keeps_scores()) return;
-    fill(states_, row, b.rows, n, row_base_, row_weight_);
+    fill(states_, b.row, b.rows, n, row_base_, row_weight_);
     if (keeps_blocks) return strip_.products(kept, row_weight_);
     c.launch_threads(b.rows * b.columns, WeighStrip<T>{PairWeight<T>{row_base_, row_weight_, nullptr, nullptr}, kept});
     strip_.products(kept);
@@ -426,18 +408,13 @@ class Softmax {
     const Term<T> target{p.positive.n ? Enter::reverse : Enter::none, positive_weight, x, n, p.positive_shift, 1};
     const Term<T> negatives{p.paired.n ? Enter::paired : Enter::none, paired_weight, paired_, n, 0, p.paired_per_row};
     double* along = c.take<double>(n);
-    FinishRows<T> step{};
-    step.scale = p.scale_at;
-    step.multiply = p.scale_at ? 1 : p.scale;
+    FinishRows<T> step = finish_scaled<T>(multiplier_, along);
     step.terms[0] = anchor;
     step.terms[1] = negatives;
     if (alias) step.terms[2] = target;
-    step.along = along;
     finish_rows(c, x, p.dx, step);
     c.launch(1, ScaleSlope{{along, n}, multiplier_, p.mode == SoftmaxMode::pairs ? 2.0 : 1.0, p.dscale_at});
-    FinishRows<T> other{};
-    other.scale = step.scale;
-    other.multiply = step.multiply;
+    FinishRows<T> other = finish_scaled<T>(multiplier_, nullptr);
     if (p.dy != p.dx) {
       if (p.dpositive == p.dy) other.terms[0] = target;
       finish_rows(c, pairs_.scores.y, p.dy, other);
