@@ -1,6 +1,6 @@
 // Sets of positives among the rows of one array (SupCon): the rows of a class, or what a user's mask says.
 //
-//   mean_i = mean_{p in P(i)} <x_i, x_p>       and the gradient of sum_i c_i |P(i)| mean_i
+//   mean_i = mean_{p in P(i)} <x_i, x_p>       and, of a mask, the gradient of sum_i c_i |P(i)| mean_i
 //
 // No scores are needed: sum_p <x_i, x_p> = <x_i, sum_p x_p>, O(N D) for classes and, for a mask, one look at each of
 // its bytes and O(D) for each that is set. Sums are kept in double, since the sum of a class less x_i cancels where the
@@ -37,12 +37,16 @@ class PositiveSets {
     return anchors;
   }
 
-  /// Adds the gradient of sum_i weight(i) mean_i over the anchors of several positives to dx.
+  bool by_class() const { return given() && which_.classes; }
+  /// What a positive of row i has of its anchor's mean, where there are several.
+  double share(int64_t i) const { return count_[i] > 1 ? 1 / static_cast<double>(count_[i]) : 0; }
+  /// Adds the gradient of sum_i weight(i) mean_i over the anchors of several positives to dx: of a mask. That of classes
+  /// is in the weights of pairs.
   template <class F>
   void add_gradient(F weight, T* dx) const {
-    Buffer<double> share(n_);
-    for (int64_t i = 0; i < n_; ++i) share[i] = count_[i] > 1 ? weight(i) / static_cast<double>(count_[i]) : 0;
-    which_.classes ? class_gradient(share.get(), dx) : mask_gradient(share.get(), dx);
+    Buffer<double> shares(n_);
+    for (int64_t i = 0; i < n_; ++i) shares[i] = share(i) * weight(i);
+    mask_gradient(shares.get(), dx);
   }
 
  private:
@@ -65,11 +69,11 @@ class PositiveSets {
     for (int64_t i = 0; i < n_; ++i) member_[next[which_.classes[i]]++] = i;
   }
 
-  /// f(first member, number of members, workspace of 4 d values) for every class.
+  /// f(first member, number of members, workspace of 2 d values) for every class.
   template <class F>
   void for_classes(F f) const {
     parallel_for((n_ + kPerTask - 1) / kPerTask, threads_, [&](int64_t task, int) {
-      Buffer<double> work(4 * d_);
+      Buffer<double> work(2 * d_);
       for (int64_t c = task * kPerTask; c < n_ && c < (task + 1) * kPerTask; ++c)
         f(member_.get() + first_[c], first_[c + 1] - first_[c], work.get());
     });
@@ -90,28 +94,6 @@ class PositiveSets {
         double dot = 0;
         for (int64_t k = 0; k < d_; ++k) dot += (sum[k] - static_cast<double>(row[k])) * static_cast<double>(row[k]);
         mean_[members[m]] = dot / static_cast<double>(size - 1);
-      }
-    });
-  }
-
-  /// dx_i = c_i sum_p x_p + sum_p c_p x_p, both sums less the row's own term.
-  void class_gradient(const double* share, T* dx) const {
-    for_classes([&](const int64_t* members, int64_t size, double* sum) {
-      if (size < 3) return;
-      double* weighted = sum + d_;
-      T* row = reinterpret_cast<T*>(weighted + d_);
-      for (int64_t k = 0; k < 2 * d_; ++k) sum[k] = 0;
-      for (int64_t m = 0; m < size; ++m) {
-        x_.get(members[m], row);
-        add(sum, 1, row);
-        add(weighted, share[members[m]], row);
-      }
-      for (int64_t m = 0; m < size; ++m) {
-        x_.get(members[m], row);
-        const double c = share[members[m]];
-        T* out = dx + members[m] * d_;
-        for (int64_t k = 0; k < d_; ++k)
-          out[k] += static_cast<T>(c * (sum[k] - 2 * static_cast<double>(row[k])) + weighted[k]);
       }
     });
   }

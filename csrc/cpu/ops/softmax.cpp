@@ -156,8 +156,9 @@ struct LseCell {
 };
 
 /// Weights from known normalisers: W_ij = u_i e^{s_ij - a_i} + v_j e^{s_ij - b_j}; with a common base in a and b,
-/// W_ij = (u_i + v_j) e^{s_ij - base}.
-template <class T, bool COLUMNS>
+/// W_ij = (u_i + v_j) e^{s_ij - base}. With CLASSES less the pull (c_i + c_j) of two rows of a class: in a tight one both
+/// are nearly equal, and what is left keeps its digits only where they are subtracted before the product.
+template <class T, bool COLUMNS, bool CLASSES>
 struct WeightCell {
   using P = Policy<T>;
   static constexpr bool kScores = true;
@@ -169,16 +170,25 @@ struct WeightCell {
       const int64_t row = b.row + p * P::NR;
       for (int v = 0; v < P::kVectors; ++v) {
         const Vec<T> a = load(&row_lse[row + v * kLanes<T>]), u = load(&row_weight[row + v * kLanes<T>]);
+        Vec<T> pull{};
+        IVec<T> own{};
+        if (CLASSES) {
+          pull = load(&class_pull[row + v * kLanes<T>]);
+          __builtin_memcpy(&own, classes + row + v * kLanes<T>, sizeof own);
+        }
         for (int64_t j = 0; j < b.columns; ++j) {
           T* place = s + j * P::NR + v * kLanes<T>;
           const Vec<T> score = load(place);
           const Vec<T> e = exp_flush(score - a);
           const Vec<T> other = COLUMNS ? splat<T>(column_weight[b.column + j]) : Vec<T>{};
-          if (!COLUMNS || common) {
-            store(place, (u + other) * e);
-          } else {
-            store(place, u * e + other * exp_flush(score - splat<T>(column_lse[b.column + j])));
+          Vec<T> w = (u + other) * e;
+          if (COLUMNS && !common) w = u * e + other * exp_flush(score - splat<T>(column_lse[b.column + j]));
+          if (CLASSES) {
+            const IVec<T> alike = own == isplat<T>(classes[b.column + j]);
+            const IVec<T> there = score > splat<T>(static_cast<T>(-kInfinity));
+            w -= select(alike & there, pull + splat<T>(class_pull[b.column + j]), Vec<T>{});
           }
+          store(place, w);
         }
       }
     }
@@ -189,6 +199,8 @@ struct WeightCell {
   const Mask<T>& mask_;
   const T *row_lse, *row_weight, *column_lse, *column_weight;  // padded to whole strips and tiles
   bool common;
+  const IntOf<T>* classes = nullptr;  // and these
+  const T* class_pull = nullptr;
 };
 
 template <class T>
@@ -340,8 +352,20 @@ class Softmax {
       fill(i < n ? denominator(states_[i], i) : 0, i < n ? weight_of(i) : 0, row_lse[i], row_weight[i]);
     for (int64_t j = 0; COLUMNS && j < columns; ++j)
       fill(j < m ? denominator(column_state(j), j) : 0, j < m ? weight_of(j) : 0, column_lse[j], column_weight[j]);
-    WeightCell<T, COLUMNS> cell{mask, row_lse.get(), row_weight.get(), column_lse.get(), column_weight.get(), base > 0};
-    StripPass<T, WeightCell<T, COLUMNS>>(o, cell, plan(true, false)).run();
+    const T *a = row_lse.get(), *u = row_weight.get(), *b = column_lse.get(), *v = column_weight.get();
+    if (!sets.by_class()) return multiply(WeightCell<T, COLUMNS, false>{mask, a, u, b, v, base > 0});
+    const int64_t padded = rows > columns ? rows : columns;
+    Buffer<IntOf<T>> classes(padded);
+    Buffer<T> pull(padded);
+    for (int64_t i = 0; i < padded; ++i) {
+      classes[i] = i < n ? static_cast<IntOf<T>>(p.positives.classes[i]) : IntOf<T>(-1);
+      pull[i] = i < n ? static_cast<T>(sets.share(i) * weight_of(i)) : T(0);
+    }
+    multiply(WeightCell<T, COLUMNS, true>{mask, a, u, b, v, base > 0, classes.get(), pull.get()});
+  }
+  template <class Cell>
+  void multiply(Cell cell) {
+    StripPass<T, Cell>(o, cell, plan(true, false)).run();
   }
 
   /// Losses; and of gradients what is not a column of the engine: positives, own negatives, scale, normalisation.
@@ -357,7 +381,7 @@ class Softmax {
     if (!p.dx) return;
     add_positives();
     Buffer<double> along(n);
-    if (sets.given()) sets.add_gradient([&](int64_t i) { return -weight_of(i); }, p.dx);
+    if (sets.given() && !sets.by_class()) sets.add_gradient([&](int64_t i) { return -weight_of(i); }, p.dx);
     finish_gradient(o.x, p.scale, p.threads, p.dx, along.get());
     // sum_ij (dL/ds_ij) s_ij = sum_i <x_i, dx_i> for unit rows before the projection; with pairs every score counts
     // twice.
