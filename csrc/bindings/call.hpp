@@ -79,6 +79,13 @@ inline PairMap map_of(const std::string& name) {
   refuse_value("map", "unknown map " + name);
 }
 
+inline Mining mining_of(const std::string& name) {
+  if (name == "hard") return Mining::hard;
+  if (name == "semihard") return Mining::semihard;
+  if (name == "all") return Mining::all;
+  refuse_value("mining", "unknown mining " + name);
+}
+
 void register_array(py::module_& m);
 void register_kernels(py::module_& m);
 void register_cuda(py::module_& m);  // where NEARFAR_WITH_CUDA

@@ -353,6 +353,43 @@ void sup_con(py::handle x_, py::handle labels, py::handle mask_, int64_t views, 
   });
 }
 
+/// `labels` (int64) in place of codes; `begin`: where the pairs of every anchor begin, of semihard that is mined. sums (2):
+/// sum or mean of losses, and the number of triplets.
+void triplet(py::handle x_, py::handle labels, py::handle, const std::string& mining, double margin, bool squared,
+             bool soft, bool normalize, py::handle weights, bool mean, py::handle value, py::handle dx,
+             py::handle positive, py::handle negative, py::handle begin, py::handle sums, const py::tuple& where) {
+  Call call;
+  const Array x = call.input(x_, "x", 2);
+  const int64_t n = x.shape[0];
+  if (n > INT32_MAX) refuse_value("x", "expected less than 2^31 rows");
+  with_compute_type(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    cuda::TripletDevice<T> p{};
+    p.x = rows_of(x);
+    p.labels = call.labels(labels, "labels", n);
+    p.mining = mining_of(mining);
+    p.margin = margin;
+    p.squared = squared;
+    p.soft = soft;
+    p.normalize = normalize;
+    p.weights = weights.is_none() ? nullptr : call.output<T>(weights, "weights", {n});
+    p.mean = mean;
+    p.value = call.output<T>(value, "value", {n});
+    p.dx = call.gradient<T>(dx, "dx", x);
+    if (!positive.is_none()) {
+      if (p.mining == Mining::all) refuse_value("mining", "expected 'hard' or 'semihard'");
+      const int64_t places = call.input(positive, "positive", 1, {DType::i64}).shape[0];
+      if (p.mining == Mining::hard && places != n) refuse_value("positive", "expected a place for every row");
+      p.positive = call.output<int64_t>(positive, "positive", {places});
+      p.negative = call.output<int64_t>(negative, "negative", {places});
+      if (p.mining == Mining::semihard) p.begin = call.labels(begin, "begin", n);
+    }
+    p.total = call.output<double>(sums, "sums", {2});
+    p.count_at = p.total + 1;
+    call.run(where, [&](cuda::Context& c) { cuda::triplet<T>(c, p); });
+  });
+}
+
 void potential(py::handle x_, double t, bool normalize, py::handle dx, py::handle sums, const py::tuple& where) {
   Call call;
   const Array x = call.input(x_, "x", 2);
@@ -426,6 +463,9 @@ void register_cuda(py::module_& module) {
         arg("sums"), arg("where"));
   m.def("sup_con", cuda_bindings::sup_con, arg("x"), arg("labels"), arg("positive_mask"), arg("views"), arg("scale"),
         arg("normalize"), arg("weights"), arg("mean"), arg("loss"), arg("dx"), arg("sums"), arg("where"));
+  m.def("triplet", cuda_bindings::triplet, arg("x"), arg("labels"), arg("classes"), arg("mining"), arg("margin"),
+        arg("squared"), arg("soft"), arg("normalize"), arg("weights"), arg("mean"), arg("value"), arg("dx"),
+        arg("positive"), arg("negative"), arg("begin"), arg("sums"), arg("where"));
   m.def("potential", cuda_bindings::potential, arg("x"), arg("t"), arg("normalize"), arg("dx"), arg("sums"),
         arg("where"));
   m.def("alignment", cuda_bindings::alignment, arg("x"), arg("y"), arg("alpha"), arg("normalize"), arg("weights"),

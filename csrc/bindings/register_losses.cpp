@@ -229,13 +229,6 @@ double alignment(py::handle x_, py::handle y_, double alpha, bool normalize, py:
   });
 }
 
-Mining mining_of(const std::string& name) {
-  if (name == "hard") return Mining::hard;
-  if (name == "semihard") return Mining::semihard;
-  if (name == "all") return Mining::all;
-  refuse_value("mining", "unknown mining " + name);
-}
-
 /// One triplet an anchor, or one for every ordered pair of a class.
 int64_t places_of(Mining mining, const int32_t* codes, int64_t n, int64_t classes) {
   if (mining == Mining::hard) return n;
@@ -312,7 +305,7 @@ void register_losses(py::module_& m) {
   m.def("triplet", triplet, arg("x"), arg("codes"), arg("classes"), arg("mining"), arg("margin"), arg("squared"),
         arg("soft"), arg("normalize"), arg("weights"), arg("mean"), arg("value"), arg("dx"), arg("positive"),
         arg("negative"), arg("triplets"), arg("threads"),
-        "Triplet losses of a labelled batch, gradient and mined indices; returns (sum of losses, number of triplets).");
+        "Triplet losses of a labelled batch, gradient and mined indices; returns (sum or mean of losses, number of triplets).");
 }
 
 }  // namespace nearfar

@@ -177,7 +177,7 @@ struct TripletParams {
   double margin;
   bool squared, soft, normalize;
   const T* weights;  // upstream gradient of each anchor's sum; null: 1
-  bool mean;         // divide the gradient by count
+  bool mean;         // divide the sum and the gradient by count
   T* value;          // (n) each anchor's sum
   double value_sum;  // out
   int64_t count;     // out: triplets; of all of them, without `soft`, those with positive loss

@@ -67,6 +67,11 @@ inline int lowest_bit(uint32_t bits) { return __builtin_ffs(static_cast<int>(bit
 inline int lowest_bit(uint64_t bits) { return __builtin_ffsll(static_cast<long long>(bits)) - 1; }
 inline int count_bits(uint32_t bits) { return __builtin_popcount(bits); }
 inline void atomic_or(uint32_t* place, uint32_t bits) { *place |= bits; }
+inline void atomic_add(int32_t* place, int32_t value) { *place += value; }
+template <class T>
+inline void atomic_min(T* place, T value) {
+  if (value < *place) *place = value;
+}
 
 inline float half_to_float(uint16_t bits) {
   _Float16 value;

@@ -46,6 +46,14 @@ struct AlignmentDevice : AlignmentParams<T> {
   double* value_total = nullptr;
 };
 
+/// Triplets: `labels` in place of classes.
+template <class T>
+struct TripletDevice : TripletParams<T> {
+  const int64_t* labels = nullptr;
+  const int64_t* begin = nullptr;  // (n) of semihard that is mined: where the pairs of an anchor begin
+  double *total = nullptr, *count_at = nullptr;
+};
+
 // Kernels given as programs. Their parameters may lie on the device; null: in the program.
 template <class T>
 struct GramDevice : GramParams<T> {
@@ -80,6 +88,8 @@ template <class T>
 void labelled_lse(Context& c, const LabelledLseDevice<T>& p);
 template <class T>
 void sup_con(Context& c, const SupConDevice<T>& p);
+template <class T>
+void triplet(Context& c, const TripletDevice<T>& p);
 template <class T>
 void potential(Context& c, const PotentialDevice<T>& p);
 template <class T>

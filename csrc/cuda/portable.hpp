@@ -54,6 +54,16 @@ NEARFAR_DEVICE int lowest_bit(uint32_t bits) { return __ffs(static_cast<int>(bit
 NEARFAR_DEVICE int lowest_bit(uint64_t bits) { return __ffsll(static_cast<long long>(bits)) - 1; }
 NEARFAR_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 NEARFAR_DEVICE void atomic_or(uint32_t* place, uint32_t bits) { atomicOr(place, bits); }
+// Of integers, and of numbers that are not negative, whose bits are ordered as they are: the order does not matter.
+NEARFAR_DEVICE void atomic_add(int32_t* place, int32_t value) { atomicAdd(place, value); }
+NEARFAR_DEVICE void atomic_min(int32_t* place, int32_t value) { atomicMin(place, value); }
+NEARFAR_DEVICE void atomic_min(float* place, float value) {
+  atomicMin(reinterpret_cast<unsigned*>(place), __float_as_uint(value));
+}
+NEARFAR_DEVICE void atomic_min(double* place, double value) {
+  atomicMin(reinterpret_cast<unsigned long long*>(place),
+            static_cast<unsigned long long>(__double_as_longlong(value)));
+}
 
 NEARFAR_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 NEARFAR_DEVICE uint16_t float_to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }

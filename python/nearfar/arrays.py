@@ -165,6 +165,13 @@ def to_numpy(array: Array) -> np.ndarray[Any, Any]:
     return np.asarray(array.get())
 
 
+def like_numpy(like: Array, array: np.ndarray[Any, Any]) -> Array:
+    """An array of NumPy as one of the kind and device of `like`; shares memory where it can."""
+    if is_torch(like):
+        return sys.modules["torch"].from_numpy(array).to(like.device)
+    return namespace(like).asarray(array)
+
+
 def as_bytes(mask: Array) -> Array:
     """A boolean array seen as uint8, without a copy."""
     return mask.view(sys.modules["torch"].uint8 if is_torch(mask) else np.uint8)

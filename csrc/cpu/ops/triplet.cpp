@@ -11,32 +11,10 @@
 // A gradient that touches few pairs is summed pair by pair (`Pulls`), else it is a product with weights (`StripPass`).
 #include "cpu/labels.hpp"
 #include "cpu/mask.hpp"
+#include "pairwise/triplet.hpp"
 
 namespace nearfar {
 namespace {
-
-template <class T>
-struct Triplet {
-  bool squared, soft;
-  T margin;
-
-  /// v of a squared distance; dv = pull (x_i - x_j), 0 at distance 0.
-  T value(T square) const { return squared ? square : std::sqrt(square); }
-  T pull(T value) const { return squared ? T(2) : value > 0 ? 1 / value : T(0); }
-
-  /// The loss and its slope along v_ap - v_an.
-  double loss(T positive, T negative, T& slope) const {
-    const double gap = static_cast<double>(positive) - static_cast<double>(negative);
-    if (!soft) {
-      const double value = gap + static_cast<double>(margin);
-      slope = value > 0;
-      return value > 0 ? value : 0;
-    }
-    const double e = std::exp(-std::fabs(gap));
-    slope = static_cast<T>((gap > 0 ? 1 : e) / (1 + e));
-    return (gap > 0 ? gap : 0) + std::log1p(e);
-  }
-};
 
 /// What the cells share: results per row of the batch, the gradient of its points.
 template <class T>
@@ -442,11 +420,13 @@ void finish(TripletParams<T>& p, TripletCell<T>& cell, const T* more) {
     p.value_sum += cell.sums[r];
     p.count += cell.counts[r];
   }
+  const double over = p.mean && p.count ? static_cast<double>(p.count) : 1;
+  p.value_sum /= over;
   if (!p.dx) return;
   for (int64_t i = 0; i < p.x.n; ++i)
     if (!batch.finite(i))
       for (int64_t k = 0; k < d; ++k) p.dx[i * d + k] = p.value[i];
-  const T scale = p.mean && p.count ? static_cast<T>(1 / static_cast<double>(p.count)) : T(1);
+  const T scale = static_cast<T>(1 / over);
   parallel_for(ceil_div(batch.m, Source<T>::kRowsPerTask), p.threads, [&](int64_t task, int) {
     for (int64_t r = task * Source<T>::kRowsPerTask; r < (task + 1) * Source<T>::kRowsPerTask && r < batch.m; ++r) {
       T* g = p.dx + batch.order[r] * d;

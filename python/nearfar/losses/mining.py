@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import operations, triplets
-from ..arrays import Array, check_matrix, check_points, codes_of, integer, is_torch
+from ..arrays import Array, check_matrix, check_points, codes_of, integer, is_torch, like_numpy, to_numpy
 from .ranking import check_margin
 from .softmax import check_labels
 
@@ -77,6 +77,9 @@ def mine_triplets(
 
     Notes
     -----
+    On a GPU distances are computed there, a block of anchors at a time for "band"; labels and the search for what was
+    drawn are on the host, so the stream is waited for.
+
     Memory is O(N D) and the result, also with a sample of "all" or "band": triplets are counted per anchor, in 64 bits,
     and only the ranks that were drawn are looked up. Without `max_triplets` the result of "all" and "band" can itself
     be of the order of N^3.
@@ -111,11 +114,7 @@ def mine_triplets(
         mined = triplets.mined(x, labels, mining, normalize)
         ranks = _sample(len(mined[0]), max_triplets, seed)
         found = mined if ranks is None else tuple(index[ranks] for index in mined)  # type: ignore[assignment]
-    if not is_torch(embeddings):
-        return found
-    import torch
-
-    return tuple(torch.from_numpy(index).to(embeddings.device) for index in found)  # type: ignore[return-value]
+    return tuple(like_numpy(embeddings, index) for index in found)  # type: ignore[return-value]
 
 
 def _sample(total: int, most: int | None, seed: int) -> _Index | None:
@@ -129,7 +128,7 @@ class _Groups:
     """The rows of every class, ascending: row i's class is order[begin[code[i]]:end[code[i]]]."""
 
     def __init__(self, labels: Array) -> None:
-        self.code, classes = codes_of(labels)
+        self.code, classes = codes_of(to_numpy(labels))
         self.order = np.argsort(self.code, kind="stable")
         self.size = np.bincount(self.code, minlength=classes)[self.code]  # of each row's class
         self.end = np.cumsum(np.bincount(self.code, minlength=classes))[self.code]
@@ -174,7 +173,7 @@ def _rows(x: Array, wanted: _Index, normalize: bool) -> Iterator[tuple[int, NDAr
     for begin in range(0, len(wanted), _BLOCK):
         block = wanted[begin : begin + _BLOCK]
         part = x[block if not is_torch(x) else block.tolist()]
-        square = np.asarray(operations.store(part[None], x[None], "sqeuclidean", normalize, False)[0], np.float64)
+        square = to_numpy(operations.store(part[None], x[None], "sqeuclidean", normalize, False)[0]).astype(np.float64)
         yield from zip(block.tolist(), np.sqrt(square), strict=True)
 
 
