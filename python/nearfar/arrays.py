@@ -165,6 +165,18 @@ def to_numpy(array: Array) -> np.ndarray[Any, Any]:
     return np.asarray(array.get())
 
 
+def of_kind(values: Any, like: Array) -> Array:
+    """NumPy values, copied, as an array of the kind and on the device of `like`."""
+    if is_torch(like):
+        return sys.modules["torch"].from_numpy(np.array(values, order="C")).to(like.device)
+    return namespace(like).asarray(values)
+
+
+def rows_at(array: Array, index: Any) -> Array:
+    """``array[index]`` where an index of NumPy goes to the device of the array."""
+    return array[of_kind(index, array) if isinstance(index, np.ndarray) else index]
+
+
 def as_bytes(mask: Array) -> Array:
     """A boolean array seen as uint8, without a copy."""
     return mask.view(sys.modules["torch"].uint8 if is_torch(mask) else np.uint8)
