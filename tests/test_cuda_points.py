@@ -20,6 +20,27 @@ on_device, small_strips = test_cuda.on_device, test_cuda.small_strips
 by_metric = pytest.mark.parametrize(("metric", "options"), test_metrics.CASES, ids=test_metrics.IDS)
 
 
+class OnHost(torch.Tensor):
+    """What `Tensor.cpu` gives below."""
+
+
+@pytest.fixture
+def device_memory(monkeypatch):
+    """In emulation, tensors refuse what those of a GPU refuse: to become NumPy arrays before they are copied."""
+    if not EMULATED:
+        return
+    array, numpy, cpu = torch.Tensor.__array__, torch.Tensor.numpy, torch.Tensor.cpu
+
+    def refuse(tensor):
+        if not isinstance(tensor, OnHost):
+            raise TypeError("can't convert a tensor on the device to NumPy: use Tensor.cpu() first")
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "__array__", lambda self, *args, **kw: array(refuse(self), *args, **kw))
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda self, **kw: numpy(refuse(self), **kw))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: cpu(self).as_subclass(OnHost))
+
+
 def same(results, others):
     return all(references.same_bits(a.cpu(), b.cpu()) for a, b in zip(results, others, strict=True))
 
@@ -316,6 +337,8 @@ def test_bad_arguments_of_the_kernels():
 
 # ---- the estimators --------------------------------------------------------------------------------------------------
 
+copied_only_on_demand = pytest.mark.usefixtures("device_memory")
+
 
 def on_cpu(monkeypatch, run):
     """The same by the CPU's kernels."""
@@ -333,6 +356,7 @@ def assert_same_fit(own, other, tolerance=1e-5):
     np.testing.assert_allclose(own.inertia_, other.inertia_, rtol=tolerance)
 
 
+@copied_only_on_demand
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("spherical", [False, True])
 def test_k_means_as_on_the_cpu(dtype, spherical, monkeypatch):
@@ -356,6 +380,7 @@ def test_k_means_as_on_the_cpu(dtype, spherical, monkeypatch):
         np.testing.assert_allclose(getattr(own, method)(fresh), expected, rtol=1e-4)
 
 
+@copied_only_on_demand
 @pytest.mark.parametrize("init", ["random", "array"])
 def test_other_starts(init, monkeypatch):
     points = torch.from_numpy(clusters(90, 3, 2))
@@ -365,6 +390,7 @@ def test_other_starts(init, monkeypatch):
     assert_same_fit(nf.KMeans(3, init=start, n_init=1, random_state=1).fit(points.to(DEVICE)), other, 1e-10)
 
 
+@copied_only_on_demand
 def test_empty_clusters_take_the_farthest_rows(monkeypatch):
     points = torch.from_numpy(clusters(60, 4, 2))
     start = torch.full((4, 2), 1e3, dtype=torch.float64)
@@ -377,6 +403,7 @@ def test_empty_clusters_take_the_farthest_rows(monkeypatch):
     assert len(own.labels_.unique()) == 4
 
 
+@copied_only_on_demand
 def test_mini_batches_as_on_the_cpu(monkeypatch):
     points = torch.from_numpy(clusters(200, 3, 2)).float()
 
@@ -397,6 +424,7 @@ def test_mini_batches_as_on_the_cpu(monkeypatch):
     assert own.predict(points.to(DEVICE)).device.type == DEVICE
 
 
+@copied_only_on_demand
 def test_bad_input_is_refused_as_on_the_cpu():
     x = tensor(g.points(20, 3), "float32")
     model = nf.KMeans(2, random_state=0).fit(x)

@@ -74,7 +74,7 @@ class LowRank:
     def transform(self, y: Array) -> Array:
         """Features (M, r) of other points: ``transform(y) transform(z)^T ~ k(y, z)``; the factor for the points."""
         gram = ImplicitGram(self._kernel, self.landmarks)
-        return of_kind(gram.matmul(self._map, y), y)
+        return of_kind(gram.matmul(self._map, cast(y, compute_dtype(y))), y)
 
 
 @dataclass(frozen=True)
