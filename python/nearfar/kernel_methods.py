@@ -108,6 +108,8 @@ class KernelRidge(_KernelEstimator):
     time. Its own KernelRidge stores N x N numbers. The preconditioner: Avron, Clarkson and Woodruff, Faster kernel
     ridge regression using sketching and preconditioning, 2017; Diaz, Epperly, Frangella, Tropp and Webber, 2023.
 
+    Of points on a GPU the fused products run there; the vectors of "cg" and the preconditioner are on the host.
+
     Examples
     --------
     >>> import numpy as np, nearfar as nf
@@ -339,7 +341,8 @@ class KernelPCA(_KernelEstimator):
     -----
     Block Lanczos with full re-orthogonalisation; up to 512 points, LAPACK on the stored matrix. Memory
     O(N n_components n_iter). With the linear kernel these are the principal components of X. Scholkopf, Smola and
-    Muller, Nonlinear component analysis as a kernel eigenvalue problem, 1998.
+    Muller, Nonlinear component analysis as a kernel eigenvalue problem, 1998. Of points on a GPU the products run there,
+    and Lanczos on the host.
 
     Examples
     --------

@@ -149,7 +149,7 @@ class Clusterer(Estimator):
         """
         self._check_fitted()
         centers = to_numpy(self.cluster_centers_)
-        index = codes if is_torch(codes) else np.asarray(codes)
+        index: Array = codes if is_torch(codes) else np.asarray(codes)
         if not dtype_name(index).removeprefix("u").startswith("int"):
             raise TypeError(f"codes: expected integers, got {dtype_name(index)}")
         if math.prod(index.shape):
@@ -227,6 +227,10 @@ class KMeans(Clusterer):
     offset of the data nor duplicates disturb them. Results are bitwise the same for every number of threads. Extra
     memory is O(N + K D) for the iterations; k-means++ packs a copy of X (up to 1 GiB) and keeps 3 + floor(ln K) numbers
     a row.
+
+    Tensors on a GPU stay there, and so do the arrays that come back. An iteration copies the centroids to it and their
+    sums to the host, which it waits for; seeding waits once. Centroids that are equally near to a row up to the round-off
+    of the expansion may be taken for one another there.
 
     An empty cluster takes the row that is farthest from its centroid. More clusters than distinct rows: the rest of the
     centroids stay where they were, with a warning (scikit-learn's ConvergenceWarning where that is in use). X is not

@@ -194,7 +194,8 @@ def nystrom(kernel: Any, x: Array, landmarks: Any, *, seed: int = 0) -> LowRank:
     Notes
     -----
     One kernel call of N x m, O(N m^2 + m^3) arithmetic: for the same number of columns faster than pivoted Cholesky,
-    which chooses better points. Williams and Seeger, 2001.
+    which chooses better points. Williams and Seeger, 2001. Of points on a GPU the entries of the kernel are computed
+    there, here as in `pivoted_cholesky`, and the factor on the host.
 
     Examples
     --------

@@ -9,40 +9,49 @@
 namespace nearfar {
 namespace {
 
-/// What is minimised: the squared distance, 1 - <u, v> of unit rows, or the negative dot product; +inf where a column
-/// is not to be chosen.
+/// Where keys go, and which pairs have one: +inf where a column is not to be chosen.
 template <class T>
-struct KeyEpilogue {
-  static constexpr bool kDistances = true;
-  Scores<T> scores;
-  PairMap map;
+struct Keys {
   bool exclude_self;
   int64_t n, m;
   Weights<T> strip;
 
+  NEARFAR_DEVICE int64_t row(int64_t i) const { return strip.block.row + i; }
+  NEARFAR_DEVICE int64_t column(int64_t j) const { return strip.block.column + j; }
+  NEARFAR_DEVICE bool inside(int64_t i, int64_t j) const {
+    return row(i) < n && column(j) < m && !(exclude_self && row(i) == column(j));
+  }
+  NEARFAR_DEVICE T& at(int64_t i, int64_t j) const { return strip.w[i * strip.pitch + j]; }
+};
+
+/// What is minimised: the squared distance, 1 - <u, v> of unit rows, or the negative dot product.
+template <class T>
+struct KeyEpilogue {
+  static constexpr bool kDistances = true;
+  Keys<T> keys;
+  Scores<T> scores;
+  PairMap map;
+
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    const int64_t row = strip.block.row, column = strip.block.column;
-    auto inside = [&](int64_t i, int64_t j) {
-      return row + i < n && column + j < m && !(exclude_self && row + i == column + j);
-    };
     auto key = [&](int64_t i, int64_t j, T product) {
-      const T score = scores(row + i, column + j, product);
+      const T score = scores(keys.row(i), keys.column(j), product);
       return map == PairMap::dot ? -score : map == PairMap::one_minus_dot ? 1 - score : score;
     };
     f.for_each(
         [&](int64_t i, int64_t j, T product) {
-          if (!inside(i, j)) return false;
+          if (!keys.inside(i, j)) return false;
           const T own = key(i, j, product);
-          return map == PairMap::one_minus_dot ? own <= kNear<T> : scores.must_measure(row + i, column + j, own);
+          return map == PairMap::one_minus_dot ? own <= kNear<T>
+                                               : scores.must_measure(keys.row(i), keys.column(j), own);
         },
         [&](int64_t i, int64_t j, T product) {
-          strip.w[i * strip.pitch + j] = inside(i, j) ? key(i, j, product) : infinity<T>();
+          keys.at(i, j) = keys.inside(i, j) ? key(i, j, product) : infinity<T>();
         },
         [&](int64_t i, int64_t j) {
-          const T square = scores.measure(row + i, column + j);
-          strip.w[i * strip.pitch + j] = map == PairMap::one_minus_dot ? square / 2 : square;
+          const T square = scores.measure(keys.row(i), keys.column(j));
+          keys.at(i, j) = map == PairMap::one_minus_dot ? square / 2 : square;
         });
   }
 };
@@ -50,18 +59,12 @@ struct KeyEpilogue {
 /// The same of a metric of coordinates: the score, before its root.
 template <class T>
 struct CoordinateKeys {
-  bool exclude_self;
-  int64_t n, m;
-  Weights<T> strip;
+  Keys<T> keys;
 
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    const Block& b = strip.block;
-    f.for_each([&](int64_t i, int64_t j, T score) {
-      const bool inside = b.row + i < n && b.column + j < m && !(exclude_self && b.row + i == b.column + j);
-      strip.w[i * strip.pitch + j] = inside ? score : infinity<T>();
-    });
+    f.for_each([&](int64_t i, int64_t j, T score) { keys.at(i, j) = keys.inside(i, j) ? score : infinity<T>(); });
   }
 };
 
@@ -207,7 +210,7 @@ void select(Context& c, const SelectParams<T>& p) {
     return with_coordinate_map(p.map, p.power, [&](auto map) {
       search<T>(c, p, false, [&](const Pairs<T, T>& pairs, const Weights<T>& weights) {
         launch_coordinates(c, map.score, pairs, weights.block,
-                           CoordinateKeys<T>{p.exclude_self, p.x.n, p.y.n, weights});
+                           CoordinateKeys<T>{{p.exclude_self, p.x.n, p.y.n, weights}});
       });
     });
   const bool distance = is_distance(p.map);
@@ -215,7 +218,7 @@ void select(Context& c, const SelectParams<T>& p) {
     search<decltype(element)>(c, p, distance, [&](const auto& pairs, const Weights<T>& weights) {
       const Block& b = weights.block;
       launch_scores(c, plan_scores(c, "keys", pairs, b), pairs, b,
-                    KeyEpilogue<T>{pairs.scores, p.map, p.exclude_self, p.x.n, p.y.n, weights});
+                    KeyEpilogue<T>{{p.exclude_self, p.x.n, p.y.n, weights}, pairs.scores, p.map});
     });
   });
 }
