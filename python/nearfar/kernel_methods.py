@@ -341,8 +341,8 @@ class KernelPCA(_KernelEstimator):
     -----
     Block Lanczos with full re-orthogonalisation; up to 512 points, LAPACK on the stored matrix. Memory
     O(N n_components n_iter). With the linear kernel these are the principal components of X. Scholkopf, Smola and
-    Muller, Nonlinear component analysis as a kernel eigenvalue problem, 1998. Of points on a GPU the products run there,
-    and Lanczos on the host.
+    Muller, Nonlinear component analysis as a kernel eigenvalue problem, 1998. Of points on a GPU the products run
+    there, and Lanczos on the host.
 
     Examples
     --------

@@ -229,8 +229,8 @@ class KMeans(Clusterer):
     a row.
 
     Tensors on a GPU stay there, and so do the arrays that come back. An iteration copies the centroids to it and their
-    sums to the host, which it waits for; seeding waits once. Centroids that are equally near to a row up to the round-off
-    of the expansion may be taken for one another there.
+    sums to the host, which it waits for; seeding waits once. Centroids that are equally near to a row up to the
+    round-off of the expansion may be taken for one another there.
 
     An empty cluster takes the row that is farthest from its centroid. More clusters than distinct rows: the rest of the
     centroids stay where they were, with a warning (scikit-learn's ConvergenceWarning where that is in use). X is not
