@@ -189,8 +189,8 @@ def psd_report(
     kernel, block Lanczos on the fused product, O(n) memory, at most 40 products with 8 columns. Smallest Ritz values
     bound the smallest eigenvalue from above only; from below it is bounded, but for `miss_probability`, by Lanczos on
     what a pivoted Cholesky factor leaves of K (`nearfar.psd_implicit` says how). That decides for kernels that are
-    smooth on the scale of the points. Else a Mercer kernel is accepted by its theorem, and the method says so. Of points
-    on a GPU the products run there, and all else on the host, where a matrix K is copied to.
+    smooth on the scale of the points. Else a Mercer kernel is accepted by its theorem, and the method says so. Of
+    points on a GPU the products run there, and all else on the host, where a matrix K is copied to.
 
     **Jitter.** That Cholesky succeeds proves little about semi-definiteness: it is certain to fail only when the least
     eigenvalue of K, scaled to unit diagonal, is below about ``-n^2 eps / 2`` (Higham, Accuracy and Stability of
