@@ -9,7 +9,7 @@ import references
 import test_cuda
 import test_metrics
 import torch
-from test_cuda import DEVICE, DTYPES, EMULATED, tensor
+from test_cuda import DEVICE, DTYPES, EMULATED, gpu_only, tensor
 
 import nearfar as nf
 from nearfar import _core, backend
@@ -443,7 +443,14 @@ def test_bad_input_is_refused_as_on_the_cpu():
         nf.KMeans(2).fit(x)
 
 
-@pytest.mark.skipif(EMULATED, reason="one device in emulation")
+def test_the_kernels_are_in_the_build():
+    assert {"lloyd", "seeding"} <= set(dir(_core.cuda))
+
+
+# ---- what only a GPU shows -------------------------------------------------------------------------------------------
+
+
+@gpu_only
 def test_weights_and_starts_may_lie_on_the_cpu():
     points = clusters(90, 3, 2)
     x, weights = tensor(points, "float32"), g.rng(0).uniform(1, 2, 90)
@@ -454,5 +461,30 @@ def test_weights_and_starts_may_lie_on_the_cpu():
     torch.testing.assert_close(models[0].cluster_centers_, models[1].cluster_centers_)
 
 
-def test_the_kernels_are_in_the_build():
-    assert {"lloyd", "seeding"} <= set(dir(_core.cuda))
+@gpu_only
+@by_metric
+def test_metrics_do_not_synchronise(metric, options):
+    x, y = (tensor(g.points(n, 20), "float32").requires_grad_() for n in (300, 200))
+    nf.cdist(x, y, metric, **options).sum().backward()
+    with test_cuda.no_synchronisation():
+        nf.cdist(x, y, metric, **options).sum().backward()
+        nf.knn(x.detach(), y.detach(), 3, metric=metric, **options)
+
+
+@gpu_only
+def test_many_rows():
+    n, k, d = 300_000, 300, 32
+    x = torch.randn(n, d, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
+    centers = g.points(k, d, seed=1)
+    inertia, changed, labels, distances, sums, counts = iterate(x, centers)
+    wide = x.double()
+    square = torch.cdist(wide, torch.from_numpy(centers.astype("float32")).to(DEVICE).double()).square()
+    assert changed == n
+    torch.testing.assert_close(distances.double(), square.amin(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(square.gather(1, labels[:, None])[:, 0], square.amin(1), rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(counts, labels.bincount(minlength=k).cpu())
+    expected = torch.zeros(k, d, dtype=torch.float64, device=DEVICE).index_add_(0, labels, wide)
+    np.testing.assert_allclose(sums, expected.cpu(), rtol=1e-9, atol=1e-9)
+    assert inertia == pytest.approx(float(distances.double().sum()), rel=1e-9)
+    chosen = nf.operations.seeding(x, False, None, 5, g.rng(0).uniform(size=(19, 4)))
+    assert len(set(chosen.tolist())) == 20
