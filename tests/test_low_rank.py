@@ -24,6 +24,7 @@ def check(low, kernel, x, dtype):
     assert low.error == pytest.approx(np.trace(left), abs=20 * EPS[dtype] * trace)
     assert np.linalg.eigvalsh(left)[0] > -20 * EPS[dtype] * trace
     assert np.linalg.norm(left, 2) <= low.error + 20 * EPS[dtype] * trace
+    assert np.allclose(numpy_of(low.transform(x)), factor, atol=1e-7 if dtype == "float64" else 1e-3)
     v = rng(7).standard_normal((len(matrix), 3))
     product = low.matmul(
         of_kind("torch" if isinstance(x, torch.Tensor) else "numpy", v, str(low.factor.dtype).removeprefix("torch."))

@@ -76,6 +76,9 @@ inline PairMap map_of(const std::string& name) {
   if (name == "one_minus_dot") return PairMap::one_minus_dot;
   if (name == "sqeuclidean") return PairMap::sqeuclidean;
   if (name == "euclidean") return PairMap::euclidean;
+  if (name == "cityblock") return PairMap::cityblock;
+  if (name == "chebyshev") return PairMap::chebyshev;
+  if (name == "minkowski") return PairMap::minkowski;
   refuse_value("map", "unknown map " + name);
 }
 
@@ -89,6 +92,7 @@ inline Mining mining_of(const std::string& name) {
 void register_array(py::module_& m);
 void register_kernels(py::module_& m);
 void register_cuda(py::module_& m);  // where NEARFAR_WITH_CUDA
+void register_cuda_clusters(py::module_& m);
 void register_losses(py::module_& m);
 void register_clusters(py::module_& m);
 void register_pairs(py::module_& m);

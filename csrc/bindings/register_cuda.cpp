@@ -31,7 +31,7 @@ struct DevicePairs {
   }
 };
 
-void store(py::handle x, py::handle y, const std::string& map, double, bool normalize, bool same, bool condensed,
+void store(py::handle x, py::handle y, const std::string& map, double power, bool normalize, bool same, bool condensed,
            py::handle out, const py::tuple& where) {
   DevicePairs in(x, y);
   if ((same || condensed) && in.n() != in.m()) refuse_value("y", "expected the rows of x");
@@ -42,12 +42,12 @@ void store(py::handle x, py::handle y, const std::string& map, double, bool norm
     for (int64_t b = 0; b < in.batches() && in.results(condensed) > 0; ++b)
       in.call.run(where, [&](cuda::Context& c) {
         cuda::store<T>(c, {rows_of(in.x, b), rows_of(in.y, b), pair_map, normalize, same || condensed, condensed,
-                           data + b * in.results(condensed), 0});
+                           data + b * in.results(condensed), 0, power});
       });
   });
 }
 
-void store_grad(py::handle x, py::handle y, const std::string& map, double, bool normalize, bool condensed,
+void store_grad(py::handle x, py::handle y, const std::string& map, double power, bool normalize, bool condensed,
                 py::handle value, py::handle grad, py::handle dx, py::handle dy, const py::tuple& where) {
   DevicePairs in(x, y);
   with_compute_type(in.x.dtype, [&](auto zero) {
@@ -59,7 +59,7 @@ void store_grad(py::handle x, py::handle y, const std::string& map, double, bool
       in.call.run(where, [&](cuda::Context& c) {
         cuda::store_grad<T>(
             c, {rows_of(in.x, b), rows_of(in.y, b), pair_map, normalize, condensed, values + b * in.results(condensed),
-                grads + b * in.results(condensed), x_out + b * in.n() * in.d(), y_out + b * in.m() * in.d(), 0});
+                grads + b * in.results(condensed), x_out + b * in.n() * in.d(), y_out + b * in.m() * in.d(), 0, power});
       });
   });
 }
@@ -186,8 +186,8 @@ void matmul_grad(py::handle x, py::handle y, py::handle v, py::handle grad, cons
   });
 }
 
-void select(py::handle x, py::handle y, const std::string& map, double, bool normalize, bool exclude_self, int64_t k,
-            py::handle value, py::handle index, const std::string&, const py::tuple& where) {
+void select(py::handle x, py::handle y, const std::string& map, double power, bool normalize, bool exclude_self,
+            int64_t k, py::handle value, py::handle index, const std::string&, const py::tuple& where) {
   DevicePairs in(x, y);
   const int64_t most = in.m() - (exclude_self ? 1 : 0);
   if (k < 1 || k > most) refuse_value("k", "expected 1 to " + std::to_string(most) + ", got " + std::to_string(k));
@@ -199,7 +199,7 @@ void select(py::handle x, py::handle y, const std::string& map, double, bool nor
     for (int64_t b = 0; b < in.batches() && in.n() > 0; ++b)
       in.call.run(where, [&](cuda::Context& c) {
         cuda::select<T>(c, {rows_of(in.x, b), rows_of(in.y, b), pair_map, normalize, exclude_self, k,
-                            values + b * in.n() * k, indices + b * in.n() * k, Screening::never, 0});
+                            values + b * in.n() * k, indices + b * in.n() * k, Screening::never, 0, power});
       });
   });
 }
@@ -470,6 +470,7 @@ void register_cuda(py::module_& module) {
         arg("where"));
   m.def("alignment", cuda_bindings::alignment, arg("x"), arg("y"), arg("alpha"), arg("normalize"), arg("weights"),
         arg("weight"), arg("value"), arg("dx"), arg("dy"), arg("sums"), arg("where"));
+  register_cuda_clusters(m);
 }
 
 }  // namespace nearfar

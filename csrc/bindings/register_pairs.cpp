@@ -4,14 +4,6 @@
 namespace nearfar {
 namespace {
 
-/// The metrics of coordinates too, for the operations that have them.
-PairMap metric_of(const std::string& name) {
-  if (name == "cityblock") return PairMap::cityblock;
-  if (name == "chebyshev") return PairMap::chebyshev;
-  if (name == "minkowski") return PairMap::minkowski;
-  return map_of(name);
-}
-
 template <class T>
 T* result(py::handle out, const char* name, const PairInputs& in, bool condensed) {
   if (condensed) return output<T>(out, name, {in.batches(), in.results(true)});
@@ -25,7 +17,7 @@ void store(py::handle x, py::handle y, const std::string& map, double power, boo
   with_compute_type(in.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     T* data = result<T>(out, "out", in, condensed);
-    const PairMap pair_map = metric_of(map);
+    const PairMap pair_map = map_of(map);
     py::gil_scoped_release release;
     advise_huge_pages(data, in.batches() * in.results(condensed) * static_cast<int64_t>(sizeof(T)));
     for_batches(in.batches(), in.work(), threads, [&](int64_t b, int t) {
@@ -43,7 +35,7 @@ void store_grad(py::handle x, py::handle y, const std::string& map, double power
     const T *values = result<T>(value, "value", in, condensed), *grads = result<T>(grad, "grad", in, condensed);
     T* x_out = output<T>(dx, "dx", {in.batches(), in.n(), in.d()});
     T* y_out = output<T>(dy, "dy", {in.batches(), in.m(), in.d()});
-    const PairMap pair_map = metric_of(map);
+    const PairMap pair_map = map_of(map);
     py::gil_scoped_release release;
     for_batches(in.batches(), in.work(), threads, [&](int64_t b, int t) {
       of<T>(ops()).store_grad({rows_of(in.x, b), rows_of(in.y, b), pair_map, normalize, condensed,
@@ -66,7 +58,7 @@ void select(py::handle x, py::handle y, const std::string& map, double power, bo
     using T = decltype(zero);
     T* values = output<T>(value, "value", {in.batches(), in.n(), k});
     int64_t* indices = output<int64_t>(index, "index", {in.batches(), in.n(), k});
-    const PairMap pair_map = metric_of(map);
+    const PairMap pair_map = map_of(map);
     py::gil_scoped_release release;
     for_batches(in.batches(), in.work(), threads, [&](int64_t b, int t) {
       of<T>(ops()).select({rows_of(in.x, b), rows_of(in.y, b), pair_map, normalize, exclude_self, k,

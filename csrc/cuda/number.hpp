@@ -11,6 +11,18 @@ inline namespace device {
 
 NEARFAR_DEVICE float absolute(float x) { return fabsf(x); }
 NEARFAR_DEVICE double absolute(double x) { return fabs(x); }
+template <class T>
+NEARFAR_DEVICE T select(bool condition, T yes, T no) {
+  return condition ? yes : no;
+}
+template <class T>
+NEARFAR_DEVICE T scaled(T v, double p) {
+  return v * static_cast<T>(p);
+}
+template <class T>
+NEARFAR_DEVICE T power(T v, double p) {
+  return v == 0 ? v : static_cast<T>(std::exp(scaled(static_cast<T>(std::log(v)), p)));
+}
 
 }  // namespace device
 }  // namespace nearfar
@@ -65,14 +77,11 @@ NEARFAR_DEVICE T not_a_number() {
 
 NEARFAR_DEVICE float exp_flush(float x) { return expf(x); }
 NEARFAR_DEVICE double exp_flush(double x) { return exp(x); }
+using std::exp;
 using std::expm1;
 using std::log;
 using std::log1p;
 using std::sqrt;
-template <class T>
-NEARFAR_DEVICE T select(bool condition, T yes, T no) {
-  return condition ? yes : no;
-}
 NEARFAR_DEVICE float largest(float a, float b) { return fmaxf(a, b); }
 NEARFAR_DEVICE double largest(double a, double b) { return fmax(a, b); }
 

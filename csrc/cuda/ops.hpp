@@ -54,6 +54,11 @@ struct TripletDevice : TripletParams<T> {
   double *total = nullptr, *count_at = nullptr;
 };
 
+template <class T>
+struct LloydDevice : LloydParams<T> {
+  double *inertia_at = nullptr, *changed_at = nullptr;
+};
+
 // Kernels given as programs. Their parameters may lie on the device; null: in the program.
 template <class T>
 struct GramDevice : GramParams<T> {
@@ -104,6 +109,11 @@ template <class T>
 void matmul_grad(Context& c, const MatmulGradDevice<T>& p);
 template <class T>
 void select(Context& c, const SelectParams<T>& p);
+template <class T>
+void lloyd(Context& c, const LloydDevice<T>& p);
+/// `uniforms` and `chosen` lie on the device.
+template <class T>
+void seeding(Context& c, const SeedingParams<T>& p);
 
 #define NEARFAR_INSTANTIATE(operation, Params)                      \
   namespace nearfar::cuda {                                         \

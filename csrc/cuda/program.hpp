@@ -7,8 +7,8 @@
 
 #include <optional>
 
+#include "cuda/coordinate.hpp"
 #include "cuda/simt.hpp"
-#include "cuda/strip.hpp"
 
 namespace nearfar {
 inline namespace device {
@@ -253,33 +253,13 @@ struct AddParameterSums {
 };
 
 /// The gradient by one set through L1 distances, which is no matrix product; a thread a coordinate:
-/// dx_ik += sum_j w_ij sign(x_ik - y_jk), or with ROWS false that of y.
+/// Weights of the pairs of a row of x, or with ROWS false of y; the distance itself is not needed.
 template <class T, bool ROWS>
-struct AddSigns {
+struct OwnWeights {
   Weights<T> weights;
-  Packed<T, T> own, other;
-  T* out;
-  NEARFAR_DEVICE void operator()() const {
-    const Block& b = weights.block;
-    const int64_t at = cuda::global_thread(), line = at / own.d, k = at % own.d;
-    const int64_t row = (ROWS ? b.row : b.column) + line, begin = ROWS ? b.column : b.row;
-    if (line >= (ROWS ? b.rows : b.columns) || row >= own.n) return;
-    const int64_t rest = other.n - begin, all = ROWS ? b.columns : b.rows, end = rest < all ? rest : all;
-    const T x = own.data[row * own.pitch + k];
-    const T* y = other.data + begin * other.pitch + k;
-    const T* w = weights.w + (ROWS ? line * weights.pitch : line);
-    constexpr int64_t kRun = 256;  // summed apart: long sums keep their digits
-    T total = 0;
-    for (int64_t first = 0; first < end; first += kRun) {
-      const int64_t last = first + kRun < end ? first + kRun : end;
-      T sum = 0;
-      for (int64_t o = first; o < last; ++o) {
-        const T difference = x - y[o * other.pitch], own_weight = w[ROWS ? o : o * weights.pitch];
-        sum += difference > 0 ? own_weight : difference < 0 ? -own_weight : T(0);
-      }
-      total += sum;
-    }
-    out[row * own.d + k] += total;
+  NEARFAR_DEVICE void operator()(int64_t own, int64_t other, T& grad, T& value) const {
+    grad = ROWS ? weights.at(own, other) : weights.at(other, own);
+    value = 0;
   }
 };
 
@@ -332,19 +312,19 @@ class PackedProgram {
   void put_scores(int s, const Weights<T>& out) const {
     const PutScore<T> score{mend_[s]};
     if (!absolute_[s]) return put(s, out, false, score);
-    const Block& b = out.block;
-    const Packed<T, T>&x = pairs_[s]->x, &y = pairs_[s]->y;
-    const Operand<T, true> rows{x.data + b.row * x.pitch, x.pitch}, columns{y.data + b.column * y.pitch, y.pitch};
-    launch_tiles<Simt<AbsoluteDifference, T, 64>>(
-        c_, rows, columns, b.rows, b.columns, x.d, 1,
-        ProgramEpilogue<T, PutScore<T>>{pairs_[s]->scores, out, n, m, false, score});
+    launch_coordinates(c_, AbsoluteDifference{}, *pairs_[s], out.block,
+                       ProgramEpilogue<T, PutScore<T>>{pairs_[s]->scores, out, n, m, false, score});
   }
   /// The products of a strip's weights, which are pulls of score s, with both sets. dy null: not wanted.
   void products(int s, Strip<T, T>& strip, const Weights<T>& weights, T* dx, T* dy) const {
     if (!absolute_[s]) return strip.products(weights);
+    const Block& b = weights.block;
     const Packed<T, T>&x = pairs_[s]->x, &y = pairs_[s]->y;
-    c_.launch_threads(weights.block.rows * x.d, AddSigns<T, true>{weights, x, y, dx});
-    if (dy) c_.launch_threads(weights.block.columns * y.d, AddSigns<T, false>{weights, y, x, dy});
+    add_coordinate_gradient(c_, CityblockMap{}, OwnWeights<T, true>{weights}, x, y, b.row, b.rows, b.column,
+                            b.column + b.columns, dx);
+    if (dy)
+      add_coordinate_gradient(c_, CityblockMap{}, OwnWeights<T, false>{weights}, y, x, b.column, b.columns, b.row,
+                              b.row + b.rows, dy);
   }
 
   /// Buffers for the other scores of a block as large as `shape`.

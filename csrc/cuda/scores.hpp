@@ -107,8 +107,9 @@ NEARFAR_DEVICE T map_value(PairMap map, T score) {
       return SquaredEuclideanMap::value(score);
     case PairMap::euclidean:
       return EuclideanMap::value(score);
+    default:
+      return score;  // those of coordinate.hpp
   }
-  return score;
 }
 template <class T>
 NEARFAR_DEVICE T map_pull(PairMap map, T value) {
@@ -121,8 +122,9 @@ NEARFAR_DEVICE T map_pull(PairMap map, T value) {
       return SquaredEuclideanMap::pull(value);
     case PairMap::euclidean:
       return EuclideanMap::pull(value);
+    default:
+      return value;
   }
-  return value;
 }
 /// The squared distance again, from the value.
 template <class T>

@@ -1,4 +1,5 @@
-// Multiply by plain multiply-adds: true float32 and float64. 16 x 16 threads, R x R accumulators each.
+// Multiply by plain multiply-adds, or accumulate another score: true float32 and float64. 16 x 16 threads, R x R
+// accumulators each.
 #pragma once
 
 #include "cuda/tile.hpp"
@@ -9,6 +10,8 @@ inline namespace device {
 template <class Score, class T_, int TILE>
 struct Simt {
   using T = T_;
+  Score score{};
+
   static constexpr int kM = TILE, kN = TILE, kDepth = 16;
   static constexpr int kRows = TILE / 16, kCols = TILE / 16;
   static constexpr int kRowLanes = 16, kWarpsM = cuda::kWarps, kWarpsN = 1;
@@ -59,16 +62,22 @@ struct Simt {
       *reinterpret_cast<Vector<T>*>(to + a) = *reinterpret_cast<const Vector<T>*>(from + spread(0, a));
   }
   template <class A, class B>
-  NEARFAR_DEVICE static void step(const Memory& memory, Accumulators& acc) {
-    NEARFAR_UNROLL
-    for (int k = 0; k < kDepth; ++k) {
-      alignas(16) T x[kRows], y[kCols];
-      read(memory.a[k] + row(0), x);
-      read(memory.b[k] + col(0), y);
+  NEARFAR_DEVICE void step(const Memory& memory, Accumulators& acc) const {
+    if constexpr (std::is_same_v<Score, PowerDifference>) {  // long code, once
+      NEARFAR_ROLLED
+      for (int k = 0; k < kDepth; ++k) accumulate(memory, k, acc);
+    } else {
       NEARFAR_UNROLL
-      for (int a = 0; a < kRows; ++a) NEARFAR_UNROLL
-      for (int b = 0; b < kCols; ++b) Score::accumulate(acc.v[a][b], x[a], y[b]);
+      for (int k = 0; k < kDepth; ++k) accumulate(memory, k, acc);
     }
+  }
+  NEARFAR_DEVICE void accumulate(const Memory& memory, int k, Accumulators& acc) const {
+    alignas(16) T x[kRows], y[kCols];
+    read(memory.a[k] + row(0), x);
+    read(memory.b[k] + col(0), y);
+    NEARFAR_UNROLL
+    for (int a = 0; a < kRows; ++a) NEARFAR_UNROLL
+    for (int b = 0; b < kCols; ++b) score.accumulate(acc.v[a][b], x[a], y[b]);
   }
 };
 

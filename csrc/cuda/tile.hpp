@@ -125,6 +125,7 @@ struct TileKernel {
   int64_t tiles_m, tiles_n, depth;
   int64_t splits;  // of the depth, the slowest index
   Epilogue epilogue;
+  P policy;
 
   NEARFAR_DEVICE void operator()() const {
     NEARFAR_SHARED typename P::Memory memory[2];
@@ -151,7 +152,7 @@ struct TileKernel {
         stage_a.load(a, i0, k + P::kDepth);
         stage_b.load(b, j0, k + P::kDepth);
       }
-      P::template step<A, B>(memory[buffer], acc);
+      policy.template step<A, B>(memory[buffer], acc);
       buffer ^= 1;
       if (more) P::template put<A, B>(memory[buffer], stage_a, stage_b, a, b, k + P::kDepth);
       cuda::sync_block();
@@ -162,9 +163,10 @@ struct TileKernel {
 
 template <class P, class A, class B, class Epilogue>
 void launch_tiles(cuda::Context& c, const A& a, const B& b, int64_t rows, int64_t columns, int64_t depth,
-                  int64_t splits, const Epilogue& epilogue) {
+                  int64_t splits, const Epilogue& epilogue, const P& policy = {}) {
   const int64_t tiles_m = ceil_div(rows, P::kM), tiles_n = ceil_div(columns, P::kN);
-  c.launch(tiles_m * tiles_n * splits, TileKernel<P, A, B, Epilogue>{a, b, tiles_m, tiles_n, depth, splits, epilogue});
+  c.launch(tiles_m * tiles_n * splits,
+           TileKernel<P, A, B, Epilogue>{a, b, tiles_m, tiles_n, depth, splits, epilogue, policy});
 }
 
 // ---- reductions of a tile

@@ -165,11 +165,16 @@ def to_numpy(array: Array) -> np.ndarray[Any, Any]:
     return np.asarray(array.get())
 
 
-def like_numpy(like: Array, array: np.ndarray[Any, Any]) -> Array:
-    """An array of NumPy as one of the kind and device of `like`; shares memory where it can."""
+def of_kind(values: Any, like: Array) -> Array:
+    """NumPy values, copied, as an array of the kind and on the device of `like`."""
     if is_torch(like):
-        return sys.modules["torch"].from_numpy(array).to(like.device)
-    return namespace(like).asarray(array)
+        return sys.modules["torch"].from_numpy(np.array(values, order="C")).to(like.device)
+    return namespace(like).asarray(values)
+
+
+def rows_at(array: Array, index: Any) -> Array:
+    """``array[index]`` where an index of NumPy goes to the device of the array."""
+    return array[of_kind(index, array) if isinstance(index, np.ndarray) else index]
 
 
 def as_bytes(mask: Array) -> Array:

@@ -19,6 +19,8 @@ from .arrays import (
     is_torch,
     kind_of,
     number,
+    of_kind,
+    to_numpy,
 )
 
 # metric -> (map of the engine, rows are brought to unit norm first)
@@ -88,7 +90,7 @@ def mahalanobis_factor(M: Any, like: Array) -> Array:
         return cast(array, dtype)
     if is_torch(array) and array.requires_grad:
         raise ValueError("M: a matrix has no gradient here; pass ('factor', L) with M = L^T L, which has")
-    wide = np.asarray(cast(array, "float64"))
+    wide = to_numpy(cast(array, "float64"))
     size = float(np.abs(wide).max(initial=0.0))
     rounding = 8 * float(np.finfo(dtype).eps) * columns * size
     if not np.isfinite(size) or np.abs(wide - wide.T).max(initial=0.0) > rounding:
@@ -96,8 +98,7 @@ def mahalanobis_factor(M: Any, like: Array) -> Array:
     values, vectors = np.linalg.eigh((wide + wide.T) / 2)
     if values[0] < -rounding:
         raise ValueError(f"M: expected a positive semi-definite matrix, got an eigenvalue {values[0]:.6g}")
-    factor = (np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T).astype(dtype)
-    return array.new_tensor(factor, dtype=cast(like[..., :0], dtype).dtype) if is_torch(array) else factor
+    return of_kind((np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T).astype(dtype), array)
 
 
 def check_set(array: Array, name: str) -> None:

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Array, cast, integer, is_torch, number
+from .arrays import Array, cast, integer, is_torch, number, of_kind, to_numpy
 from .estimator import Estimator, convergence_warning, floating
-from .implicit import ImplicitGram, of_kind
+from .implicit import ImplicitGram
 from .kernels.named import resolve
 from .lanczos import BlockLanczos
 from .low_rank import nystrom, pivoted_cholesky
@@ -45,7 +45,7 @@ class _KernelEstimator(Estimator):
 
     def _finite(self, X: Any, *, reset: bool) -> Array:
         x = self._points(X, reset=reset)
-        if not np.isfinite(np.asarray(cast(x, "float64") if is_torch(x) else x)).all():
+        if not bool(x.isfinite().all() if is_torch(x) else np.isfinite(x).all()):
             raise ValueError("X: expected finite numbers, got NaN or inf")
         return x
 
@@ -57,7 +57,7 @@ class _KernelEstimator(Estimator):
         if is_torch(x) != is_torch(gram.x):
             wanted, got = ("torch", "numpy")[:: 1 if is_torch(gram.x) else -1]
             raise TypeError(f"X: expected a {wanted} array to match the points of fit, got {got}")
-        return gram.matmul(np.asarray(weights), cast(x, gram.dtype.name)), x
+        return gram.matmul(to_numpy(weights), cast(x, gram.dtype.name)), x
 
 
 # ---- ridge regression ------------------------------------------------------------------------------------------------
@@ -107,6 +107,8 @@ class KernelRidge(_KernelEstimator):
     scikit-learn's interface (`fit`, `predict`, `score`, `get_params`, pipelines, searches), which is not needed at run
     time. Its own KernelRidge stores N x N numbers. The preconditioner: Avron, Clarkson and Woodruff, Faster kernel
     ridge regression using sketching and preconditioning, 2017; Diaz, Epperly, Frangella, Tropp and Webber, 2023.
+
+    Of points on a GPU the fused products run there; the vectors of "cg" and the preconditioner are on the host.
 
     Examples
     --------
@@ -185,9 +187,11 @@ class KernelRidge(_KernelEstimator):
 
     def score(self, X: Any, y: Any, sample_weight: Any = None) -> float:
         """The coefficient of determination R^2, the mean over targets; 1 where a constant target is met."""
-        predicted = np.asarray(self.predict(X), np.float64).reshape(len(X), -1)
-        wanted = np.asarray(y.detach() if is_torch(y) else y, np.float64).reshape(len(X), -1)
-        weights = np.ones(len(X)) if sample_weight is None else np.asarray(sample_weight, np.float64)
+        predicted, wanted, weights = (
+            np.asarray(to_numpy(values) if is_torch(values) else values, np.float64)
+            for values in (self.predict(X), y, np.ones(len(X)) if sample_weight is None else sample_weight)
+        )
+        predicted, wanted = predicted.reshape(len(X), -1), wanted.reshape(len(X), -1)
         left = weights @ (wanted - predicted) ** 2
         whole = weights @ (wanted - np.average(wanted, 0, weights)) ** 2
         ratio = np.where(whole > 0, left / np.where(whole > 0, whole, 1), (left > 0).astype(float))
@@ -197,8 +201,7 @@ class KernelRidge(_KernelEstimator):
         """Targets (n, t), and whether they were one vector."""
         if y is None:
             raise ValueError("y: expected an array, got None; requires y to be passed, but the target y is None")
-        y = floating(y.detach() if is_torch(y) else y, "y")
-        targets = np.asarray(cast(y, "float64"))
+        targets = cast(to_numpy(floating(y, "y")), "float64")
         if targets.ndim not in (1, 2) or len(targets) != gram.n:
             raise ValueError(f"y: expected shape ({gram.n},) or ({gram.n}, t) to match X, got {targets.shape}")
         if not np.isfinite(targets).all():
@@ -245,7 +248,7 @@ class KernelRidge(_KernelEstimator):
         rank = math.ceil(4 * math.sqrt(gram.n)) if self.rank is None else integer(self.rank, "rank")
         if rank < 1:
             raise ValueError(f"rank: expected at least 1, got {rank}")
-        factor = np.asarray(makers[self.preconditioner](min(rank, gram.n)).factor)
+        factor = to_numpy(makers[self.preconditioner](min(rank, gram.n)).factor)
         # Eigenvectors of L^T L rather than its inverse: alpha may be below its round-off.
         values, vectors = np.linalg.eigh((factor.T @ factor).astype(np.float64))
         weights = 1 / (np.maximum(values, 0) + alpha)
@@ -338,7 +341,8 @@ class KernelPCA(_KernelEstimator):
     -----
     Block Lanczos with full re-orthogonalisation; up to 512 points, LAPACK on the stored matrix. Memory
     O(N n_components n_iter). With the linear kernel these are the principal components of X. Scholkopf, Smola and
-    Muller, Nonlinear component analysis as a kernel eigenvalue problem, 1998.
+    Muller, Nonlinear component analysis as a kernel eigenvalue problem, 1998. Of points on a GPU the products run
+    there, and Lanczos on the host.
 
     Examples
     --------

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import Array, cast, integer, is_torch, number
+from .arrays import Array, cast, dtype_name, integer, is_torch, number, of_kind, to_numpy
 from .distances import cdist
 from .estimator import Estimator, check_random_state, convergence_warning, floating, weights_of
 from .lloyd import Data, Fit, Numbers, lloyd, seed, unit
@@ -40,7 +40,7 @@ class Clusterer(Estimator):
         """Data to predict for, and the centroids in its dtype."""
         self._check_fitted()
         data = self._data(X, sample_weight)
-        return data, np.asarray(self.cluster_centers_).astype(data.dtype, copy=False)
+        return data, to_numpy(self.cluster_centers_).astype(data.dtype, copy=False)
 
     def _check_clusters(self, n: int) -> int:
         k = integer(self.n_clusters, "n_clusters")
@@ -60,8 +60,7 @@ class Clusterer(Estimator):
         elif callable(init):
             raise TypeError("init: expected 'k-means++', 'random' or an array, got a callable")
         else:
-            init = floating(init.detach() if is_torch(init) else init, "init")
-            init = np.array(cast(init, data.dtype.name))
+            init = np.array(to_numpy(floating(init, "init")), data.dtype)
             if init.shape != (k, data.d):
                 raise ValueError(f"init: expected shape {(k, data.d)}, got {init.shape}")
             if not np.isfinite(init).all():
@@ -92,12 +91,8 @@ class Clusterer(Estimator):
         self.n_iter_ = fit.n_iter
 
     @staticmethod
-    def _like(data: Data, array: Numbers) -> Array:
-        if not is_torch(data.x):
-            return array
-        import torch
-
-        return torch.from_numpy(np.ascontiguousarray(array))
+    def _like(data: Data, array: Array) -> Array:
+        return of_kind(array, data.x) if isinstance(array, np.ndarray) else array
 
     def _check_max_iter(self) -> int:
         max_iter = integer(self.max_iter, "max_iter")  # type: ignore[attr-defined]
@@ -150,21 +145,18 @@ class Clusterer(Estimator):
         Returns
         -------
         array (..., D)
-            torch for tensors.
+            torch for tensors, on their device.
         """
         self._check_fitted()
-        centers = np.asarray(self.cluster_centers_)
-        index = np.asarray(codes)
-        if index.dtype.kind not in "iu":
-            raise TypeError(f"codes: expected integers, got {index.dtype}")
-        if index.size and (index.min() < 0 or index.max() >= len(centers)):
-            raise ValueError(f"codes: expected 0 to {len(centers) - 1}, got {index.min()} to {index.max()}")
-        means = centers[index]
-        if not is_torch(codes):
-            return means
-        import torch
-
-        return torch.from_numpy(means)
+        centers = to_numpy(self.cluster_centers_)
+        index: Array = codes if is_torch(codes) else np.asarray(codes)
+        if not dtype_name(index).removeprefix("u").startswith("int"):
+            raise TypeError(f"codes: expected integers, got {dtype_name(index)}")
+        if math.prod(index.shape):
+            least, most = int(index.min()), int(index.max())
+            if least < 0 or most >= len(centers):
+                raise ValueError(f"codes: expected 0 to {len(centers) - 1}, got {least} to {most}")
+        return of_kind(centers, index)[index.long()] if is_torch(index) else centers[index]
 
     def reconstruct(self, X: Any) -> Array:
         """``decode(encode(X))``: every row replaced by its centroid."""
@@ -236,6 +228,10 @@ class KMeans(Clusterer):
     memory is O(N + K D) for the iterations; k-means++ packs a copy of X (up to 1 GiB) and keeps 3 + floor(ln K) numbers
     a row.
 
+    Tensors on a GPU stay there, and so do the arrays that come back. An iteration copies the centroids to it and their
+    sums to the host, which it waits for; seeding waits once. Centroids that are equally near to a row up to the
+    round-off of the expansion may be taken for one another there.
+
     An empty cluster takes the row that is farthest from its centroid. More clusters than distinct rows: the rest of the
     centroids stay where they were, with a warning (scikit-learn's ConvergenceWarning where that is in use). X is not
     differentiated.
@@ -305,7 +301,7 @@ class KMeans(Clusterer):
             if best is None or own.inertia < best.inertia:
                 best = own
         assert best is not None  # starts >= 1
-        distinct = len(np.unique(best.labels))
+        distinct = len(np.unique(to_numpy(best.labels)))
         if distinct < k:
             warnings.warn(
                 f"Number of distinct clusters ({distinct}) found smaller than n_clusters ({k}). "

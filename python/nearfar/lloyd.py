@@ -1,7 +1,8 @@
 """The steps of k-means: data, first centroids, one fused pass, Lloyd's iterations.
 
 Everything here is NumPy on K x D numbers around two kernels: `operations.lloyd`, which assigns every row to its nearest
-centroid and adds it to that centroid's sum, and `operations.seeding`, greedy k-means++.
+centroid and adds it to that centroid's sum, and `operations.seeding`, greedy k-means++. What there is of every row,
+points, labels and distances, stays on the device of the points: an iteration copies K x D numbers there and back.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import operations
-from .arrays import Array, cast, compute_dtype, is_torch
+from .arrays import Array, compute_dtype, empty, is_torch, of_kind, rows_at, to_numpy
+from .backend import on_cuda
 
 __all__ = ["Data", "Fit", "Numbers", "Pass", "lloyd", "seed", "unit"]
 
@@ -23,8 +25,8 @@ Numbers = NDArray[Any]
 class Pass(NamedTuple):
     """What one pass over the data gives."""
 
-    labels: Numbers  # (n,) int64
-    distances: Numbers | None  # (n,) squared; None where nobody asked, and then there is no inertia
+    labels: Array  # (n,) int64; as the distances NumPy, or on the GPU beside the points
+    distances: Array | None  # (n,) squared; None where nobody asked, and then there is no inertia
     sums: Numbers  # (k, d) float64
     counts: Numbers  # (k,) float64
     inertia: float
@@ -32,25 +34,37 @@ class Pass(NamedTuple):
 
 
 class Data:
-    """Points, weights and whether rows are brought to unit norm; results are NumPy arrays whatever the points are."""
+    """Points, weights and whether rows are brought to unit norm. Results are NumPy arrays whatever the points are, but
+    for what there is of every row of points on the GPU, which is there too.
+    """
 
     def __init__(self, x: Array, weights: Numbers | None, normalize: bool) -> None:
         self.x, self.weights, self.normalize = x, weights, normalize
         self.n, self.d = map(int, x.shape)
         self.dtype = np.dtype(compute_dtype(x))
+        self.own_weights = weights if weights is None or not on_cuda(x) else of_kind(weights, x)
+
+    def _of_rows(self, dtype: str) -> Array:
+        """Room for a number of every row, where the kernel puts it."""
+        return empty(self.x, (self.n,), dtype) if on_cuda(self.x) else np.empty(self.n, dtype)
+
+    def no_labels(self) -> Array:
+        labels = self._of_rows("int64")
+        labels[...] = -1
+        return labels
 
     def rows(self, index: Any) -> Numbers:
         """Some rows in the compute dtype."""
-        rows = np.asarray(cast(self.x[index], self.dtype.name))
+        rows = to_numpy(rows_at(self.x, index))
         return unit(rows) if self.normalize else rows
 
     def part(self, index: Numbers) -> Data:
         """The data of some rows."""
-        return Data(self.x[index], None if self.weights is None else self.weights[index], self.normalize)
+        return Data(rows_at(self.x, index), None if self.weights is None else self.weights[index], self.normalize)
 
     def draw(self, count: int, generator: np.random.RandomState) -> Data:
         """Rows drawn with probabilities that are their weights, which the result no longer has."""
-        return Data(self.x[generator.choice(self.n, count, p=self.probabilities())], None, self.normalize)
+        return Data(rows_at(self.x, generator.choice(self.n, count, p=self.probabilities())), None, self.normalize)
 
     def total_weight(self) -> float:
         return float(self.n) if self.weights is None else float(self.weights.sum(dtype=np.float64))
@@ -62,21 +76,21 @@ class Data:
         shares: Numbers = weights / weights.sum()
         return shares
 
-    def iterate(self, centers: Numbers, labels: Numbers | None = None, measure: bool = True) -> Pass:
+    def iterate(self, centers: Numbers, labels: Array | None = None, measure: bool = True) -> Pass:
         """Assign all rows; `labels` are the previous ones and are overwritten."""
-        labels = np.full(self.n, -1, np.int64) if labels is None else labels
-        distances = np.empty(self.n, self.dtype) if measure else None
+        labels = self.no_labels() if labels is None else labels
+        distances = self._of_rows(self.dtype.name) if measure else None
         sums, counts = np.empty(centers.shape), np.empty(len(centers))
         inertia, changed = operations.lloyd(
-            self.x, centers, self.normalize, self.weights, labels, distances, sums, counts
+            self.x, centers, self.normalize, self.own_weights, labels, distances, sums, counts
         )
         return Pass(labels, distances, sums, counts, inertia, changed)
 
     def assign(self, centers: Numbers) -> Pass:
         """The same without the sums."""
-        labels, distances = np.full(self.n, -1, np.int64), np.empty(self.n, self.dtype)
+        labels, distances = self.no_labels(), self._of_rows(self.dtype.name)
         inertia, changed = operations.lloyd(
-            self.x, centers, self.normalize, self.weights, labels, distances, None, None
+            self.x, centers, self.normalize, self.own_weights, labels, distances, None, None
         )
         if not math.isfinite(inertia):
             self.refuse(labels)
@@ -101,13 +115,13 @@ class Data:
     def check_finite(self) -> None:
         """For what is not a pass over the data."""
         total = self.x.double().sum(1) if is_torch(self.x) else self.x.sum(1, dtype=np.float64)
-        bad = ~np.isfinite(np.asarray(total))
+        bad = ~np.isfinite(to_numpy(total))
         if bad.any():
             self.refuse(np.where(bad, -1, 0))
 
-    def refuse(self, labels: Numbers) -> None:
-        bad = int(np.flatnonzero(labels < 0)[0])
-        if np.isfinite(np.asarray(cast(self.x[bad], self.dtype.name))).all():
+    def refuse(self, labels: Array) -> None:
+        bad = int(np.flatnonzero(to_numpy(labels) < 0)[0])
+        if np.isfinite(to_numpy(self.x[bad])).all():
             raise ValueError(f"X: row {bad} is so large that its squared distances overflow {self.dtype}")
         raise ValueError(f"X: expected finite numbers, got NaN or inf in row {bad}")
 
@@ -127,7 +141,7 @@ def seed(data: Data, k: int, generator: np.random.RandomState) -> Numbers:
     trials = 2 + int(math.log(k))
     first = int(generator.choice(data.n, p=data.probabilities()))
     uniforms = generator.uniform(size=(k - 1, trials))
-    chosen: Numbers = operations.seeding(data.x, data.normalize, data.weights, first, uniforms)
+    chosen: Numbers = operations.seeding(data.x, data.normalize, data.own_weights, first, uniforms)
     return chosen
 
 
@@ -136,8 +150,9 @@ def relocate(data: Data, step: Pass, centers: Numbers) -> None:
     empty = np.flatnonzero(step.counts == 0)
     if not len(empty):
         return
-    distances = data.assign(centers).distances if step.distances is None else step.distances
-    assert distances is not None
+    found = data.assign(centers).distances if step.distances is None else step.distances
+    assert found is not None
+    distances = to_numpy(found)
     if data.weights is not None:
         distances = np.where(data.weights > 0, distances, -1)
     if distances.max() <= 0:  # fewer distinct rows than centroids
@@ -146,7 +161,7 @@ def relocate(data: Data, step: Pass, centers: Numbers) -> None:
     rows = data.rows(farthest).astype(np.float64)
     for target, index, row in zip(empty, farthest, rows, strict=True):
         weight = 1.0 if data.weights is None else float(data.weights[index])
-        source = step.labels[index]
+        source = int(step.labels[int(index)])
         step.sums[source] -= weight * row
         step.counts[source] -= weight
         step.sums[target] = weight * row
@@ -167,7 +182,7 @@ def means(data: Data, step: Pass, centers: Numbers) -> Numbers:
 class Fit(NamedTuple):
     """What one run of k-means found."""
 
-    labels: Numbers
+    labels: Array
     inertia: float
     centers: Numbers
     n_iter: int
@@ -175,7 +190,7 @@ class Fit(NamedTuple):
 
 def lloyd(data: Data, centers: Numbers, max_iter: int, tol: float, verbose: bool) -> Fit:
     """Lloyd's iterations until labels stay, or centroids move by less than `tol` (squared, summed)."""
-    labels = np.full(data.n, -1, np.int64)
+    labels = data.no_labels()
     still = False
     for iteration in range(max_iter):
         step = data.iterate(centers, labels, measure=verbose)

@@ -13,8 +13,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Array, cast, check_matrix, check_points, compute_dtype, integer, is_torch, number
-from .implicit import ImplicitGram, of_kind
+from .arrays import (
+    Array,
+    cast,
+    check_matrix,
+    check_points,
+    compute_dtype,
+    integer,
+    is_torch,
+    number,
+    of_kind,
+    rows_at,
+    to_numpy,
+)
+from .implicit import ImplicitGram
 from .kernels.families import Gaussian, Laplacian, Matern
 from .kernels.named import resolve
 
@@ -62,7 +74,7 @@ class LowRank:
     def transform(self, y: Array) -> Array:
         """Features (M, r) of other points: ``transform(y) transform(z)^T ~ k(y, z)``; the factor for the points."""
         gram = ImplicitGram(self._kernel, self.landmarks)
-        return of_kind(gram.matmul(self._map, y), y)
+        return of_kind(gram.matmul(self._map, cast(y, compute_dtype(y))), y)
 
 
 @dataclass(frozen=True)
@@ -151,7 +163,7 @@ def pivoted_cholesky(kernel: Any, x: Array, rank: int, tol: float = 1e-6) -> Low
     mapped = np.linalg.inv(corner).T if len(found.pivots) else corner
     factor = np.ascontiguousarray(found.factor.T)
     left = max(float(found.residual.sum()), 0.0)
-    return LowRank(of_kind(factor, x), left, gram.x[found.pivots], found.pivots, gram.kernel, mapped)
+    return LowRank(of_kind(factor, x), left, rows_at(gram.x, found.pivots), found.pivots, gram.kernel, mapped)
 
 
 def nystrom(kernel: Any, x: Array, landmarks: Any, *, seed: int = 0) -> LowRank:
@@ -182,7 +194,8 @@ def nystrom(kernel: Any, x: Array, landmarks: Any, *, seed: int = 0) -> LowRank:
     Notes
     -----
     One kernel call of N x m, O(N m^2 + m^3) arithmetic: for the same number of columns faster than pivoted Cholesky,
-    which chooses better points. Williams and Seeger, 2001.
+    which chooses better points. Williams and Seeger, 2001. Of points on a GPU the entries of the kernel are computed
+    there, here as in `pivoted_cholesky`, and the factor on the host.
 
     Examples
     --------
@@ -200,14 +213,14 @@ def nystrom(kernel: Any, x: Array, landmarks: Any, *, seed: int = 0) -> LowRank:
         points = cast(landmarks.detach() if is_torch(landmarks) else landmarks, gram.dtype.name)
     else:
         if getattr(landmarks, "ndim", 0) == 1:
-            indices = np.asarray(landmarks)
+            indices = to_numpy(landmarks)
             if indices.dtype.kind not in "iu":
                 raise TypeError(f"landmarks: expected integers, got {indices.dtype}")
             indices = indices.astype(np.int64)
         else:
             m = min(_count(landmarks, "landmarks"), gram.n)
             indices = np.sort(np.random.default_rng(seed).choice(gram.n, m, replace=False))
-        points = gram.x[indices]
+        points = rows_at(gram.x, indices)
     values, vectors = np.linalg.eigh(ImplicitGram(gram.kernel, points).block(slice(None)).astype(np.float64))
     noise = NOISE * float(np.finfo(gram.dtype).eps) * float(np.abs(values).max(initial=0.0))
     if values.min(initial=0.0) < -noise:
@@ -264,7 +277,7 @@ class RandomFeatures:
         """
         gram = ImplicitGram(self.kernel, x)
         signs = np.random.default_rng(seed).choice([-1.0, 1.0], (gram.n, _count(probes, "probes")))
-        features = np.asarray(self.transform(gram.x))
+        features = to_numpy(self.transform(gram.x))
         wrong = gram.matmul(signs) - features @ (features.T @ signs)
         return math.sqrt(float((wrong**2).sum(dtype=np.float64)) / signs.shape[1])
 
@@ -311,7 +324,8 @@ def random_features(kernel: Any, dim: int, n_features: int, *, seed: int = 0) ->
     if not isinstance(resolved, (Gaussian, Laplacian, Matern)):
         raise TypeError(f"kernel: expected Gaussian, Laplacian or Matern, got {resolved!r}")
     random = np.random.default_rng(seed)
-    scale = resolved.lengthscale.detach() if is_torch(resolved.lengthscale) else resolved.lengthscale
+    scale = resolved.lengthscale
+    scale = to_numpy(scale) if is_torch(scale) else scale
     lengthscale = np.broadcast_to(np.asarray(scale, np.float64).reshape(-1, 1), (d, 1))
     if isinstance(resolved, Laplacian):
         frequencies = random.standard_cauchy((d, f // 2))

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import integer, number
+from .arrays import integer, number, to_numpy
 from .estimator import check_random_state
 from .kmeans import Clusterer
 from .lloyd import Data, Fit, Numbers, Pass
@@ -203,7 +203,7 @@ class MiniBatchKMeans(Clusterer):
             centers = self._sampled_start(data, k, init, size, self._generator)
             self._counts, self._since_reassignment, self.n_steps_ = np.zeros(k), 0, 0
         else:
-            centers = np.asarray(self.cluster_centers_).astype(data.dtype, copy=False)
+            centers = to_numpy(self.cluster_centers_).astype(data.dtype, copy=False)
         _, new = self._step(data, centers, self._reassigns(data.n))
         self.n_steps_ += 1
         final = data.assign(new)

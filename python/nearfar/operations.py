@@ -14,7 +14,18 @@ from typing import Any
 import numpy as np
 
 from . import _core
-from .arrays import Array, as_bytes, cast, codes_of, compute_dtype, empty, namespace
+from .arrays import (
+    Array,
+    as_bytes,
+    cast,
+    codes_of,
+    compute_dtype,
+    concatenate,
+    empty,
+    namespace,
+    of_kind,
+    to_numpy,
+)
 from .backend import kernel, on_cuda
 
 # Workspace for exp(scores) of a strip of 128 rows. Beyond it (more than 64 Ki columns in float32) scores are computed
@@ -319,14 +330,9 @@ def alignment(
     return value, dx, dy
 
 
-_ON_CUDA = ("dot", "one_minus_dot", "sqeuclidean", "euclidean")
-
-
-def _metric(x: Array, map: str) -> tuple[str, float]:
+def _metric(map: str) -> tuple[str, float]:
     """'minkowski:3.0' as name and power: an operator's map is one string."""
     name, _, power = map.partition(":")
-    if on_cuda(x) and name not in _ON_CUDA:
-        raise NotImplementedError(f"metric: {name} is not implemented on CUDA; pass arrays on the CPU")
     return name, float(power or 2)
 
 
@@ -337,7 +343,7 @@ def store(x: Array, y: Array | None, map: str, normalize: bool, condensed: bool,
     shape = (b, n * (n - 1) // 2) if condensed else (b, n, columns.shape[1])
     if out is None:
         out = empty(x, shape)
-    kernel(x, "store")(x, columns, *_metric(x, map), normalize, y is None, condensed, out)
+    kernel(x, "store")(x, columns, *_metric(map), normalize, y is None, condensed, out)
     return out
 
 
@@ -350,7 +356,7 @@ def store_grad(
     dtype = compute_dtype(x)
     grad = cast(grad, dtype)
     grad = _contiguous(grad)
-    kernel(x, "store_grad")(x, columns, *_metric(x, map), normalize, condensed, value, grad, dx, dy)
+    kernel(x, "store_grad")(x, columns, *_metric(map), normalize, condensed, value, grad, dx, dy)
     if y is None:
         dx += dy
         return dx, None
@@ -421,7 +427,7 @@ def select(x: Array, y: Array | None, map: str, normalize: bool, exclude_self: b
     value = empty(x, (x.shape[0], x.shape[1], k))
     index = empty(x, (x.shape[0], x.shape[1], k), "int64")
     columns = x if y is None else y
-    kernel(x, "select")(x, columns, *_metric(x, map), normalize, exclude_self, k, value, index, SCREENING)
+    kernel(x, "select")(x, columns, *_metric(map), normalize, exclude_self, k, value, index, SCREENING)
     return value, index
 
 
@@ -437,15 +443,26 @@ def lloyd(
 ) -> tuple[float, int]:
     """One iteration of k-means: fills labels, squared distances, sums (k, d) and counts (k,) of the rows.
 
-    Returns the inertia and how many labels differ from what `labels` held. `weights` None: all 1.
+    Returns the inertia and how many labels differ from what `labels` held. `weights` None: all 1. On the GPU centroids,
+    sums and counts are NumPy arrays all the same: they go there, and come back with the two numbers as one copy.
     """
-    centroids = _contiguous(centroids)
-    inertia, changed = kernel(x, "lloyd")(x, centroids, normalize, weights, labels, distances, sums, counts)
-    return inertia, changed
+    launch, centroids = kernel(x, "lloyd"), _contiguous(centroids)
+    if not on_cuda(x):
+        inertia, changed = launch(x, centroids, normalize, weights, labels, distances, sums, counts)
+        return inertia, changed
+    k, d = centroids.shape
+    found = empty(x, (0 if sums is None else k * (d + 1),), "float64")
+    there = (None, None) if sums is None else (found[: k * d].reshape(k, d), found[k * d :])
+    totals = launch(x, of_kind(centroids, x), normalize, weights, labels, distances, *there)
+    numbers = to_numpy(concatenate([found, *(total.reshape(1) for total in totals)]))
+    if sums is not None and counts is not None:
+        sums[...], counts[...] = numbers[: k * d].reshape(k, d), numbers[k * d : -2]
+    return float(numbers[-2]), int(numbers[-1])
 
 
 def seeding(x: Array, normalize: bool, weights: Array | None, first: int, uniforms: Any) -> Any:
     """Greedy k-means++ from given random numbers (k - 1, trials): the int64 indices of the k chosen rows."""
-    chosen = np.empty(len(uniforms) + 1, np.int64)
-    kernel(x, "seeding")(x, normalize, weights, first, uniforms, chosen)
-    return chosen
+    launch, there = kernel(x, "seeding"), on_cuda(x)
+    chosen = empty(x, (len(uniforms) + 1,), "int64") if there else np.empty(len(uniforms) + 1, np.int64)
+    launch(x, normalize, weights, first, of_kind(uniforms, x) if there else uniforms, chosen)
+    return to_numpy(chosen)

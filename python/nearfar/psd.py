@@ -20,7 +20,6 @@ The common worst-case choice ``n eps lambda_max`` would be a hundred times loose
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Array, cast, check_points, compute_dtype, dtype_name, is_torch
+from .arrays import Array, check_points, dtype_name, is_torch, of_kind, to_numpy
 from .quadratic_form import evaluation_error, quadratic_form
 
 __all__ = ["DENSE_LIMIT", "PSDReport", "is_psd", "psd_report"]
@@ -190,7 +189,8 @@ def psd_report(
     kernel, block Lanczos on the fused product, O(n) memory, at most 40 products with 8 columns. Smallest Ritz values
     bound the smallest eigenvalue from above only; from below it is bounded, but for `miss_probability`, by Lanczos on
     what a pivoted Cholesky factor leaves of K (`nearfar.psd_implicit` says how). That decides for kernels that are
-    smooth on the scale of the points. Else a Mercer kernel is accepted by its theorem, and the method says so.
+    smooth on the scale of the points. Else a Mercer kernel is accepted by its theorem, and the method says so. Of
+    points on a GPU the products run there, and all else on the host, where a matrix K is copied to.
 
     **Jitter.** That Cholesky succeeds proves little about semi-definiteness: it is certain to fail only when the least
     eigenvalue of K, scaled to unit diagonal, is below about ``-n^2 eps / 2`` (Higham, Accuracy and Stability of
@@ -231,8 +231,8 @@ def psd_report(
     survey = _survey(matrix, dtype, floor)
     found = _judge(matrix, dtype, survey, floor, seed)
     witness = found.witness
-    if witness is not None and not isinstance(given, np.ndarray):
-        witness = sys.modules["torch"].from_numpy(witness)
+    if witness is not None:
+        witness = of_kind(witness, given)
     return PSDReport(
         verdict=found.verdict,
         is_psd=found.verdict.startswith("psd"),
@@ -272,8 +272,8 @@ def _implicit_report(kernel: Any, x: Array, tol: float | None, seed: int) -> PSD
     found = psd_implicit.judge(
         gram, NOISE[dtype] * EPS[dtype], NOISE["float64"] * EPS["float64"], tol, seed, (SUBSAMPLES, SUBSAMPLE_SIZE)
     )
-    if found.witness is not None and is_torch(x):
-        found = found._replace(witness=sys.modules["torch"].from_numpy(found.witness))
+    if found.witness is not None:
+        found = found._replace(witness=of_kind(found.witness, x))
     return PSDReport(is_psd=found.verdict.startswith("psd"), jitter=math.nan, **found._asdict())
 
 
@@ -350,11 +350,11 @@ def _evaluate(K: Array | Callable[[Array], Array], x: Array | None) -> Array:
 
 
 def _to_numpy(array: Array, name: str) -> tuple[NDArray[Any], str]:
-    """A float32 or float64 view (a copy only for halves, which float32 holds exactly) and the name of its own dtype."""
+    """A float32 or float64 view (a copy only of halves, which float32 holds exactly, and from the GPU), and the name of
+    its own dtype.
+    """
     check_points(**{name: array})
-    dtype = dtype_name(array)
-    wide = cast(array.detach().resolve_neg() if is_torch(array) else array, compute_dtype(array))
-    return np.asarray(wide, np.float64 if dtype == "float64" else np.float32), dtype
+    return to_numpy(array.resolve_neg() if is_torch(array) else array), dtype_name(array)
 
 
 class _Survey(NamedTuple):

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Array, cast, codes_of, empty, like_numpy, to_numpy
+from .arrays import Array, cast, codes_of, empty, of_kind, to_numpy
 from .backend import kernel, on_cuda
 
 
@@ -61,8 +61,8 @@ def mined(x: Array, labels: Array, mining: str, normalize: bool) -> tuple[NDArra
     codes, classes = codes_of(to_numpy(labels))
     each = np.ones(len(codes), np.int64) if mining == "hard" else np.bincount(codes, minlength=classes)[codes] - 1
     anchor = np.repeat(np.arange(len(codes)), each)
-    positive, negative = (like_numpy(x, np.full(len(anchor), -1)) for _ in range(2))
-    begin = like_numpy(x, np.cumsum(each) - each)
+    positive, negative = (of_kind(np.full(len(anchor), -1), x) for _ in range(2))
+    begin = of_kind(np.cumsum(each) - each, x)
     _launch(None, x, labels, (mining, 0.0, True, False, "sum", normalize), False, (positive, negative), begin)
     found = to_numpy(positive), to_numpy(negative)
     kept = found[1] >= 0
@@ -75,5 +75,5 @@ def prepare(tensors: tuple[Any, ...], config: tuple[Any, ...]) -> tuple[tuple[An
     mining, normalize = config[0], config[-1]
     if mining != "all":
         found = mined(x, labels, mining, normalize)
-        return tuple(like_numpy(x, index) for index in found), max(len(found[0]), 1)
+        return tuple(of_kind(index, x) for index in found), max(len(found[0]), 1)
     return (), max(int(_launch(None, x, labels, config, False)[3]), 1)

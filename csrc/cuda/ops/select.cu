@@ -3,47 +3,68 @@
 // Keys go to a strip; a warp scans a row of it in ascending order and keeps the 32 best so far in its lanes, so ties go
 // to the lower index. More than 32 are found 32 at a time. The kept candidates are then measured again from the
 // original rows and sorted by (value, index).
+#include "cuda/coordinate.hpp"
 #include "cuda/ops.hpp"
-#include "cuda/strip.hpp"
 
 namespace nearfar {
 namespace {
 
-/// What is minimised: the squared distance, 1 - <u, v> of unit rows, or the negative dot product; +inf where a column
-/// is not to be chosen.
+/// Where keys go, and which pairs have one: +inf where a column is not to be chosen.
 template <class T>
-struct KeyEpilogue {
-  static constexpr bool kDistances = true;
-  Scores<T> scores;
-  PairMap map;
+struct Keys {
   bool exclude_self;
   int64_t n, m;
   Weights<T> strip;
 
+  NEARFAR_DEVICE int64_t row(int64_t i) const { return strip.block.row + i; }
+  NEARFAR_DEVICE int64_t column(int64_t j) const { return strip.block.column + j; }
+  NEARFAR_DEVICE bool inside(int64_t i, int64_t j) const {
+    return row(i) < n && column(j) < m && !(exclude_self && row(i) == column(j));
+  }
+  NEARFAR_DEVICE T& at(int64_t i, int64_t j) const { return strip.w[i * strip.pitch + j]; }
+};
+
+/// What is minimised: the squared distance, 1 - <u, v> of unit rows, or the negative dot product.
+template <class T>
+struct KeyEpilogue {
+  static constexpr bool kDistances = true;
+  Keys<T> keys;
+  Scores<T> scores;
+  PairMap map;
+
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    const int64_t row = strip.block.row, column = strip.block.column;
-    auto inside = [&](int64_t i, int64_t j) {
-      return row + i < n && column + j < m && !(exclude_self && row + i == column + j);
-    };
     auto key = [&](int64_t i, int64_t j, T product) {
-      const T score = scores(row + i, column + j, product);
+      const T score = scores(keys.row(i), keys.column(j), product);
       return map == PairMap::dot ? -score : map == PairMap::one_minus_dot ? 1 - score : score;
     };
     f.for_each(
         [&](int64_t i, int64_t j, T product) {
-          if (!inside(i, j)) return false;
+          if (!keys.inside(i, j)) return false;
           const T own = key(i, j, product);
-          return map == PairMap::one_minus_dot ? own <= kNear<T> : scores.must_measure(row + i, column + j, own);
+          return map == PairMap::one_minus_dot ? own <= kNear<T>
+                                               : scores.must_measure(keys.row(i), keys.column(j), own);
         },
         [&](int64_t i, int64_t j, T product) {
-          strip.w[i * strip.pitch + j] = inside(i, j) ? key(i, j, product) : infinity<T>();
+          keys.at(i, j) = keys.inside(i, j) ? key(i, j, product) : infinity<T>();
         },
         [&](int64_t i, int64_t j) {
-          const T square = scores.measure(row + i, column + j);
-          strip.w[i * strip.pitch + j] = map == PairMap::one_minus_dot ? square / 2 : square;
+          const T square = scores.measure(keys.row(i), keys.column(j));
+          keys.at(i, j) = map == PairMap::one_minus_dot ? square / 2 : square;
         });
+  }
+};
+
+/// The same of a metric of coordinates: the score, before its root.
+template <class T>
+struct CoordinateKeys {
+  Keys<T> keys;
+
+  NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
+  template <class P>
+  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
+    f.for_each([&](int64_t i, int64_t j, T score) { keys.at(i, j) = keys.inside(i, j) ? score : infinity<T>(); });
   }
 };
 
@@ -101,6 +122,7 @@ template <class T>
 struct MeasureBest {
   Source<T> x, y;
   PairMap map;
+  double p;  // of minkowski
   int64_t k;
   T* value;
   int64_t* index;
@@ -129,6 +151,7 @@ struct MeasureBest {
     for (int64_t c = 0; c < k; ++c) {
       if (map == PairMap::euclidean) values[c] = sqrt(values[c]);
       if (map == PairMap::dot) values[c] = -values[c];
+      if (map == PairMap::minkowski) values[c] = power(values[c], 1 / p);
     }
   }
   NEARFAR_DEVICE T measure(int64_t i, int64_t j) const {
@@ -138,9 +161,22 @@ struct MeasureBest {
       if (!(1 - dot <= static_cast<double>(kNear<T>))) return static_cast<T>(1 - dot);
     }
     double sum = 0;
+    NEARFAR_ROLLED
     for (int64_t c = cuda::lane_index(); c < x.rows.d; c += cuda::kWarp) {
       const double difference = static_cast<double>(x.get(i, c)) - static_cast<double>(y.get(j, c));
-      sum += difference * difference;
+      if (map == PairMap::cityblock) {
+        sum += fabs(difference);
+      } else if (map == PairMap::chebyshev) {
+        sum = largest(sum, fabs(difference));
+      } else if (map == PairMap::minkowski) {
+        sum += power(fabs(difference), p);
+      } else {
+        sum += difference * difference;
+      }
+    }
+    if (map == PairMap::chebyshev) {
+      for (int mask = cuda::kWarp / 2; mask > 0; mask /= 2) sum = largest(sum, cuda::shuffle_xor(sum, mask));
+      return static_cast<T>(sum);
     }
     sum = cuda::warp_sum(sum);
     return static_cast<T>(is_dot() ? sum / 2 : sum);
@@ -148,27 +184,42 @@ struct MeasureBest {
   NEARFAR_DEVICE bool is_dot() const { return map == PairMap::dot || map == PairMap::one_minus_dot; }
 };
 
+/// put_keys(pairs, a block of the strip): the one thing in which searches differ.
+template <class E, class T, class PutKeys>
+void search(cuda::Context& c, const SelectParams<T>& p, bool distance, PutKeys put_keys) {
+  const Pairs<T, E> pairs(c, p.x, p.y, p.normalize, distance, false);
+  // More than 32 are found round by round, from whole rows.
+  Strip<T, E> strip(c, pairs, p.k > cuda::kWarp, true, nullptr, nullptr);
+  T* kept = c.take<T>(p.x.n * p.k);
+  strip.for_blocks([&](const Weights<T>& weights) {
+    const Block& b = weights.block;
+    put_keys(pairs, weights);
+    for (int64_t first = 0; first < p.k; first += cuda::kWarp)
+      c.launch_warps(b.rows, KeepBest<T>{weights, p.x.n, p.k, first, b.column > 0, kept, p.index});
+  });
+  c.launch_warps(p.x.n, MeasureBest<T>{pairs.scores.x, pairs.scores.y, p.map, p.power, p.k, p.value, p.index});
+}
+
 }  // namespace
 
 namespace cuda {
 
 template <class T>
 void select(Context& c, const SelectParams<T>& p) {
+  if (by_coordinate(p.map))
+    return with_coordinate_map(p.map, p.power, [&](auto map) {
+      search<T>(c, p, false, [&](const Pairs<T, T>& pairs, const Weights<T>& weights) {
+        launch_coordinates(c, map.score, pairs, weights.block,
+                           CoordinateKeys<T>{{p.exclude_self, p.x.n, p.y.n, weights}});
+      });
+    });
   const bool distance = is_distance(p.map);
   with_element<T>(p.x.dtype, distance, [&](auto element) {
-    using E = decltype(element);
-    const Pairs<T, E> pairs(c, p.x, p.y, p.normalize, distance, false);
-    // More than 32 are found round by round, from whole rows.
-    Strip<T, E> strip(c, pairs, p.k > kWarp, true, nullptr, nullptr);
-    T* kept = c.take<T>(p.x.n * p.k);
-    strip.for_blocks([&](const Weights<T>& weights) {
+    search<decltype(element)>(c, p, distance, [&](const auto& pairs, const Weights<T>& weights) {
       const Block& b = weights.block;
       launch_scores(c, plan_scores(c, "keys", pairs, b), pairs, b,
-                    KeyEpilogue<T>{pairs.scores, p.map, p.exclude_self, p.x.n, p.y.n, weights});
-      for (int64_t first = 0; first < p.k; first += kWarp)
-        c.launch_warps(b.rows, KeepBest<T>{weights, p.x.n, p.k, first, b.column > 0, kept, p.index});
+                    KeyEpilogue<T>{{p.exclude_self, p.x.n, p.y.n, weights}, pairs.scores, p.map});
     });
-    c.launch_warps(p.x.n, MeasureBest<T>{pairs.scores.x, pairs.scores.y, p.map, p.k, p.value, p.index});
   });
 }
 

@@ -1,7 +1,7 @@
 // Store: the whole matrix of a map, and the gradient through it. Here, and only here, the matrix exists: it is the
 // result.
+#include "cuda/coordinate.hpp"
 #include "cuda/ops.hpp"
-#include "cuda/strip.hpp"
 
 namespace nearfar {
 namespace {
@@ -11,16 +11,27 @@ NEARFAR_DEVICE int64_t place_of(int64_t i, int64_t j, int64_t columns, bool cond
   return condensed ? i * (2 * columns - i - 1) / 2 - i - 1 + j : i * columns + j;
 }
 
+/// Where the result lies.
 template <class T>
-struct StoreMap {
-  static constexpr bool kDistances = true;
-  Scores<T> scores;
-  PairMap map;
-  bool same, condensed;
+struct Result {
+  bool condensed;
   int64_t n, m;
   T* out;
 
   NEARFAR_DEVICE bool wants(int64_t i0, int64_t j0, int, int tile_n) const { return !condensed || j0 + tile_n > i0; }
+  NEARFAR_DEVICE bool inside(int64_t i, int64_t j) const { return i < n && j < m && (!condensed || i < j); }
+  NEARFAR_DEVICE void put(int64_t i, int64_t j, T value) const { out[place_of(i, j, m, condensed)] = value; }
+};
+
+template <class T>
+struct StoreMap : Result<T> {
+  static constexpr bool kDistances = true;
+  using Result<T>::inside;
+  using Result<T>::put;
+  Scores<T> scores;
+  PairMap map;
+  bool same;
+
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
     f.for_each(
@@ -33,14 +44,24 @@ struct StoreMap {
           put(i, j, map == PairMap::one_minus_dot ? square / 2 : map_value(map, square));
         });
   }
-  NEARFAR_DEVICE bool inside(int64_t i, int64_t j) const { return i < n && j < m && (!condensed || i < j); }
   /// 1 - <u, v> loses what it measures when u is near v; half the squared difference of the unit rows does not. A zero
   /// row is at distance 1 from every row but itself.
   NEARFAR_DEVICE bool must_measure(int64_t i, int64_t j, T score) const {
     if (map != PairMap::one_minus_dot) return scores.must_measure(i, j, score);
     return 1 - score <= kNear<T> || (same && i == j && score == 0);
   }
-  NEARFAR_DEVICE void put(int64_t i, int64_t j, T value) const { out[place_of(i, j, m, condensed)] = value; }
+};
+
+/// The same of a metric of coordinates.
+template <class T, class Map>
+struct StoreCoordinates : Result<T> {
+  Map map;
+  template <class P>
+  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
+    f.for_each([&](int64_t i, int64_t j, T score) {
+      if (this->inside(i, j)) this->put(i, j, map.value(score));
+    });
+  }
 };
 
 /// Weights of the gradient: the upstream gradient times the pull of the map. Scores are not computed again: the values
@@ -73,23 +94,63 @@ struct StoreWeights {
   }
 };
 
+/// Gradient and value of the pair (own, other) of a metric of coordinates; `turned`: own is the second set. Condensed,
+/// every row has both roles, and a row is no pair with itself.
+template <class T>
+struct StoredPair {
+  int64_t m;
+  bool condensed, turned;
+  const T *value, *grad;
+  NEARFAR_DEVICE void operator()(int64_t own, int64_t other, T& g, T& v) const {
+    g = v = 0;
+    if (condensed && own == other) return;
+    const bool turn = condensed ? own > other : turned;
+    const int64_t place = place_of(turn ? other : own, turn ? own : other, m, condensed);
+    g = grad[place];
+    v = value[place];
+  }
+};
+
+template <class T>
+void store_coordinates(cuda::Context& c, const StoreParams<T>& p) {
+  const Pairs<T, T> pairs(c, p.x, p.y, false, false, false);
+  with_coordinate_map(p.map, p.power, [&](auto map) {
+    launch_coordinates(c, map.score, pairs, pairs.all(),
+                       StoreCoordinates<T, decltype(map)>{{p.condensed, p.x.n, p.y.n, p.out}, map});
+  });
+}
+
+template <class T>
+void store_coordinates_grad(cuda::Context& c, const StoreGradParams<T>& p) {
+  const Pairs<T, T> pairs(c, p.x, p.y, false, false, false);
+  const int64_t n = p.x.n, m = p.y.n;
+  with_coordinate_map(p.map, p.power, [&](auto map) {
+    StoredPair<T> of{m, p.condensed, false, p.out, p.grad};
+    add_coordinate_gradient(c, map, of, pairs.x, pairs.y, 0, n, 0, m, p.dx);
+    of.turned = true;
+    if (!p.condensed) add_coordinate_gradient(c, map, of, pairs.y, pairs.x, 0, m, 0, n, p.dy);
+  });
+}
+
 }  // namespace
 
 namespace cuda {
 
 template <class T>
 void store(Context& c, const StoreParams<T>& p) {
+  if (by_coordinate(p.map)) return store_coordinates(c, p);
   const bool distance = is_distance(p.map);
   with_element<T>(p.x.dtype, distance, [&](auto element) {
     const Pairs<T, decltype(element)> pairs(c, p.x, p.y, p.normalize, distance, false);
     const Plan plan = plan_scores(c, "store", pairs, pairs.all());
     launch_scores(c, plan, pairs, pairs.all(),
-                  StoreMap<T>{pairs.scores, p.map, p.same, p.condensed, p.x.n, p.y.n, p.out});
+                  StoreMap<T>{{p.condensed, p.x.n, p.y.n, p.out}, pairs.scores, p.map, p.same});
   });
 }
 
 template <class T>
 void store_grad(Context& c, const StoreGradParams<T>& p) {
+  if (by_coordinate(p.map)) return store_coordinates_grad(c, p);
   const bool distance = is_distance(p.map);
   with_element<T>(p.x.dtype, distance, [&](auto element) {
     const Pairs<T, decltype(element)> pairs(c, p.x, p.y, p.normalize, distance, true);

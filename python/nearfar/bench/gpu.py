@@ -26,6 +26,7 @@ Step = Callable[[], Any]
 Loss = Callable[..., Any]
 
 CHUNK = 512  # rows at a time of the chunked peers
+ITERATIONS = 5  # of k-means
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,16 @@ def _assign(x: Any, y: Any) -> Any:
     return torch.cat([(square - 2 * rows @ y.T).argmin(1) for rows in x.split(65536)])
 
 
+def _lloyd(x: Any, y: Any) -> Any:
+    torch = load("torch")
+    for _ in range(ITERATIONS):
+        labels = _assign(x, y)
+        sums = torch.zeros_like(y).index_add_(0, labels, x)
+        counts = labels.bincount(minlength=len(y))[:, None]
+        y = torch.where(counts > 0, sums / counts.clamp_min(1), y)
+    return y
+
+
 def _nearest(x: Any, y: Any) -> Any:
     torch = load("torch")
     return torch.cat([torch.cdist(rows, y).topk(10, largest=False)[1] for rows in x.split(4096)])
@@ -163,11 +174,16 @@ def lines(quick: bool) -> list[Line]:
         Line("info_nce", "bfloat16", (min(n, 256), min(n, 256), 128), 3, nf.info_nce_loss, _info_nce),
         Line("cdist", "float32", (middle, middle, 128), 1, nf.cdist, lambda x, y: load("torch").cdist(x, y),
              gradient=False),
+        Line("cdist_cityblock", "float32", (middle, middle, 128), 1, lambda x, y: nf.cdist(x, y, "cityblock"),
+             lambda x, y: load("torch").cdist(x, y, p=1.0), gradient=False),
         Line("gaussian_matmul", "float32", (many, many, 64), 1, matmul(nf.kernels.Gaussian()), _gaussian,
              gradient=False),
         Line("matern_matmul", "float32", (many, many, 64), 1, matmul(nf.kernels.Matern()), _matern, gradient=False),
         Line("kmeans_assign", "float32", (rows, centroids, 128), 1, nf.kmeans_assign, _assign, gradient=False,
              paired=False),
+        Line("kmeans", "float32", (rows, centroids, 128), ITERATIONS + 1,
+             lambda x, y: nf.KMeans(len(y), init=y, max_iter=ITERATIONS, tol=0).fit(x).cluster_centers_, _lloyd,
+             gradient=False, paired=False),
         Line("knn", "float32", (middle, many, 128), 1, lambda x, y: nf.knn(x, y, 10), _nearest, gradient=False,
              paired=False),
     ]  # fmt: skip

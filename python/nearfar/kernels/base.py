@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import operations
-from ..arrays import Array, batched, cast, check_points, compute_dtype, dtype_name, is_torch, kind_of
+from ..arrays import Array, batched, cast, check_points, compute_dtype, dtype_name, is_torch, kind_of, of_kind, to_numpy
 from ..distances import common_batch, pair_shapes
 from .program import Builder, Register
 
@@ -196,7 +196,7 @@ class Kernel:
             import torch
 
             with torch.no_grad():
-                return self.matmul(points, None, torch.from_numpy(v)).numpy()
+                return to_numpy(self.matmul(points, None, of_kind(v, points)))
 
         n = x.shape[0]
         return LinearOperator(

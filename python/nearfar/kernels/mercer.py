@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import Array, check_points, is_torch
+from ..arrays import Array, check_points, is_torch, to_numpy
 from ..psd import EPS, NOISE, PSDReport, psd_report
 from .base import Kernel, Power, Product, Scaled, Sum
 
@@ -150,8 +150,8 @@ def _judge(matrix: Array, conditional: bool) -> PSDReport | None:
     """The verdict on the Gram matrix, or on its projection; None where it is not finite."""
     dtype = "float32" if "float32" in str(matrix.dtype) else "float64"
     if not conditional:
-        return psd_report(matrix) if np.isfinite(np.asarray(matrix)).all() else None
-    wide = np.asarray(matrix, np.float64)
+        return psd_report(matrix) if np.isfinite(to_numpy(matrix)).all() else None
+    wide = to_numpy(matrix).astype(np.float64)
     if not np.isfinite(wide).all():
         return None
     wide = (wide + wide.T) / 2

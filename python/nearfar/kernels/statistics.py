@@ -31,8 +31,9 @@ from ..arrays import (
     empty,
     integer,
     is_torch,
+    of_kind,
+    to_numpy,
 )
-from ..implicit import of_kind
 from .base import Kernel
 from .families import Linear
 from .named import resolve
@@ -161,7 +162,7 @@ def mmd_permutation_test(
         if begin == 0:
             groups[:, 0] = np.arange(n + m) < n
         found = _discrepancies(resolved, z, groups, unbiased)
-        values.append(np.asarray(found.detach() if is_torch(found) else found))
+        values.append(to_numpy(found))
     statistic, null = values[0][0], np.concatenate(values)[1:]
     # Relabellings that repeat the observed one differ from it by round-off, and are as extreme.
     slack = 8 * float(np.finfo(compute_dtype(z)).eps) * float(np.abs(null).max())

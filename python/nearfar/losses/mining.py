@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import operations, triplets
-from ..arrays import Array, check_matrix, check_points, codes_of, integer, is_torch, like_numpy, to_numpy
+from ..arrays import Array, check_matrix, check_points, codes_of, integer, is_torch, of_kind, to_numpy
 from .ranking import check_margin
 from .softmax import check_labels
 
@@ -114,7 +114,7 @@ def mine_triplets(
         mined = triplets.mined(x, labels, mining, normalize)
         ranks = _sample(len(mined[0]), max_triplets, seed)
         found = mined if ranks is None else tuple(index[ranks] for index in mined)  # type: ignore[assignment]
-    return tuple(like_numpy(embeddings, index) for index in found)  # type: ignore[return-value]
+    return tuple(of_kind(index, embeddings) for index in found)  # type: ignore[return-value]
 
 
 def _sample(total: int, most: int | None, seed: int) -> _Index | None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import Array, is_torch, to_numpy
+from ..arrays import Array, is_torch, of_kind, to_numpy
 from ..distances import cdist
 from ..estimator import Estimator, floating
 
@@ -79,12 +79,7 @@ class MetricLearner(Estimator):
         self._check_fitted()
         X = self._points(X, reset=False)
         points = _finite(to_numpy(X), "X")
-        mapped = np.ascontiguousarray((points @ self.components_.T).astype(points.dtype))
-        if is_torch(X):
-            import torch
-
-            return torch.from_numpy(mapped)
-        return mapped
+        return of_kind(np.ascontiguousarray((points @ self.components_.T).astype(points.dtype)), X)
 
     def get_mahalanobis_matrix(self) -> Numbers:
         """``M = components_.T @ components_``, positive semi-definite, (D, D)."""
