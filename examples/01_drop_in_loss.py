@@ -108,17 +108,11 @@ def main():
     args = parser.parse_args()
     images = Digits.load().train
     batch, steps = (512, 15) if args.short else (512, 150)
-    curves = {
-        name: pretrain(loss, images, batch, steps)
-        for name, loss in {
-            "dense": dense_nt_xent,
-            "fused": nf.nt_xent_loss,
-            "dense, other order": in_another_order,
-        }.items()
-    }
+    losses = {"dense": dense_nt_xent, "fused": nf.nt_xent_loss, "dense, other order": in_another_order}
+    curves = {name: pretrain(loss, images, batch, steps) for name, loss in losses.items()}
     print(f"{'step':>6}" + "".join(f"{name:>20}" for name in curves))
     for step in np.unique(np.linspace(0, steps - 1, 6).astype(int)):
-        print(f"{step:>6}" + "".join(f"{losses[step]:>20.6f}" for losses in curves.values()))
+        print(f"{step:>6}" + "".join(f"{curve[step]:>20.6f}" for curve in curves.values()))
     gap, rounding = (np.abs(curves[name] - curves["dense"]).max() for name in ("fused", "dense, other order"))
     print(f"largest difference from dense: fused {gap:.1e}, the dense loss in another order {rounding:.1e}")
 
@@ -128,7 +122,7 @@ def main():
 
     costs = {}
     print(
-        f"\n{'views':>6}{'matrix, MB':>12}{'dense MB':>10}{'fused MB':>10}{'dense ms':>10}{'fused ms':>10}{'ratio':>8}"
+        f"\n{'views':>6}{'matrix MB':>12}{'dense MB':>10}{'fused MB':>10}{'dense ms':>10}{'fused ms':>10}{'ratio':>8}"
     )
     for size in (256, 512) if args.short else (256, 512, 1024):
         turns = Turns()

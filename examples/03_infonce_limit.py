@@ -14,7 +14,7 @@ import argparse
 
 import numpy as np
 import torch
-from _digits import perceptron, train
+from _digits import nt_xent, perceptron, train
 from matplotlib.figure import Figure
 
 import nearfar as nf
@@ -27,7 +27,7 @@ def population(steps):
     """Unit embeddings of all training digits and of a view of each, of an encoder trained for some steps."""
     torch.manual_seed(0)
     images = Digits.load().train
-    encoder = train(perceptron(64, 256, 128, 16), images, lambda x, y, _: nf.nt_xent_loss(x, y), steps=steps)
+    encoder = train(perceptron(64, 256, 128, 16), images, nt_xent, steps=steps)
     both = features_of(encoder, images), features_of(encoder, augment(images))
     return [(z / z.norm(dim=1, keepdim=True)).double().numpy() for z in both]
 

@@ -16,14 +16,14 @@ import argparse
 
 import numpy as np
 import torch
-from _digits import perceptron, train, views
+from _digits import nt_xent, perceptron, train, views
 from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 
 import nearfar as nf
-from nearfar.demo import Digits, features_of, judge
+from nearfar.demo import TEMPERATURE, Digits, features_of, judge
 
-DIM, TEMPERATURE = 20, 0.5
+DIM = 20
 ESTIMATORS = {"infonce": "InfoNCE", "nwj": "NWJ", "dv": "DV"}
 INFORMATION = (1, 2, 4, 6, 8, 10)
 
@@ -34,8 +34,7 @@ def critic(information, count, rng):
     x = rng.standard_normal((count, DIM))
     y = rho * x + np.sqrt(1 - rho**2) * rng.standard_normal((count, DIM))
     scale = rho / (1 - rho**2)
-    own, other = ((-rho * scale / 2) * (z**2).sum(1) for z in (x, y))
-    one = np.ones(count)
+    own, other, one = (-rho * scale / 2) * (x**2).sum(1), (-rho * scale / 2) * (y**2).sum(1), np.ones(count)
     return np.column_stack([scale * x, own, one]), np.column_stack([y, one, other + 1 + information])
 
 
@@ -75,14 +74,10 @@ def bijections(digits):
 def strengths(digits, values, steps):
     """Rows (strength, InfoNCE bound on held-out digits, accuracy of a probe with five labels a class)."""
     rows = []
-
-    def contrast(x, y, _):
-        return nf.nt_xent_loss(x, y, temperature=TEMPERATURE)
-
     for strength in values:
         torch.manual_seed(0)
         network = perceptron(64, 256, 128, 32)
-        train(network, digits.train, contrast, steps=steps, view=lambda x, s=strength: views(x, s)[0])
+        train(network, digits.train, nt_xent, steps=steps, view=lambda x, s=strength: views(x, s)[0])
         pair = [features_of(network, views(digits.test, strength)[0]) for _ in range(2)]
         bound = float(nf.mi_lower_bound(*pair, temperature=TEMPERATURE))
         rows.append((strength, bound, 100 * judge(network, digits)[0]["few"]))
@@ -97,9 +92,8 @@ def picture(path, tables, sweep):
         axis.plot(INFORMATION, INFORMATION, color="0.25", lw=1, ls="--", label="truth")
         axis.axhline(np.log(count), color="tab:red", lw=1, ls=":", label="log K")
         for e, name in enumerate(ESTIMATORS.values()):
-            axis.errorbar(
-                INFORMATION, found[:, e].mean(1), found[:, e].std(1), capsize=2, lw=1, color=f"C{e}", label=name
-            )
+            mean, deviation = found[:, e].mean(1), found[:, e].std(1)
+            axis.errorbar(INFORMATION, mean, deviation, capsize=2, lw=1, color=f"C{e}", label=name)
         axis.set(title=f"K = {count} pairs", xlabel="mutual information", ylabel="estimate", ylim=(-1, 13))
         axis.legend(frameon=False, fontsize=8)
     axes[-1].plot(sweep[:, 1], sweep[:, 2], "o-", color="C4", lw=1)
@@ -128,9 +122,8 @@ def main():
     print("\nthe same 40 numbers of a digit, invertibly mapped: accuracy of 5 neighbours, error of the inverse")
     for name, (accuracy, error) in moved.items():
         print(f"{name:>24}{accuracy:>7.1f} %{error:>10.0e}")
-    sweep = strengths(
-        digits, (0.05, 1.0) if args.short else (0.05, 0.3, 0.6, 1.0, 1.5, 2.0, 3.0), 80 if args.short else 300
-    )
+    values = (0.05, 1.0) if args.short else (0.05, 0.3, 0.6, 1.0, 1.5, 2.0, 3.0)
+    sweep = strengths(digits, values, 80 if args.short else 300)
     print("\nviews of strength  InfoNCE bound  accuracy with 5 labels a class")
     for strength, bound, accuracy in sweep:
         print(f"{strength:>17g}{bound:>15.3f}{accuracy:>14.1f} %")
@@ -144,9 +137,8 @@ def main():
         for i in range(2):  # where the tail is light enough to be seen
             assert 0.5 < deviation[i, 1] / deviation_of_nwj(INFORMATION[i], count) < 1.5, (count, INFORMATION[i])
             assert abs(mean[i, 1] - INFORMATION[i]) < 0.15, "NWJ is nearly unbiased"
-    worst = moved["scaled, 10^-3 to 10^3"]
     assert max(error for _, error in moved.values()) < 1e-9, "nothing is lost"
-    assert worst[0] < moved["rotated"][0] - 30, "and it is of no use"
+    assert moved["scaled, 10^-3 to 10^3"][0] < moved["rotated"][0] - 30, "and it is of no use"
     assert (np.diff(sweep[:, 1]) < 0).all(), "stronger views share less"
     assert sweep[0, 2] < sweep[:, 2].max() - 5, "the largest bound is not the best encoder"
     picture(args.output, tables, sweep)

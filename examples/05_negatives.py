@@ -7,7 +7,7 @@ Claims, checked at the end; the rest of the table is what it is, on 8 x 8 digits
 - the loss makes the head's output z forget what was done to an image, and the head lets h remember: R^2 of a linear map
   to rotation and shift (SimCLR, Chen et al. 2020, table 3: rotation is read from h with 67.6 %, from z with 25.6 %);
 - hcl_loss with beta = 0, tau+ = 0 is nt_xent_loss: the same encoder (Robinson et al. 2021);
-- one negative is too few; leaving false negatives out by an oracle (`ids`) helps (Chuang et al. 2020).
+- with few labels the head helps, and leaving false negatives out by an oracle (`ids`) does (Chuang et al. 2020).
 
     python 05_negatives.py [--short] [--output FILE.png]
 """
@@ -16,24 +16,19 @@ import argparse
 
 import numpy as np
 import torch
-from _digits import parameters_explained, perceptron, train, views
+from _digits import nt_xent, parameters_explained, perceptron, train, views
 from matplotlib.figure import Figure
 from torch import nn
 
 import nearfar as nf
-from nearfar.demo import Digits, judge
+from nearfar.demo import TEMPERATURE, Digits, judge
 
-BATCH, TEMPERATURE, FEATURES, PROJECTION, QUEUE = 256, 0.5, 128, 32, 2048
+BATCH, FEATURES, PROJECTION, QUEUE = 256, 128, 32, 2048
 HEADS = {
     "two layers": lambda: perceptron(FEATURES, FEATURES, PROJECTION),
     "one layer": lambda: nn.Linear(FEATURES, PROJECTION),
     "none": nn.Identity,
 }
-
-
-def nt_xent(x, y, _):
-    """The loss from which the others differ."""
-    return nf.nt_xent_loss(x, y, temperature=TEMPERATURE)
 
 
 def hard(beta, tau_plus=0.0):
@@ -92,17 +87,14 @@ def picture(path, found):
     figure = Figure(figsize=(12, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[2.2, 1])
     colors = {"base": "0.25", "negatives": "C0", "hard": "C1", "false": "C2", "head": "C4"}
-    names = [f"{value}" for _, value in found]
     for place, ((ingredient, _), runs) in enumerate(found.items()):
         left.errorbar(runs[:, 1].mean(), -place, xerr=runs[:, 1].std(), fmt="o", color=colors[ingredient], capsize=2)
     left.axvline(next(iter(found.values()))[:, 1].mean(), color="0.6", lw=1, ls="--")
     labels = [f"{ingredient}: {value}" for ingredient, value in found]
-    left.set_yticks(-np.arange(len(names)), labels)
+    left.set_yticks(-np.arange(len(labels)), labels)
     left.set(xlabel="accuracy in %, five labels a class")
-    heads = {
-        "two layers": next(iter(found.values())),
-        **{v: runs for (kind, v), runs in found.items() if kind == "head"},
-    }
+    heads = {"two layers": next(iter(found.values()))}
+    heads |= {value: runs for (ingredient, value), runs in found.items() if ingredient == "head"}
     for side, name in ((-0.2, "h, the features"), (0.2, "z, what the loss sees")):
         values = [runs[:, 3 if side < 0 else 4].mean() for runs in heads.values()]
         right.bar(np.arange(len(heads)) + side, values, 0.4, label=name)

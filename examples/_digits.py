@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from sklearn.linear_model import Ridge
 from torch import nn
 
-from nearfar.demo import augment, features_of
+import nearfar as nf
+from nearfar.demo import TEMPERATURE, augment, features_of
 
 
 def views(images, strength=1.0):
@@ -35,6 +36,11 @@ def perceptron(*widths):
     for width, after in itertools.pairwise(widths[1:]):
         layers += [nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, after)]
     return nn.Sequential(*layers)
+
+
+def nt_xent(z1, z2, _):
+    """The plainest loss for `train`."""
+    return nf.nt_xent_loss(z1, z2, temperature=TEMPERATURE)
 
 
 def train(network, images, loss, *, steps, view=augment, batch=256):
