@@ -107,7 +107,7 @@ def main():
     parser.add_argument("--output", default="01_drop_in_loss.png", help="the picture")
     args = parser.parse_args()
     images = Digits.load().train
-    batch, steps = (512, 15) if args.short else (512, 150)
+    batch, steps = (256, 15) if args.short else (512, 150)
     losses = {"dense": dense_nt_xent, "fused": nf.nt_xent_loss, "dense, other order": in_another_order}
     curves = {name: pretrain(loss, images, batch, steps) for name, loss in losses.items()}
     print(f"{'step':>6}" + "".join(f"{name:>20}" for name in curves))
@@ -126,7 +126,7 @@ def main():
     )
     for size in (256, 512) if args.short else (256, 512, 1024):
         turns = Turns()
-        pretrain(nf.nt_xent_loss, images, size, 6 if args.short else 30, turns)
+        pretrain(nf.nt_xent_loss, images, size, 4 if args.short else 30, turns)
         cost = {name: (np.median(turns.ms[name]), max(turns.bytes[name]) / 1e6) for name in ("dense", "fused")}
         costs[size], (slow, big), (fast, small) = cost, cost["dense"], cost["fused"]
         matrix = 4 * (2 * size) ** 2 / 1e6
