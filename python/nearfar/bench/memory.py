@@ -52,23 +52,23 @@ def child(job: str) -> None:
     step = build(case.problem(wanted["shape"]))
     with thread_limit(wanted["threads"]):
         warm_up()
-        before = _start_peak()
+        before = start_peak()
         result = step()
-        print(_peak() - before)
+        print(peak() - before)
         del result
 
 
-def _start_peak() -> int:
+def start_peak() -> int:
     """Begin a new peak; what is resident now."""
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as handle:
             handle.write("5")
         return _status("VmRSS")
     except OSError:  # not Linux: the peak so far, so that what is reported is a lower bound
-        return _peak()
+        return peak()
 
 
-def _peak() -> int:
+def peak() -> int:
     try:
         return _status("VmHWM")
     except OSError:
