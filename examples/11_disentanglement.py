@@ -5,8 +5,8 @@ A digit is drawn with known position (two numbers), angle and size. An encoder l
     InfoNCE with scores -|z - z'|^2 / 2 = <z, z'> - |z'|^2 / 2 + (what does not depend on z')
 
 Claims, checked at the end:
-- compact: effective rank (Roy, Vetterli, 2007); explanatory: R^2 of a linear probe; interpretable: do nearest neighbours
-  share the factors; disentangled: mutual information gap (Chen et al., 2018): each factor in a coordinate of its own;
+- compact: effective rank (Roy, Vetterli, 2007); explanatory: R^2 of a linear probe; interpretable: nearest neighbours
+  share factors; disentangled: mutual information gap (Chen et al., 2018): each factor in a coordinate of its own;
 - InfoNCE, ranks, probes and neighbours do not see a rotation of z, exactly. The gap does: so no loss of pairs supplies
   axes (Locatello et al., 2019), though it finds the factors up to a rotation (Zimmermann et al., 2021);
 - independent component analysis afterwards finds the axes if the factors are independent and not Gaussian (Comon,
@@ -51,27 +51,20 @@ def info_nce(z, other, temperature=1.0):
     return nf.info_nce_loss(query, key, temperature=temperature, normalize=False)
 
 
-def contrast(steps):
-    """An encoder of four numbers from pairs of images."""
-    torch.manual_seed(0)
-    encoder = network(256, 256, 128, 4)
+def contrast(encoder, steps):
+    """Train an encoder with pairs of images."""
 
     def loss():
         factors = torch.rand(256, 4) * 2 - 1
-        other = factors + NEAR * torch.randn(512, 4)
+        other = factors + NEAR * torch.randn(256, 4)
         return info_nce(*encoder(draw(torch.cat([factors, other]))).chunk(2), temperature=NEAR**2)
 
     train(loss, steps, encoder)
-    return encoder
 
 
 def information_gap(z, factors):
     """Mean over factors of (largest - second largest mutual information with a coordinate) / entropy."""
-
-    def levels(x):
-        return (np.argsort(np.argsort(x, 0), 0) * BINS) // len(x)
-
-    z, factors = levels(z), levels(factors)
+    z, factors = ((np.argsort(np.argsort(x, 0), 0) * BINS) // len(x) for x in (z, factors))
     table = np.zeros((z.shape[1], factors.shape[1]))
     for i, j in np.ndindex(table.shape):
         joint = np.histogram2d(z[:, i], factors[:, j], BINS)[0] / len(z)
@@ -82,21 +75,16 @@ def information_gap(z, factors):
 
 def measures(z, other, factors):
     """InfoNCE, effective rank, R^2 of a linear probe, R^2 of the nearest neighbour's factors, information gap."""
-    total = factors.var(0)
-    half = len(z) // 2
+    total, half = factors.var(0), len(z) // 2
     design = np.column_stack([z, np.ones(len(z))])
     weights = np.linalg.lstsq(design[:half], factors[:half], rcond=None)[0]
     probe = 1 - np.square(factors[half:] - design[half:] @ weights).mean(0) / total
-    nearest = nf.knn(np.ascontiguousarray(z), k=1)[1][:, 0]
-    neighbour = 1 - np.square(factors - factors[nearest]).mean(0) / (2 * total)  # 0 for a neighbour at random
+    nearest = factors[nf.knn(np.ascontiguousarray(z), k=1)[1][:, 0]]
+    neighbour = 1 - np.square(factors - nearest).mean(0) / (2 * total)  # 0 for a neighbour at random
     scale = 2 / np.sqrt(np.square(z - other).sum(1).mean())  # pairs at squared distance 4, whatever the unit
     loss = float(info_nce(torch.from_numpy(scale * z), torch.from_numpy(scale * other)))
     rank = nf.evaluate(z - z.mean(0)).effective_rank
     return loss, rank, probe.mean(), neighbour.mean(), information_gap(z, factors)[0]
-
-
-def rotated(z, seed=1):
-    return z @ ortho_group.rvs(z.shape[1], random_state=seed)
 
 
 def unmixed(z, other):
@@ -110,13 +98,11 @@ def picture(images, rows, gap, path):
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     left, *axes = figure.subplots(1, 4)
     left.imshow(images[:36].view(6, 6, 16, 16).transpose(1, 2).reshape(96, 96), cmap="gray_r")
-    left.set_title("one digit, four factors")
-    left.axis("off")
+    left.set(title="one digit, four factors", xticks=[], yticks=[])
     for axis, (name, (z, _, factors)) in zip(axes, rows.items(), strict=True):
         axis.imshow(information_gap(z, factors)[1] / np.log(BINS), cmap="Blues", vmin=0, vmax=1)
-        axis.set(xticks=range(4), yticks=range(4), title=f"{name}: gap {gap[name]:.2f}")
-        axis.set_xticklabels(FACTORS)
-        axis.set_yticklabels(f"z{i}" for i in range(4))
+        axis.set_xticks(range(4), FACTORS)
+        axis.set(yticks=range(4), ylabel="coordinate", title=f"{name}: gap {gap[name]:.2f}")
     figure.savefig(path, dpi=110)
 
 
@@ -130,22 +116,25 @@ def main():
     factors = rng.uniform(-1, 1, (n, 4))
     pair = factors + NEAR * rng.standard_normal((n, 4))
     images, others = (draw(torch.from_numpy(f).float()) for f in (factors, pair))
-    encoder = contrast(steps)
+    torch.manual_seed(0)
+    encoder = network(256, 256, 128, 4)
+    contrast(encoder, steps)
     with torch.no_grad():
         z, near = (encoder(x).double().numpy() for x in (images, others))
-    pca = PCA(4).fit(images)
-    pixels = [pca.transform(x).astype(np.float64) for x in (images, others)]
+    pixels = [PCA(4).fit(images).transform(x).astype(np.float64) for x in (images, others)]
     normal = rng.standard_normal((n, 4))
     normals = normal, normal + NEAR * rng.standard_normal((n, 4))
+    turn = ortho_group.rvs(4, random_state=1)
+    turned = [x @ turn for x in normals]
     rows = {
         "the factors": (factors, pair, factors),
         "pixels, 4 of PCA": (*pixels, factors),
         "InfoNCE": (z, near, factors),
-        "InfoNCE, rotated": (rotated(z), rotated(near), factors),
+        "InfoNCE, rotated": (z @ turn, near @ turn, factors),
         "InfoNCE, then ICA": (*unmixed(z, near), factors),
         "Gaussian factors": (*normals, normal),
-        "Gaussian, rotated": (*map(rotated, normals), normal),
-        "Gaussian, then ICA": (*unmixed(*map(rotated, normals)), normal),
+        "Gaussian, rotated": (*turned, normal),
+        "Gaussian, then ICA": (*unmixed(*turned), normal),
     }
     names = ("InfoNCE", "compact", "explains", "neighbour", "gap")
     print(f"{f'{n} images, 4 factors':<24}" + "".join(f"{name:>12}" for name in names))
