@@ -6,9 +6,10 @@ Claims, checked at the end:
 - linear, pixels kept with probability q: the best map is W = q C (q^2 C + q (1 - q) diag C)^-1, C the covariance. For
   q = 1 it is the identity, which has learnt nothing; for q < 1 it must use what pixels have to do with each other;
 - with five labels a class, features that were trained to predict hidden pixels beat those trained to copy, whether the
-  code is wide or a bottleneck; with all labels little is left of the difference;
+  code is wide or a bottleneck; with all labels, or by neighbours, they do not;
 - He et al. (Masked Autoencoders, 2022) hide 75 % of a photograph: of an 8 x 8 image that is too much;
-- a pretext task, which of four rotations was applied (Gidaris et al., 2018), also beats the wide copier.
+- a pretext task does not help by itself: which of four rotations was applied (Gidaris et al., 2018) is told from so
+  little of a digit that the features are worse than those of random weights.
 
     python 07_masked_prediction.py [--short] [--output FILE.png]
 """
@@ -124,18 +125,18 @@ def picture(few, encoder, decoder, digits, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--short", action="store_true", help="three objectives, one seed")
+    parser.add_argument("--short", action="store_true", help="two objectives, one seed")
     parser.add_argument("--output", default="07_masked_prediction.png", help="the picture")
     args = parser.parse_args()
     digits = Digits.load()
     linear(digits.train)
-    names = list(OBJECTIVES)[: 3 if args.short else None]
-    few, shown = compare(digits, names, *((1, 250) if args.short else (3, 1000)))
+    names = list(OBJECTIVES)[: 2 if args.short else None]
+    few, shown = compare(digits, names, *((1, 500) if args.short else (2, 1000)))
     copied = {name: value for name, value in few.items() if name.startswith("copy")}
     assert few["masked pixels, 25 %"] > max(copied.values()) + 0.5, "prediction beats copying"
     if not args.short:
         assert few["masked pixels, 25 %"] > few["masked pixels, 75 %"], "75 % is too much here"
-        assert few["which rotation"] > few["copy, code of 128"], "and so does a pretext task"
+        assert few["which rotation"] < few["random weights"], "a pretext task need not help"
     picture(few, *shown, digits, args.output)
     print(f"picture: {args.output}")
 
