@@ -38,10 +38,8 @@ def pretrained(images, labels=None, steps=80):
 
     def loss():
         chosen = torch.randint(len(images), (256,))
-        views = [encoder(augment(images[chosen]).flatten(1)) for _ in range(2)]
-        if labels is None:
-            return nf.nt_xent_loss(*views)
-        return nf.sup_con_loss(torch.cat(views), labels[chosen].repeat(2))
+        z = [encoder(augment(images[chosen]).flatten(1)) for _ in range(2)]
+        return nf.nt_xent_loss(*z) if labels is None else nf.sup_con_loss(torch.cat(z), labels[chosen].repeat(2))
 
     train(loss, steps, encoder)
     return lambda x: encoder(x.flatten(1)).detach().numpy()
@@ -85,11 +83,10 @@ def digits(seed, steps):
     found["probe chosen on the test"] = best
 
     views = torch.cat([augment(x[few]) for _ in range(5)]).flatten(1).numpy()  # of which four fifths are learnt from
-    order, labels = rng.permutation(len(views)), np.tile(y[few], 5)
-    own, held = np.split(order, [4 * len(few)])
-    outside = nearest(views[own], labels[own], augment(x[world]).flatten(1).numpy())
-    inside = nearest(views[own], labels[own], views[held])
-    found["augmented, then split"] = np.mean(inside == labels[held]), np.mean(outside == y[world])
+    labels = np.tile(y[few], 5)
+    own, held = np.split(rng.permutation(len(views)), [4 * len(few)])
+    pairs = (views[held], labels[held]), (augment(x[world]).flatten(1).numpy(), y[world])
+    found["augmented, then split"] = [np.mean(nearest(views[own], labels[own], a) == b) for a, b in pairs]
     return {name: 100 * np.array(pair) for name, pair in found.items()}
 
 
@@ -107,12 +104,9 @@ def noise(seed, rows=50, columns=5000, kept=100, guesses=100):
             right += (nearest(x[own][:, columns], y[own], x[~own][:, columns]) == y[~own]).sum()
         return 100 * right / rows
 
-    most = (rng.integers(0, 2, (guesses, rows)) == y).mean(1).max()
-    return {
-        "noise: columns chosen inside": (cross_validated(True), 50.0),
-        "noise: columns chosen before": (cross_validated(False), 50.0),
-        "noise: best of 100 guesses": (100 * most, 50.0),
-    }
+    most = 100 * (rng.integers(0, 2, (guesses, rows)) == y).mean(1).max()
+    claims = {"columns chosen inside": cross_validated(True), "columns chosen before": cross_validated(False)}
+    return {f"noise: {name}": (claim, 50.0) for name, claim in {**claims, "best of 100 guesses": most}.items()}
 
 
 def main():
@@ -136,8 +130,9 @@ def main():
 
     for name in ("in order", "scaled with the test's images", "pre-trained with the test's images"):
         assert abs(bias[name][0]) < 3 * bias[name][1] + 1.5, name
-    for name in list(rows[0])[3:]:
-        assert bias[name][0] > (0 if args.short else 2), name
+    large = ("scored on its own labels", "augmented, then split")
+    for name in large if args.short else list(rows[0])[3:]:
+        assert bias[name][0] > 2, name
     for name, value in published.items():
         assert abs(50 + bias[name][0] - value) < 3 * bias[name][1] + 1, name
     assert abs(bias["noise: columns chosen inside"][0]) < 3 * bias["noise: columns chosen inside"][1] + 1
@@ -145,7 +140,6 @@ def main():
     axis = (figure := Figure(figsize=(9, 4), layout="constrained")).subplots()
     means, errors = np.array(list(bias.values())).T
     axis.barh(list(bias), means, xerr=2 * errors, color=["tab:red" if mean > 2 else "tab:green" for mean in means])
-    axis.invert_yaxis()
     axis.set(xlabel="claimed less true accuracy, points (two standard errors)")
     figure.savefig(args.output, dpi=110)
     print(f"picture: {args.output}")
