@@ -70,8 +70,7 @@ def information_gap(z, factors):
     for i, j in np.ndindex(table.shape):
         joint = np.histogram2d(z[:, i], factors[:, j], BINS)[0] / len(z)
         table[i, j] = (joint * np.log(np.maximum(joint, 1e-300) * BINS**2)).sum()  # both marginals are 1 / BINS
-    first, second = np.sort(table, 0)[::-1][:2]
-    return float(((first - second) / np.log(BINS)).mean()), table
+    return float(np.diff(np.sort(table, 0)[-2:], axis=0).mean() / np.log(BINS)), table
 
 
 def measures(z, other, factors):
@@ -89,8 +88,7 @@ def measures(z, other, factors):
 
 def unmixed(z, other):
     """Independent components of z, and of what is paired with it by the same map."""
-    model = FastICA(whiten="unit-variance", random_state=0, max_iter=1000).fit(z)
-    return model.transform(z), model.transform(other)
+    return [FastICA(whiten="unit-variance", random_state=0, max_iter=1000).fit(z).transform(x) for x in (z, other)]
 
 
 def picture(images, rows, gap, path):
@@ -100,7 +98,7 @@ def picture(images, rows, gap, path):
     left.set(title="one digit, four factors", xticks=[], yticks=[])
     for axis, (name, (z, _, factors)) in zip(axes, rows.items(), strict=True):
         axis.imshow(information_gap(z, factors)[1] / np.log(BINS), cmap="Blues", vmin=0, vmax=1)
-        axis.set_xticks(range(4), FACTORS)
+        axis.set_xticks(range(4), FACTORS, fontsize=8)
         axis.set(yticks=range(4), ylabel="coordinate", title=f"{name}: gap {gap[name]:.2f}")
     figure.savefig(path, dpi=110)
 
@@ -122,8 +120,7 @@ def main():
         z, near = (encoder(x).double().numpy() for x in (images, others))
     pixels = [PCA(4).fit(images).transform(x).astype(np.float64) for x in (images, others)]
     normals = (normal := rng.standard_normal((n, 4))), normal + NEAR * rng.standard_normal((n, 4))
-    turn = ortho_group.rvs(4, random_state=1)
-    turned = [x @ turn for x in normals]
+    turned = [x @ (turn := ortho_group.rvs(4, random_state=1)) for x in normals]
     rows = {
         "the factors": (factors, pair, factors),
         "pixels, 4 of PCA": (*pixels, factors),
@@ -146,7 +143,6 @@ def main():
     assert gap["InfoNCE"] < 0.5 * gap["InfoNCE, then ICA"] < gap["the factors"], "their axes only after ICA"
     assert gap["Gaussian, then ICA"] < 0.5 * gap["Gaussian factors"], "there are none of Gaussian factors"
     picture(images, {name: rows[name] for name in ("the factors", "InfoNCE", "InfoNCE, then ICA")}, gap, args.output)
-    print(f"picture: {args.output}")
 
 
 if __name__ == "__main__":
