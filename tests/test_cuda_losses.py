@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import references
 import test_cuda
+import test_ranking  # noqa: F401  its references
 import torch
 from test_cuda import DEVICE, DTYPES, EMULATED, check, gpu_only, pair, tensor
 
 import nearfar as nf
+from nearfar import backend
 
 pytestmark = test_cuda.pytestmark
 on_device = test_cuda.on_device
@@ -342,3 +344,81 @@ def test_graph_capture(name):
     assert torch.equal(value, expected)
     for grad, other in zip(grads, torch.autograd.grad(expected, leaves), strict=True):
         assert torch.equal(grad, other)
+
+
+# ---- triplets --------------------------------------------------------------------------------------------------------
+
+MININGS = ("hard", "semihard", "all")
+
+
+def triplets(n, d, dtype, count=4):
+    """Points near the centre of their class."""
+    labels = classes(n, count)
+    _, codes = torch.unique(labels, return_inverse=True)
+    return {"embeddings": tensor(g.points(count, d, seed=9)[codes.cpu()] + g.points(n, d), dtype), "labels": labels}
+
+
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "d"), [(0, 3), (1, 3), (2, 5), (37, 16), (65, 33), (130, 70)])
+def test_triplets(mining, n, d, dtype):
+    check(nf.batch_triplet_loss, ["embeddings"], dtype, **triplets(n, d, dtype), mining=mining)
+
+
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("squared", [False, True])
+def test_triplet_options(mining, soft, squared):
+    """A sum of an anchor is of differences of distances, which are of order 1."""
+    options = {"mining": mining, "soft": soft, "squared": squared, "margin": 0.5, "normalize": False}
+    arguments = {**triplets(70, 20, "float64"), **options, "value_floor": 1.0, "floor": 1e-3}
+    weights = torch.linspace(-1, 1, 70, dtype=torch.float64, device=DEVICE)
+    for reduction, upstream in (("sum", None), ("none", weights)):
+        g.compare(nf.batch_triplet_loss, ["embeddings"], "float64", **arguments, reduction=reduction, weights=upstream)
+
+
+@pytest.mark.parametrize("mining", MININGS)
+@pytest.mark.parametrize("count", [1, 2, 300])
+def test_triplets_in_strips(mining, count, small_strips):
+    """More rows than a block of threads takes at once; few large classes, and rows of their own."""
+    check(nf.batch_triplet_loss, ["embeddings"], "float64", **triplets(300, 20, "float64", count), mining=mining)
+
+
+@pytest.mark.parametrize("mining", MININGS)
+def test_triplets_repeat_and_skip_bad_rows(mining):
+    arguments = triplets(150, 20, "float32")
+    x, labels = arguments["embeddings"], arguments["labels"]
+    x[5, 1] = x[140, 0] = float("nan")
+    good = [i for i in range(150) if i not in (5, 140)]
+    options = {"mining": mining, "normalize": True}
+    rows = nf.batch_triplet_loss(x, labels, reduction="none", **options)
+    assert torch.isnan(rows[[5, 140]]).all()
+    g.assert_value(rows[good], nf.batch_triplet_loss(x[good], labels[good], reduction="none", **options), 1e-6)
+    assert references.same_bits(rows[good], nf.batch_triplet_loss(x, labels, reduction="none", **options)[good])
+    first, second = (x.clone().requires_grad_() for _ in range(2))
+    nf.batch_triplet_loss(first, labels, **options).backward()
+    nf.batch_triplet_loss(second, labels, **options).backward()
+    assert references.same_bits(first.grad, second.grad)
+    assert torch.isnan(first.grad[[5, 140]]).all()
+    assert torch.isfinite(first.grad[good]).all()
+
+
+@pytest.mark.parametrize("mining", ["hard", "semihard", "all", "band"])
+def test_mined_triplets(mining, monkeypatch):
+    """The indices of the CPU's kernels, on the device."""
+    arguments = triplets(40, 7, "float64")
+    found = nf.mine_triplets(**arguments, mining=mining)
+    assert all(index.device == arguments["embeddings"].device for index in found)
+    monkeypatch.setattr(backend, "emulate", False)
+    expected = nf.mine_triplets(*(z.cpu() for z in arguments.values()), mining=mining)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(found, expected, strict=True))
+
+
+@gpu_only
+@pytest.mark.parametrize("mining", MININGS)
+def test_triplets_do_not_wait(mining):
+    arguments = triplets(300, 40, "float32")
+    x = arguments["embeddings"].requires_grad_()
+    nf.batch_triplet_loss(x, arguments["labels"], mining=mining).backward()
+    with test_cuda.no_synchronisation():
+        nf.batch_triplet_loss(x, arguments["labels"], mining=mining).backward()

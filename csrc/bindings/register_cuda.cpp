@@ -353,8 +353,8 @@ void sup_con(py::handle x_, py::handle labels, py::handle mask_, int64_t views, 
   });
 }
 
-/// `labels` (int64) in place of codes; `begin`: where the pairs of every anchor begin, of semihard that is mined. sums (2):
-/// sum or mean of losses, and the number of triplets.
+/// `labels` (int64) in place of codes; `begin`: where the pairs of every anchor begin, of semihard that is mined. sums
+/// (2): sum or mean of losses, and the number of triplets.
 void triplet(py::handle x_, py::handle labels, py::handle, const std::string& mining, double margin, bool squared,
              bool soft, bool normalize, py::handle weights, bool mean, py::handle value, py::handle dx,
              py::handle positive, py::handle negative, py::handle begin, py::handle sums, const py::tuple& where) {

@@ -40,8 +40,8 @@ class PositiveSets {
   bool by_class() const { return given() && which_.classes; }
   /// What a positive of row i has of its anchor's mean, where there are several.
   double share(int64_t i) const { return count_[i] > 1 ? 1 / static_cast<double>(count_[i]) : 0; }
-  /// Adds the gradient of sum_i weight(i) mean_i over the anchors of several positives to dx: of a mask. That of classes
-  /// is in the weights of pairs.
+  /// Adds the gradient of sum_i weight(i) mean_i over the anchors of several positives to dx: of a mask. That of
+  /// classes is in the weights of pairs.
   template <class F>
   void add_gradient(F weight, T* dx) const {
     Buffer<double> shares(n_);

@@ -61,8 +61,7 @@ NEARFAR_DEVICE void atomic_min(float* place, float value) {
   atomicMin(reinterpret_cast<unsigned*>(place), __float_as_uint(value));
 }
 NEARFAR_DEVICE void atomic_min(double* place, double value) {
-  atomicMin(reinterpret_cast<unsigned long long*>(place),
-            static_cast<unsigned long long>(__double_as_longlong(value)));
+  atomicMin(reinterpret_cast<unsigned long long*>(place), static_cast<unsigned long long>(__double_as_longlong(value)));
 }
 
 NEARFAR_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }

@@ -1,5 +1,5 @@
-// What the threads of a block do together on the numbers of one row, in global memory: compact, sort, search, scan, find
-// the best. All threads of the block call, and what they see does not depend on their order.
+// What the threads of a block do together on the numbers of one row, in global memory: compact, sort, search, scan,
+// find the best. All threads of the block call, and what they see does not depend on their order.
 #pragma once
 
 #include "cuda/number.hpp"
@@ -57,8 +57,8 @@ NEARFAR_DEVICE int64_t compact(int64_t count, Is is, Put put) {
   return found;
 }
 
-/// Ascending by key, `payload` goes along. Bitonic, all comparisons in one direction, so that places past the end, which
-/// count as largest, are never touched.
+/// Ascending by key, `payload` goes along. Bitonic, all comparisons in one direction, so that places past the end,
+/// which count as largest, are never touched.
 template <class T>
 NEARFAR_DEVICE void sort_keys(T* key, int32_t* payload, int64_t count) {
   cuda::sync_block();

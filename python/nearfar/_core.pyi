@@ -240,4 +240,4 @@ def triplet(
     triplets: int,
     threads: int,
 ) -> tuple[float, int]:
-    """Triplet losses of a labelled batch, gradient and mined indices; returns (sum of losses, number of triplets)."""
+    """Triplet losses of a labelled batch, gradient and mined indices; returns (sum or mean, number of triplets)."""

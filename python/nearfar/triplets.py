@@ -36,9 +36,7 @@ def _launch(
         codes, classes = codes_of(labels)
         size = 0 if positive is None else len(positive)
     loss = (mining, margin, squared, soft, normalize)
-    total, count = launch(
-        x, codes, classes, *loss, upstream, reduction == "mean", rows, dx, positive, negative, size
-    )
+    total, count = launch(x, codes, classes, *loss, upstream, reduction == "mean", rows, dx, positive, negative, size)
     return rows, dx, total, count
 
 

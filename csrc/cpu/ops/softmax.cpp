@@ -156,8 +156,8 @@ struct LseCell {
 };
 
 /// Weights from known normalisers: W_ij = u_i e^{s_ij - a_i} + v_j e^{s_ij - b_j}; with a common base in a and b,
-/// W_ij = (u_i + v_j) e^{s_ij - base}. With CLASSES less the pull (c_i + c_j) of two rows of a class: in a tight one both
-/// are nearly equal, and what is left keeps its digits only where they are subtracted before the product.
+/// W_ij = (u_i + v_j) e^{s_ij - base}. With CLASSES less the pull (c_i + c_j) of two rows of a class: in a tight one
+/// both are nearly equal, and what is left keeps its digits only where they are subtracted before the product.
 template <class T, bool COLUMNS, bool CLASSES>
 struct WeightCell {
   using P = Policy<T>;

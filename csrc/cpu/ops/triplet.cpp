@@ -9,9 +9,10 @@
 //             O(N log P) though there are P N triplets. softplus has no such form: it is summed, in O(N) memory.
 //
 // A gradient that touches few pairs is summed pair by pair (`Pulls`), else it is a product with weights (`StripPass`).
+#include "pairwise/triplet.hpp"
+
 #include "cpu/labels.hpp"
 #include "cpu/mask.hpp"
-#include "pairwise/triplet.hpp"
 
 namespace nearfar {
 namespace {

@@ -45,14 +45,12 @@ struct StoreSquares {
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
     const int64_t row = strip.block.row;
     auto inside = [&](int64_t i, int64_t j) { return row + i < n && j < n; };
-    f.for_each(
-        [&](int64_t i, int64_t j, T product) {
-          return inside(i, j) && scores.must_measure(row + i, j, scores(row + i, j, product));
-        },
-        [&](int64_t i, int64_t j, T product) {
-          strip.w[i * strip.pitch + j] = inside(i, j) ? scores(row + i, j, product) : T(0);
-        },
-        [&](int64_t i, int64_t j) { strip.w[i * strip.pitch + j] = scores.measure(row + i, j); });
+    f.for_each([&](int64_t i, int64_t j,
+                   T product) { return inside(i, j) && scores.must_measure(row + i, j, scores(row + i, j, product)); },
+               [&](int64_t i, int64_t j, T product) {
+                 strip.w[i * strip.pitch + j] = inside(i, j) ? scores(row + i, j, product) : T(0);
+               },
+               [&](int64_t i, int64_t j) { strip.w[i * strip.pitch + j] = scores.measure(row + i, j); });
   }
 };
 
@@ -92,9 +90,9 @@ struct MineRows {
   int64_t n;
   const int64_t* labels;
   const uint8_t* present;
-  const T* upstream;         // null: 1
-  double *sums, *counts;     // out: of every anchor
-  int64_t *first, *second;   // out: mined positives and negatives; null: not wanted
+  const T* upstream;        // null: 1
+  double *sums, *counts;    // out: of every anchor
+  int64_t *first, *second;  // out: mined positives and negatives; null: not wanted
   const int64_t* begin;
   Lists<T> lists;
   int64_t places;
@@ -111,7 +109,11 @@ struct MineRows {
     for (int64_t local = cuda::block_index(); local < strip.block.rows; local += cuda::block_count()) {
       const int64_t i = strip.block.row + local;
       const bool here = i < n && present[i];
-      Anchor a{i, here ? labels[i] : 0, 0, strip.w + local * strip.pitch, here && upstream ? upstream[i] : T(1),
+      Anchor a{i,
+               here ? labels[i] : 0,
+               0,
+               strip.w + local * strip.pitch,
+               here && upstream ? upstream[i] : T(1),
                lists.from(cuda::block_index() * places)};
       if (here && mining == Mining::all) to_values(a);
       double sum = 0, count = 0;  // a thread's part
@@ -222,7 +224,8 @@ struct MineRows {
     // Of every rank the nearest negative, ties to the lower column; then of every rank and those above it.
     each(positives + 1, [&](int64_t k) { l.best[k] = infinity<T>(), l.who[k] = kNobody; });
     cuda::sync_block();
-    each_negative(a, [&](int64_t j) { cuda::atomic_min(l.best + rank_among<false>(l.key, positives, a.s[j]), a.s[j]); });
+    each_negative(a,
+                  [&](int64_t j) { cuda::atomic_min(l.best + rank_among<false>(l.key, positives, a.s[j]), a.s[j]); });
     cuda::sync_block();
     each_negative(a, [&](int64_t j) {
       const int64_t rank = rank_among<false>(l.key, positives, a.s[j]);
@@ -345,9 +348,8 @@ struct MineRows {
   }
   /// The slopes in `number` to the places of the positives.
   NEARFAR_DEVICE void put_positives(const Anchor& a) const {
-    each(a.positives, [&](int64_t k) {
-      a.s[a.list.column[a.list.order[k]]] = weight(a, a.list.number[k], a.list.key[k]);
-    });
+    each(a.positives,
+         [&](int64_t k) { a.s[a.list.column[a.list.order[k]]] = weight(a, a.list.number[k], a.list.key[k]); });
   }
 };
 
@@ -399,7 +401,8 @@ void triplet(Context& c, const TripletDevice<T>& p) {
   Strip<T, T> strip(c, pairs, true, true, p.dx, p.dx);
   double *sums = c.take<double>(n), *counts = c.take<double>(n), *scale = c.take<double>(1);
   // Enough blocks to fill the device, but no more than lists for them are worth.
-  const int64_t places = p.mining == Mining::hard ? 1 : n + 1, affordable = c.strip_bytes / 2 / (places * Lists<T>::kBytes);
+  const int64_t places = p.mining == Mining::hard ? 1 : n + 1,
+                affordable = c.strip_bytes / 2 / (places * Lists<T>::kBytes);
   int64_t blocks = 4 * c.device.multiprocessors;
   if (blocks > affordable) blocks = affordable < 1 ? 1 : affordable;
   const Lists<T> lists = Lists<T>::take(c, blocks * places);
@@ -407,10 +410,22 @@ void triplet(Context& c, const TripletDevice<T>& p) {
     const Block& b = weights.block;
     launch_scores(c, plan_scores(c, "distances of triplets", pairs, b), pairs, b,
                   StoreSquares<T>{pairs.scores, n, weights});
-    c.launch(blocks < b.rows ? blocks : b.rows,
-             MineRows<T>{weights, pairs.scores, {p.squared, p.soft, static_cast<T>(p.margin)}, p.mining,
-                         p.dx != nullptr, n, p.labels, present, p.weights, sums, counts, p.positive, p.negative,
-                         p.begin, lists, places});
+    c.launch(blocks < b.rows ? blocks : b.rows, MineRows<T>{weights,
+                                                            pairs.scores,
+                                                            {p.squared, p.soft, static_cast<T>(p.margin)},
+                                                            p.mining,
+                                                            p.dx != nullptr,
+                                                            n,
+                                                            p.labels,
+                                                            present,
+                                                            p.weights,
+                                                            sums,
+                                                            counts,
+                                                            p.positive,
+                                                            p.negative,
+                                                            p.begin,
+                                                            lists,
+                                                            places});
     if (p.dx) strip.products(weights);
   });
   c.launch(1, Totals{{sums, n}, {counts, n}, p.mean, p.total, p.count_at, scale});

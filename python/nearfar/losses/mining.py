@@ -114,7 +114,7 @@ def mine_triplets(
         mined = triplets.mined(x, labels, mining, normalize)
         ranks = _sample(len(mined[0]), max_triplets, seed)
         found = mined if ranks is None else tuple(index[ranks] for index in mined)  # type: ignore[assignment]
-    return tuple(of_kind(index, embeddings) for index in found)  # type: ignore[return-value]
+    return tuple(of_kind(index, embeddings) for index in found)
 
 
 def _sample(total: int, most: int | None, seed: int) -> _Index | None:
