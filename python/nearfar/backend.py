@@ -22,7 +22,15 @@ STRIP_BYTES = 256 << 20
 emulate = os.environ.get("NEARFAR_EMULATE", "") == "1"
 
 # Numbers that an operation returns.
-_SUMS = {"softmax": 2, "softmax_block": 1, "sup_con": 3, "sigmoid": 3, "labelled_lse": 1, "potential": 1, "alignment": 1}
+_SUMS = {
+    "softmax": 2,
+    "softmax_block": 1,
+    "sup_con": 3,
+    "sigmoid": 3,
+    "labelled_lse": 1,
+    "potential": 1,
+    "alignment": 1,
+}
 
 
 def on_cuda(array: Any) -> bool:

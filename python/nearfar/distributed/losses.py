@@ -23,8 +23,6 @@ from torch.autograd.function import once_differentiable
 from .. import operations
 from ..arrays import compute_dtype, dtype_name, is_torch
 from ..gradients import Call
-from ..losses import sigmoid as sigmoid_losses
-from ..losses import softmax as softmax_losses
 from .ring import Ring, Tensors
 
 Gradients = list[Any]
@@ -328,7 +326,7 @@ def _check(ring: Ring, name: str, plan: Callable[[], Call]) -> tuple[Call, list[
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
-def _launch(group: Any, loss: Any, *args: Any, **kwargs: Any) -> Tensor:
+def launch(group: Any, loss: Any, *args: Any, **kwargs: Any) -> Tensor:
     ring = Ring(group)
     name = loss.__name__
     call, counts = ring.meet(lambda: _check(ring, name, lambda: loss.__nearfar_plan__(*args, **kwargs)))

@@ -109,7 +109,9 @@ class Ring:
             raise failed
         for rank, (message, _) in enumerate(said):
             if message is not None:
-                raise RuntimeError(f"nearfar.distributed: rank {rank} of the group has refused its arguments: {message}")
+                raise RuntimeError(
+                    f"nearfar.distributed: rank {rank} of the group has refused its arguments: {message}"
+                )
         for rank, (_, other) in enumerate(said):
             for name in sorted(said[0][1].keys() | other.keys()):
                 first, own = said[0][1].get(name), other.get(name)
