@@ -12,7 +12,7 @@ from .. import kmeans, operations
 from ..arrays import Array, cast, is_torch
 from ..distances import cdist
 from ..estimator import check_random_state, weights_of
-from ..lloyd import Data, Numbers, Pass
+from ..lloyd import Data, Numbers, Pass, unit
 from .ring import Ring
 
 __all__ = ["KMeans"]
@@ -124,7 +124,7 @@ class Shared(Data):
 
     def _distances(self, rows: Numbers) -> Numbers:
         x = np.asarray(cast(self.x, self.dtype.name)) if self.n else np.empty((0, self.d), self.dtype)
-        return cdist(kmeans.unit(x) if self.normalize else x, rows, metric="sqeuclidean").astype(np.float64)  # type: ignore[no-any-return]
+        return cdist(unit(x) if self.normalize else x, rows, metric="sqeuclidean").astype(np.float64)  # type: ignore[no-any-return]
 
     def _pick(self, uniforms: Numbers, pulls: Numbers, masses: list[float]) -> Numbers:
         """The numbers of the rows at these shares of the summed pulls."""

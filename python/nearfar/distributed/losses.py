@@ -39,7 +39,7 @@ class _Whole(Function):
         return value
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
         # Rounded to the inputs' dtype only now: a loss scaler's factor in g keeps float16 gradients from vanishing.
         scaled = [
@@ -107,7 +107,7 @@ class _Columns:
 
     def block(self, *more: Tensor) -> Tensors:
         own = (self.y, *([self.ids] if self.everywhere else ()))
-        return (*own, *more)  # type: ignore[return-value]
+        return (*own, *more)
 
     def open(self, own: bool, block: Tensors) -> tuple[Tensor, tuple[Any, Any], Tensors]:
         """A block's rows, the ids (of x and of these) that are compared, and what else has come with it."""
@@ -228,7 +228,7 @@ def _softmax(batch: _Batch, call: Call, counts: list[list[int]]) -> tuple[Tensor
         lse = torch.logaddexp(lse, other)
     normalisers = [lse, found[0][1]] if both else [lse]
     gaps = [own - scores for own in normalisers]  # type: ignore[operator]
-    losses = sum(torch.nn.functional.softplus(gap, threshold=40) for gap in gaps) / len(gaps)
+    losses = torch.stack([torch.nn.functional.softplus(gap, threshold=40) for gap in gaps]).mean(0)
     if not batch.gradients:
         return losses, None, []
 
@@ -242,7 +242,7 @@ def _softmax(batch: _Batch, call: Call, counts: list[list[int]]) -> tuple[Tensor
         dy, share = _add_gradients(batch, own, known, of_columns, dx)  # type: ignore[arg-type]
         grads.append(dy)
         dscale += share
-    pull = -sum(slopes)  # type: ignore[operator]
+    pull = -torch.stack(slopes).sum(0)
     if mode == "pairs":
         pull = pull[:half] + pull[half:]
         dscale += positives.add(pull, dx[:half], dx[half:])
@@ -306,7 +306,7 @@ def _check(ring: Ring, name: str, plan: Callable[[], Call]) -> tuple[Call, list[
     if call.operation == "softmax":
         if rest[0].arrays:
             raise NotImplementedError(
-                "negative_keys: each query's own negatives, (n, m, d), meet no other rank's rows; use nearfar.info_nce_loss"
+                "negative_keys: each query's own negatives, (n, m, d), meet no other rank; use nearfar.info_nce_loss"
             )
         negatives = [a for k, a in zip(columns.names, columns.arrays, strict=True) if k == "negative_keys"]
         operations._multiplier(numbers[0].value().detach(), x)
@@ -325,8 +325,14 @@ def _check(ring: Ring, name: str, plan: Callable[[], Call]) -> tuple[Call, list[
     return call, [len(rows.arrays[0]), len(negatives[0]) if negatives else 0, int(wants)], options
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def launch(group: Any, loss: Any, *args: Any, **kwargs: Any) -> Tensor:
+    """The value of a loss of one process for the rows of all, connected to the graph of this one's."""
+    value: Tensor = _launch(group, loss, *args, **kwargs)
+    return value
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _launch(group: Any, loss: Any, *args: Any, **kwargs: Any) -> Tensor:
     ring = Ring(group)
     name = loss.__name__
     call, counts = ring.meet(lambda: _check(ring, name, lambda: loss.__nearfar_plan__(*args, **kwargs)))

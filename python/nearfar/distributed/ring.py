@@ -91,7 +91,9 @@ class Ring:
         waiting for it. Its third, options by name, must be the same everywhere.
         """
         failed: Exception | None = None
-        result, counts, options = None, (), {}
+        result: Any = None
+        counts: Sequence[int] = ()
+        options: dict[str, Any] = {}
         try:
             result, counts, options = check()
         except Exception as error:
@@ -101,7 +103,7 @@ class Ring:
         table = self.gather(torch.tensor(row, device=self.device)).tolist()
         if any(not ok for ok, *_ in table) or any(other != table[0][1] for _, other, *_ in table):
             self._disagree(failed, options)
-        return result, [counts for _, _, *counts in table]  # type: ignore[return-value]
+        return result, [counts for _, _, *counts in table]
 
     def _disagree(self, failed: Exception | None, options: dict[str, Any]) -> None:
         said = self.gather_objects((f"{type(failed).__name__}: {failed}" if failed else None, options))
@@ -109,9 +111,7 @@ class Ring:
             raise failed
         for rank, (message, _) in enumerate(said):
             if message is not None:
-                raise RuntimeError(
-                    f"nearfar.distributed: rank {rank} of the group has refused its arguments: {message}"
-                )
+                raise RuntimeError(f"nearfar.distributed: rank {rank} has refused its arguments: {message}")
         for rank, (_, other) in enumerate(said):
             for name in sorted(said[0][1].keys() | other.keys()):
                 first, own = said[0][1].get(name), other.get(name)
