@@ -72,10 +72,12 @@ class Shared(Data):
 
     def tolerance(self, tol: float) -> float:
         plain = Shared(self.ring, self.x, None, self.normalize, self.counts)
-        center = plain.rows(np.zeros(1, np.int64))
-        plain.assign(center)
+        # First each process measures its rows from one of its own: a row that is not finite must not hide in another's.
+        first = Data.rows(plain, slice(0, 1)) if self.n else np.zeros((1, self.d), self.dtype)
+        self._agree(plain._pass(first, None, False, True))
         if tol == 0:
             return 0.0
+        center = plain.rows(np.zeros(1, np.int64))
         mean = plain.iterate(center).sums / self.total
         if self.normalize:
             return tol * max(1 - float((mean**2).sum()), 0.0) / self.d

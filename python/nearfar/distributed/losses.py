@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from .. import operations
 from ..arrays import compute_dtype, dtype_name, is_torch
@@ -34,19 +33,33 @@ class _Whole(Function):
     @staticmethod
     def forward(ctx: Any, compute: Callable[[], tuple[Tensor, Gradients]], *tensors: Tensor) -> Tensor:
         value, gradients = compute()
-        ctx.save_for_backward(*gradients)
-        ctx.like = [(t.dtype, t.device) for t in tensors]
+        ctx.count = len(tensors)
+        ctx.save_for_backward(*tensors, *gradients)
         return value
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        # Rounded to the inputs' dtype only now: a loss scaler's factor in g keeps float16 gradients from vanishing.
-        scaled = [
-            (grad * g).to(device=device, dtype=dtype) if need else None
-            for grad, need, (dtype, device) in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], ctx.like, strict=True)
-        ]
-        return (None, *scaled)
+        saved = ctx.saved_tensors
+        pairs = zip(saved[: ctx.count], saved[ctx.count :], ctx.needs_input_grad[1:], strict=True)
+        again = torch.is_grad_enabled()
+
+        def scaled(*args: Tensor) -> Any:
+            return _Scaled.apply(*args) if again else _Scaled.forward(None, *args)  # type: ignore[no-untyped-call]
+
+        return (None, *(scaled(g, grad, tensor) if need else None for tensor, grad, need in pairs))
+
+
+class _Scaled(Function):
+    """apply(upstream, gradient, tensor) -> gradient of the tensor, which has no derivative."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, grad: Tensor, tensor: Tensor) -> Tensor:
+        # Rounded to the input's dtype only now: a loss scaler's factor in g keeps float16 gradients from vanishing.
+        return (grad * g).to(device=tensor.device, dtype=tensor.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        raise NotImplementedError("nearfar.distributed: losses have no second derivative")
 
 
 @dataclass(frozen=True)
