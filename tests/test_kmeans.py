@@ -13,7 +13,7 @@ from references import KINDS, same_bits, wide
 
 import nearfar as nf
 from nearfar import operations
-from nearfar.lloyd import Data, Pass, means, relocate, seed, unit
+from nearfar.lloyd import Data, Pass, means, relocate, unit
 
 cluster = pytest.importorskip("sklearn.cluster")
 
@@ -125,7 +125,7 @@ def test_seeding_draws_what_sklearn_draws(n, d, k):
     for dtype in ("float32", "float64"):
         for given in (None, weights.astype(dtype)):
             own = x.astype(dtype)
-            chosen = seed(Data(own, given, False), k, np.random.RandomState(5))
+            chosen = Data(own, given, False).spread(k, np.random.RandomState(5))
             # scikit-learn on float64: its float32 sums are coarser than ours.
             _, expected = cluster.kmeans_plusplus(
                 own.astype(float), k, random_state=5, sample_weight=None if given is None else given.astype(float)
@@ -152,7 +152,7 @@ def test_seeding_of_duplicates_and_zero_weights():
     assert np.array_equal(operations.seeding(np.ones((9, 3)), False, None, 2, np.full((3, 2), 0.5)), [2, 0, 0, 0])
     x, weights = points(200, 4), np.zeros(200)
     weights[::10] = 1
-    assert not (seed(Data(x, weights, False), 15, np.random.RandomState(0)) % 10).any()
+    assert not (Data(x, weights, False).spread(15, np.random.RandomState(0)) % 10).any()
 
 
 # ---- KMeans ----------------------------------------------------------------------------------------------------------

@@ -261,16 +261,18 @@ void softmax(const std::string& mode, py::handle x_, py::handle y_, py::handle p
 }
 
 /// `scale` and `bias` as `scale` of softmax. sums (3): of the losses, and the gradients of scale and bias.
-void sigmoid(py::handle x_, py::handle y_, py::handle scale, py::handle bias, bool normalize, py::handle weights,
-             double weight, py::handle loss, py::handle dx, py::handle dy, py::handle sums, const py::tuple& where) {
+void sigmoid(py::handle x_, py::handle y_, bool matched, py::handle scale, py::handle bias, bool normalize,
+             py::handle weights, double weight, py::handle loss, py::handle dx, py::handle dy, py::handle sums,
+             const py::tuple& where) {
   Call call;
   const Array x = call.input(x_, "x", 2), y = call.points(y_, "y", 2, x);
-  require_shape(y, "y", {x.shape[0], x.shape[1]});
+  require_shape(y, "y", {matched ? x.shape[0] : y.shape[0], x.shape[1]});
   with_compute_type(x.dtype, [&](auto zero) {
     using T = decltype(zero);
     cuda::SigmoidDevice<T> p{};
     p.x = rows_of(x);
     p.y = rows_of(y);
+    p.matched = matched;
     p.scale = call.number(scale, "scale", p.scale_at);
     p.bias = call.number(bias, "bias", p.bias_at);
     p.normalize = normalize;
@@ -284,6 +286,39 @@ void sigmoid(py::handle x_, py::handle y_, py::handle scale, py::handle bias, bo
     p.dscale_at = p.loss_total + 1;
     p.dbias_at = p.loss_total + 2;
     call.run(where, [&](cuda::Context& c) { cuda::sigmoid<T>(c, p); });
+  });
+}
+
+/// Ids are int64. sums (1): the gradient of scale.
+void softmax_block(py::handle x_, py::handle y_, bool same, py::handle ids_x, py::handle ids_y, py::handle scale,
+                   bool normalize, py::handle lse_x, py::handle lse_y, py::handle weight_x, py::handle weight_y,
+                   py::handle dx, py::handle dy, py::handle sums, const py::tuple& where) {
+  Call call;
+  const Array x = call.input(x_, "x", 2), y = call.points(y_, "y", 2, x);
+  const int64_t n = x.shape[0], m = y.shape[0];
+  require_shape(y, "y", {same ? n : m, x.shape[1]});
+  if (ids_x.is_none() != ids_y.is_none()) refuse_value("ids_y", "expected ids of both or none");
+  with_compute_type(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    cuda::SoftmaxBlockDevice<T> p{};
+    p.x = rows_of(x);
+    p.y = rows_of(y);
+    p.same = same;
+    if (!ids_x.is_none()) {
+      p.own_ids = call.labels(ids_x, "ids_x", n);
+      p.other_ids = call.labels(ids_y, "ids_y", m);
+    }
+    p.scale = call.number(scale, "scale", p.scale_at);
+    p.normalize = normalize;
+    p.lse_x = call.output<double>(lse_x, "lse_x", {n});
+    if (!lse_y.is_none()) p.lse_y = call.output<double>(lse_y, "lse_y", {m});
+    p.dx = call.gradient<T>(dx, "dx", x);
+    p.dy = call.gradient<T>(dy, "dy", y);
+    if (dx.is_none() != dy.is_none()) refuse_value("dx", "expected all gradients or none");
+    if (p.dx) p.weight_x = call.output<double>(weight_x, "weight_x", {n});
+    if (p.dx && p.lse_y) p.weight_y = call.output<double>(weight_y, "weight_y", {m});
+    p.dscale_at = call.output<double>(sums, "sums", {1});
+    call.run(where, [&](cuda::Context& c) { cuda::softmax_block<T>(c, p); });
   });
 }
 
@@ -456,8 +491,11 @@ void register_cuda(py::module_& module) {
         arg("positive_is_column"), arg("positive_in_sum"), arg("paired"), arg("ids_x"), arg("ids_y"), arg("scale"),
         arg("normalize"), arg("weights"), arg("weight"), arg("loss"), arg("dx"), arg("dy"), arg("dpositive"),
         arg("dpaired"), arg("strip_budget"), arg("sums"), arg("where"));
-  m.def("sigmoid", cuda_bindings::sigmoid, arg("x"), arg("y"), arg("scale"), arg("bias"), arg("normalize"),
-        arg("weights"), arg("weight"), arg("loss"), arg("dx"), arg("dy"), arg("sums"), arg("where"));
+  m.def("softmax_block", cuda_bindings::softmax_block, arg("x"), arg("y"), arg("same"), arg("ids_x"), arg("ids_y"),
+        arg("scale"), arg("normalize"), arg("lse_x"), arg("lse_y"), arg("weight_x"), arg("weight_y"), arg("dx"),
+        arg("dy"), arg("sums"), arg("where"));
+  m.def("sigmoid", cuda_bindings::sigmoid, arg("x"), arg("y"), arg("matched"), arg("scale"), arg("bias"),
+        arg("normalize"), arg("weights"), arg("weight"), arg("loss"), arg("dx"), arg("dy"), arg("sums"), arg("where"));
   m.def("labelled_lse", cuda_bindings::labelled_lse, arg("x"), arg("y"), arg("same"), arg("labels_x"), arg("labels_y"),
         arg("scale"), arg("normalize"), arg("maps"), arg("power"), arg("lse"), arg("grad"), arg("dx"), arg("dy"),
         arg("sums"), arg("where"));

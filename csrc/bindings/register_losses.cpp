@@ -16,6 +16,15 @@ T* gradient(py::handle out, const char* name, const Array& like) {
   return static_cast<T*>(output(out, name, sizeof(T) == 8 ? DType::f64 : DType::f32, like.shape, like.ndim));
 }
 
+/// Contiguous int32 codes of the rows, or null for None.
+const int32_t* codes(py::handle given, const char* name, int64_t rows) {
+  if (given.is_none()) return nullptr;
+  const Array array = input(given, name, 1, {DType::i32});
+  require_shape(array, name, {rows});
+  if (!array.contiguous()) refuse_value(name, "expected contiguous codes");
+  return array.as<int32_t>();
+}
+
 py::tuple softmax(const std::string& mode, py::handle x_, py::handle y_, py::handle positive_, int64_t positive_shift,
                   bool positive_is_column, bool positive_in_sum, py::handle paired_, py::handle ids_x, py::handle ids_y,
                   double scale, bool normalize, py::handle weights, double weight, py::handle loss, py::handle dx,
@@ -78,6 +87,38 @@ py::tuple softmax(const std::string& mode, py::handle x_, py::handle y_, py::han
       of<T>(ops()).softmax(p);
     }
     return py::make_tuple(p.loss_sum, p.dscale);
+  });
+}
+
+double softmax_block(py::handle x_, py::handle y_, bool same, py::handle ids_x, py::handle ids_y, double scale,
+                     bool normalize, py::handle lse_x, py::handle lse_y, py::handle weight_x, py::handle weight_y,
+                     py::handle dx, py::handle dy, int threads) {
+  const Array x = input(x_, "x", 2), y = input(y_, "y", 2);
+  const auto [n, m, d] = std::tuple(x.shape[0], y.shape[0], x.shape[1]);
+  require_dtype(y, "y", x.dtype);
+  require_shape(y, "y", {same ? n : m, d});
+  return with_compute_type(x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    SoftmaxBlockParams<T> p{};
+    p.x = rows_of(x);
+    p.y = rows_of(y);
+    p.same = same;
+    p.ids_x = codes(ids_x, "ids_x", n);
+    p.ids_y = codes(ids_y, "ids_y", m);
+    if (!p.ids_x != !p.ids_y) refuse_value("ids_y", "expected ids of both or none");
+    p.scale = scale;
+    p.normalize = normalize;
+    p.lse_x = output<double>(lse_x, "lse_x", {n});
+    if (!lse_y.is_none()) p.lse_y = output<double>(lse_y, "lse_y", {m});
+    p.dx = gradient<T>(dx, "dx", x);
+    p.dy = gradient<T>(dy, "dy", y);
+    if (dx.is_none() != dy.is_none()) refuse_value("dx", "expected all gradients or none");
+    if (p.dx) p.weight_x = output<double>(weight_x, "weight_x", {n});
+    if (p.dx && p.lse_y) p.weight_y = output<double>(weight_y, "weight_y", {m});
+    p.threads = threads;
+    py::gil_scoped_release release;
+    of<T>(ops()).softmax_block(p);
+    return p.dscale;
   });
 }
 
@@ -166,16 +207,17 @@ py::tuple sup_con(py::handle x_, py::handle classes_, py::handle mask_, int64_t 
   });
 }
 
-py::tuple sigmoid(py::handle x_, py::handle y_, double scale, double bias, bool normalize, py::handle weights,
-                  double weight, py::handle loss, py::handle dx, py::handle dy, int threads) {
+py::tuple sigmoid(py::handle x_, py::handle y_, bool matched, double scale, double bias, bool normalize,
+                  py::handle weights, double weight, py::handle loss, py::handle dx, py::handle dy, int threads) {
   const Array x = input(x_, "x", 2), y = input(y_, "y", 2);
   require_dtype(y, "y", x.dtype);
-  require_shape(y, "y", {x.shape[0], x.shape[1]});
+  require_shape(y, "y", {matched ? x.shape[0] : y.shape[0], x.shape[1]});
   return with_compute_type(x.dtype, [&](auto zero) {
     using T = decltype(zero);
     SigmoidParams<T> p{};
     p.x = rows_of(x);
     p.y = rows_of(y);
+    p.matched = matched;
     p.scale = scale;
     p.bias = bias;
     p.normalize = normalize;
@@ -288,6 +330,10 @@ void register_losses(py::module_& m) {
         arg("normalize"), arg("weights"), arg("weight"), arg("loss"), arg("dx"), arg("dy"), arg("dpositive"),
         arg("dpaired"), arg("strip_budget"), arg("threads"),
         "Losses of a softmax over pairs and their gradients; returns (sum of losses, gradient of scale).");
+  m.def("softmax_block", softmax_block, arg("x"), arg("y"), arg("same"), arg("ids_x"), arg("ids_y"), arg("scale"),
+        arg("normalize"), arg("lse_x"), arg("lse_y"), arg("weight_x"), arg("weight_y"), arg("dx"), arg("dy"),
+        arg("threads"),
+        "Log-sum-exps of the rows and columns of a block, or gradients by the whole ones; returns that of scale.");
   m.def(
       "labelled_lse", labelled_lse, arg("x"), arg("y"), arg("same"), arg("labels_x"), arg("labels_y"), arg("scale"),
       arg("normalize"), arg("maps"), arg("power"), arg("lse"), arg("grad"), arg("dx"), arg("dy"), arg("threads"),
@@ -295,8 +341,8 @@ void register_losses(py::module_& m) {
   m.def("sup_con", sup_con, arg("x"), arg("classes"), arg("positive_mask"), arg("views"), arg("scale"),
         arg("normalize"), arg("weights"), arg("mean"), arg("loss"), arg("dx"), arg("threads"),
         "SupCon of classes or a mask of positives; returns (sum of losses, gradient of scale, anchors).");
-  m.def("sigmoid", sigmoid, arg("x"), arg("y"), arg("scale"), arg("bias"), arg("normalize"), arg("weights"),
-        arg("weight"), arg("loss"), arg("dx"), arg("dy"), arg("threads"),
+  m.def("sigmoid", sigmoid, arg("x"), arg("y"), arg("matched"), arg("scale"), arg("bias"), arg("normalize"),
+        arg("weights"), arg("weight"), arg("loss"), arg("dx"), arg("dy"), arg("threads"),
         "Sigmoid loss over pairs; returns (sum of losses, gradient of scale, gradient of bias).");
   m.def("potential", potential, arg("x"), arg("t"), arg("normalize"), arg("dx"), arg("threads"),
         "log of the sum over i < j of exp(-t |x_i - x_j|^2), and its gradient.");

@@ -96,6 +96,22 @@ struct SoftmaxParams {
   int threads;
 };
 
+/// One block of a softmax that is spread over processes: log-sum-exps of its rows and columns; or, once the whole ones
+/// are known, the gradient of weights u_i e^{s_ij - lse_x[i]} + v_j e^{s_ij - lse_y[j]}.
+template <class T>
+struct SoftmaxBlockParams {
+  Rows x, y;
+  bool same;                     // y is x: a row is not its own column, and what is of columns is of rows
+  const int32_t *ids_x, *ids_y;  // null, or codes: equal codes are left out
+  double scale;
+  bool normalize;
+  double *lse_x, *lse_y;              // (n), (m); lse_y null: columns are not wanted
+  const double *weight_x, *weight_y;  // u, v, with dx
+  T *dx, *dy;                         // null: log-sum-exps. same: dy is dx
+  double dscale;                      // out
+  int threads;
+};
+
 /// log of the mean over i < j of exp(-t |x_i - x_j|^2), and its gradient.
 template <class T>
 struct PotentialParams {
@@ -135,6 +151,7 @@ struct LabelledLseParams {
 template <class T>
 struct SigmoidParams {
   Rows x, y;
+  bool matched;  // row i of y is the match of row i of x; else no pair is a match
   double scale, bias;
   bool normalize;
   const T* weights;  // upstream gradient of each loss_i; null: `weight` for all
@@ -280,6 +297,7 @@ struct OpsOf {
   void (*store)(const StoreParams<T>&);
   void (*store_grad)(const StoreGradParams<T>&);
   void (*softmax)(SoftmaxParams<T>&);
+  void (*softmax_block)(SoftmaxBlockParams<T>&);
   void (*labelled_lse)(LabelledLseParams<T>&);
   void (*potential)(PotentialParams<T>&);
   void (*alignment)(AlignmentParams<T>&);

@@ -124,6 +124,24 @@ struct MergeLogSumExps {
   }
 };
 
+struct StartStates {
+  int64_t count;
+  LogSumExp* states;
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t k = cuda::global_thread();
+    if (k < count) states[k] = LogSumExp();
+  }
+};
+struct StoreStates {
+  int64_t count;
+  const LogSumExp* states;
+  double* lse;
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t k = cuda::global_thread();
+    if (k < count) lse[k] = states[k].value();
+  }
+};
+
 /// A block of pairs, its plan, and how its tiles lie in it.
 template <class T, class E>
 struct TiledBlock {

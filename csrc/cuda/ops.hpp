@@ -16,6 +16,13 @@ struct SoftmaxDevice : SoftmaxParams<T> {
 };
 
 template <class T>
+struct SoftmaxBlockDevice : SoftmaxBlockParams<T> {
+  const int64_t *own_ids = nullptr, *other_ids = nullptr;  // in place of codes
+  const double* scale_at = nullptr;                        // null: `scale`
+  double* dscale_at = nullptr;                             // out
+};
+
+template <class T>
 struct SigmoidDevice : SigmoidParams<T> {
   const double *scale_at = nullptr, *bias_at = nullptr;  // null: `scale`, `bias`
   double *loss_total = nullptr, *dscale_at = nullptr, *dbias_at = nullptr;
@@ -87,6 +94,8 @@ template <class T>
 void store_grad(Context& c, const StoreGradParams<T>& p);
 template <class T>
 void softmax(Context& c, const SoftmaxDevice<T>& p);
+template <class T>
+void softmax_block(Context& c, const SoftmaxBlockDevice<T>& p);
 template <class T>
 void sigmoid(Context& c, const SigmoidDevice<T>& p);
 template <class T>

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <limits>
 
-#include "pairwise/score.hpp"
+#include "pairwise/function.hpp"
 
 namespace nearfar {
 namespace {

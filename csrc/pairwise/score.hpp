@@ -10,11 +10,7 @@
 // the CPU, a float on the GPU. `absolute`, `largest`, `exp`, `log` and `select` are those of the backend.
 #pragma once
 
-#if defined(__CUDACC__)
-#define NEARFAR_FN __host__ __device__ __forceinline__
-#else
-#define NEARFAR_FN inline __attribute__((always_inline))
-#endif
+#include "pairwise/function.hpp"
 
 namespace nearfar {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "pairwise/score.hpp"
+#include "pairwise/function.hpp"
 
 namespace nearfar {
 namespace {

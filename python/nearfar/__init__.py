@@ -70,6 +70,7 @@ __all__ = [
     "clip_loss",
     "evaluate",
     "dcl_loss",
+    "distributed",
     "contrastive_loss",
     "get_num_threads",
     "gram",
@@ -110,6 +111,11 @@ def __getattr__(name: str) -> Any:
     # torch is imported when a module that needs it is asked for, not before.
     if name in losses.MODULES:
         return getattr(losses, name)
+    if name == "distributed":
+        try:
+            return importlib.import_module(".distributed", __name__)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError("nearfar.distributed needs torch: pip install 'nearfar[torch]'") from error
     if name in _LATER:
         return getattr(importlib.import_module(_LATER[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

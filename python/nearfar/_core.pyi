@@ -157,6 +157,24 @@ def softmax(
 ) -> tuple[float, float]:
     """Losses of a softmax over pairs and their gradients; returns (sum of losses, gradient of scale)."""
 
+def softmax_block(
+    x: object,
+    y: object,
+    same: bool,
+    ids_x: object,
+    ids_y: object,
+    scale: float,
+    normalize: bool,
+    lse_x: object,
+    lse_y: object,
+    weight_x: object,
+    weight_y: object,
+    dx: object,
+    dy: object,
+    threads: int,
+) -> float:
+    """Log-sum-exps of the rows and columns of a block, or gradients by the whole ones; returns that of scale."""
+
 def labelled_lse(
     x: object,
     y: object,
@@ -193,6 +211,7 @@ def sup_con(
 def sigmoid(
     x: object,
     y: object,
+    matched: bool,
     scale: float,
     bias: float,
     normalize: bool,

@@ -24,6 +24,7 @@ emulate = os.environ.get("NEARFAR_EMULATE", "") == "1"
 # Numbers that an operation returns.
 _SUMS = {
     "softmax": 2,
+    "softmax_block": 1,
     "sup_con": 3,
     "triplet": 2,
     "sigmoid": 3,

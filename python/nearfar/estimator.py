@@ -23,6 +23,8 @@ __all__ = ["Estimator", "check_random_state"]
 class Estimator:
     """Parameters, representation and tags of an estimator; validation of the points it is given."""
 
+    _least_rows = 1
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         cls._defaults = {  # type: ignore[attr-defined]
@@ -81,7 +83,7 @@ class Estimator:
         name = type(self).__name__
         if X.shape[1] == 0:
             raise ValueError(f"X: 0 feature(s) (shape={tuple(X.shape)}) while a minimum of 1 is required.")
-        if X.shape[0] == 0:
+        if X.shape[0] < self._least_rows:
             raise ValueError(f"X: expected at least one row, got shape {tuple(X.shape)}")
         check_points(X=X)
         check_matrix(X, "X")

@@ -14,7 +14,7 @@ import numpy as np
 from .arrays import Array, cast, dtype_name, integer, is_torch, number, of_kind, to_numpy
 from .distances import cdist
 from .estimator import Estimator, check_random_state, convergence_warning, floating, weights_of
-from .lloyd import Data, Fit, Numbers, lloyd, seed, unit
+from .lloyd import Data, Fit, Numbers, lloyd, unit
 
 __all__ = ["Clusterer", "KMeans"]
 
@@ -79,8 +79,8 @@ class Clusterer(Estimator):
         if not isinstance(init, str):
             return np.array(init)
         if init == "k-means++":
-            return data.rows(seed(data, k, generator))
-        return data.rows(generator.choice(data.n, size=k, replace=False, p=data.probabilities()))
+            return data.rows(data.spread(k, generator))
+        return data.rows(generator.choice(data.total, size=k, replace=False, p=data.probabilities()))
 
     def _keep(self, data: Data, fit: Fit) -> None:
         """Results as attributes, of the kind of the data."""
@@ -275,6 +275,9 @@ class KMeans(Clusterer):
         self.random_state = random_state
         self.verbose = verbose
 
+    def _generator_of(self, data: Data) -> np.random.RandomState:
+        return check_random_state(self.random_state)
+
     def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> KMeans:
         """Find the centroids of X.
 
@@ -288,10 +291,10 @@ class KMeans(Clusterer):
             Not negative; default 1 for every row.
         """
         data = self._data(X, sample_weight, reset=True)
-        k = self._check_clusters(data.n)
+        k = self._check_clusters(data.total)
         init, starts = self._check_init(data, k)
         max_iter, tol = self._check_max_iter(), data.tolerance(self._check_tol())
-        generator = check_random_state(self.random_state)
+        generator = self._generator_of(data)
         best: Fit | None = None
         for _ in range(starts):
             centers = self._start(data, k, init, generator)
@@ -301,7 +304,7 @@ class KMeans(Clusterer):
             if best is None or own.inertia < best.inertia:
                 best = own
         assert best is not None  # starts >= 1
-        distinct = len(np.unique(to_numpy(best.labels)))
+        distinct = data.distinct(best.labels, k)
         if distinct < k:
             warnings.warn(
                 f"Number of distinct clusters ({distinct}) found smaller than n_clusters ({k}). "

@@ -17,7 +17,7 @@ from . import operations
 from .arrays import Array, compute_dtype, empty, is_torch, of_kind, rows_at, to_numpy
 from .backend import on_cuda
 
-__all__ = ["Data", "Fit", "Numbers", "Pass", "lloyd", "seed", "unit"]
+__all__ = ["Data", "Fit", "Numbers", "Pass", "lloyd", "unit"]
 
 Numbers = NDArray[Any]
 
@@ -68,6 +68,40 @@ class Data:
 
     def total_weight(self) -> float:
         return float(self.n) if self.weights is None else float(self.weights.sum(dtype=np.float64))
+
+    @property
+    def total(self) -> int:
+        """How many rows there are; `n` of them are here, which is not all where processes share them."""
+        return self.n
+
+    def distinct(self, labels: Array, k: int) -> int:
+        """How many of the k labels occur."""
+        return len(np.unique(to_numpy(labels)))
+
+    def spread(self, k: int, generator: np.random.RandomState) -> Numbers:
+        """Greedy k-means++: the indices of k rows. Draws the same random numbers as scikit-learn."""
+        trials = 2 + int(math.log(k))
+        first = int(generator.choice(self.n, p=self.probabilities()))
+        uniforms = generator.uniform(size=(k - 1, trials))
+        chosen: Numbers = operations.seeding(self.x, self.normalize, self.own_weights, first, uniforms)
+        return chosen
+
+    def farthest(self, step: Pass, centers: Numbers, count: int) -> tuple[Numbers, Numbers, Numbers, Numbers]:
+        """The rows (float64) farthest from their centroids, at most `count`: distances, rows, labels and weights."""
+        found = self.assign(centers).distances if step.distances is None else step.distances
+        assert found is not None
+        distances = to_numpy(found)
+        if self.weights is not None:
+            distances = np.where(self.weights > 0, distances, -1)
+        count = min(count, self.n)
+        index = np.argpartition(distances, -count)[: -count - 1 : -1] if count else np.empty(0, np.int64)
+        weights = np.ones(count) if self.weights is None else self.weights[index].astype(np.float64)
+        return (
+            distances[index],
+            Data.rows(self, index).astype(np.float64),
+            to_numpy(rows_at(step.labels, index)),
+            weights,
+        )
 
     def probabilities(self) -> Numbers:
         if self.weights is None:
@@ -136,32 +170,15 @@ def unit(rows: Numbers) -> Numbers:
 # ---- the steps -------------------------------------------------------------------------------------------------------
 
 
-def seed(data: Data, k: int, generator: np.random.RandomState) -> Numbers:
-    """Greedy k-means++: the indices of k rows. Draws the same random numbers as scikit-learn."""
-    trials = 2 + int(math.log(k))
-    first = int(generator.choice(data.n, p=data.probabilities()))
-    uniforms = generator.uniform(size=(k - 1, trials))
-    chosen: Numbers = operations.seeding(data.x, data.normalize, data.own_weights, first, uniforms)
-    return chosen
-
-
 def relocate(data: Data, step: Pass, centers: Numbers) -> None:
     """Give every empty centroid one of the rows that are farthest from their own, and take it away there."""
     empty = np.flatnonzero(step.counts == 0)
     if not len(empty):
         return
-    found = data.assign(centers).distances if step.distances is None else step.distances
-    assert found is not None
-    distances = to_numpy(found)
-    if data.weights is not None:
-        distances = np.where(data.weights > 0, distances, -1)
+    distances, rows, labels, weights = data.farthest(step, centers, len(empty))
     if distances.max() <= 0:  # fewer distinct rows than centroids
         return
-    farthest = np.argpartition(distances, -len(empty))[: -len(empty) - 1 : -1]
-    rows = data.rows(farthest).astype(np.float64)
-    for target, index, row in zip(empty, farthest, rows, strict=True):
-        weight = 1.0 if data.weights is None else float(data.weights[index])
-        source = int(step.labels[int(index)])
+    for target, row, source, weight in zip(empty, rows, labels, weights, strict=True):
         step.sums[source] -= weight * row
         step.counts[source] -= weight
         step.sums[target] = weight * row

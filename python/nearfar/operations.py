@@ -161,6 +161,53 @@ def softmax(
     return value, dx, dy, dpositive if own_positive else None, dpaired, _number(x, dscale)
 
 
+def _block_ids(ids_x: Array | None, ids_y: Array | None) -> tuple[Array | None, Array | None]:
+    if ids_x is None or on_cuda(ids_x):
+        return ids_x, ids_y
+    codes, _ = codes_of(np.concatenate([np.asarray(ids_x), np.asarray(ids_y)]))
+    return codes[: len(ids_x)], codes[len(ids_x) :]
+
+
+def softmax_block(
+    x: Array, y: Array | None, scale: Any, ids_x: Array | None, ids_y: Array | None, normalize: bool, columns: bool
+) -> tuple[Array, Array | None]:
+    """Log-sum-exps (n,) over the columns of a block and, where asked for, (m,) over its rows, in float64.
+
+    int64 ids: pairs of equal ones are left out. ``y=None``: the columns are x itself, without the row; no `columns`.
+    """
+    lse = empty(x, (x.shape[0],), "float64")
+    of_columns = empty(x, (y.shape[0],), "float64") if columns and y is not None else None
+    launch = kernel(x, "softmax_block")
+    ids = _block_ids(ids_x, ids_y)
+    both = (x, x if y is None else y, y is None)
+    launch(*both, *ids, _multiplier(scale, x), normalize, lse, of_columns, None, None, None, None)
+    return lse, of_columns
+
+
+def softmax_block_grad(
+    x: Array,
+    y: Array | None,
+    scale: Any,
+    ids_x: Array | None,
+    ids_y: Array | None,
+    normalize: bool,
+    rows: tuple[Array, Array],
+    columns: tuple[Array, Array] | None,
+) -> tuple[Array, Array | None, Array]:
+    """Gradients of x, y and scale, the weight of a pair being u_i exp(s_ij - a_i) + v_j exp(s_ij - b_j).
+
+    `rows` (a, u) and `columns` (b, v), or None, are the normalisers, over all blocks, and their weights, in float64.
+    """
+    dx = empty(x, tuple(x.shape), zero=True)
+    dy = dx if y is None else empty(x, tuple(y.shape), zero=True)
+    launch = kernel(x, "softmax_block")
+    ids = _block_ids(ids_x, ids_y)
+    (a, u), (b, v) = rows, columns or (None, None)
+    both = (x, x if y is None else y, y is None)
+    dscale = launch(*both, *ids, _multiplier(scale, x), normalize, a, b, u, v, dx, dy)
+    return dx, None if y is None else dy, _number(x, dscale)
+
+
 def n_pairs(
     weights: Array | None, x: Array, y: Array, l2_reg: float, reduction: str, gradients: bool
 ) -> tuple[Any, ...]:
@@ -221,16 +268,27 @@ def sup_con(
 
 
 def sigmoid(
-    weights: Array | None, x: Array, y: Array, scale: Any, bias: Any, reduction: str, normalize: bool, gradients: bool
+    weights: Array | None,
+    x: Array,
+    y: Array,
+    scale: Any,
+    bias: Any,
+    reduction: str,
+    normalize: bool,
+    gradients: bool,
+    matched: bool = True,
 ) -> tuple[Any, ...]:
-    """Sigmoid loss over pairs: value and gradients of x, y, scale and bias."""
+    """Sigmoid loss over pairs: value and gradients of x, y, scale and bias.
+
+    Not `matched`: y may have any number of rows, and none of them is the match of a row of x.
+    """
     n = x.shape[0]
     bias = _offset(bias, x)
     rows = empty(x, (n,))
-    dx, dy = (empty(x, tuple(x.shape), zero=True) if gradients else None for _ in range(2))
+    dx, dy = (empty(z, tuple(z.shape), zero=True) if gradients else None for z in (x, y))
     weight, weights = _row_weights(weights, x, reduction)
     scale = _multiplier(scale, x)
-    total, *scalars = kernel(x, "sigmoid")(x, y, scale, bias, normalize, weights, weight, rows, dx, dy)
+    total, *scalars = kernel(x, "sigmoid")(x, y, matched, scale, bias, normalize, weights, weight, rows, dx, dy)
     value = _reduced(x, rows, total, reduction)
     return value, dx, dy, *(_number(x, g) if gradients else None for g in scalars)
 

@@ -5,6 +5,7 @@
 // No normaliser: dloss_i/dl_ij = sigmoid(l_ij) is known with the score, so value and both products of the gradient come
 // from one pass, three matrix products in all. The diagonal is left out of the blocks (its score becomes -inf, whose
 // softplus and sigmoid are 0) and computed from its two rows: softplus(l) - l would lose the digits of a good match.
+// A block of a batch that is spread over processes has no matches unless it is on the diagonal.
 #include "cpu/mask.hpp"
 
 namespace nearfar {
@@ -70,15 +71,17 @@ class Sigmoid {
     row_weight_ = Buffer<T>(rows);
     for (int64_t i = 0; i < rows; ++i)
       row_weight_[i] = i < n ? (p.weights ? p.weights[i] : static_cast<T>(p.weight)) : T(0);
+    losses_ = Buffer<double>(n);
+    diagonal_ = Buffer<double>(n);
+    for (int64_t i = 0; i < n; ++i) losses_[i] = diagonal_[i] = 0;
+    if (!p.matched) return;
     own_ = Buffer<int64_t>(n);
     for (int64_t i = 0; i < n; ++i) own_[i] = i;
     mask.partner = own_.get();
-    losses_ = Buffer<double>(n);
-    diagonal_ = Buffer<double>(n);
   }
 
   void run() {
-    matches();
+    if (p.matched) matches();
     p.dx ? pass<true>() : pass<false>();
     p.loss_sum = 0;
     for (int64_t i = 0; i < n; ++i) {
@@ -125,6 +128,19 @@ class Sigmoid {
 
   /// Of gradients what is not in the blocks: the diagonal, scale, normalisation.
   void finish() {
+    if (p.matched) add_matches();
+    Buffer<double> along(n);
+    finish_gradient(o.x, p.scale, p.threads, p.dx, along.get());
+    finish_gradient(o.y, p.scale, p.threads, p.dy);
+    p.dscale = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      p.dscale += along[i];
+      p.dbias += diagonal_[i] * static_cast<double>(row_weight_[i]);
+    }
+    p.dscale /= p.scale;
+  }
+
+  void add_matches() {
     parallel_for(o.x.tasks(), p.threads, [&](int64_t task, int) {
       Buffer<T> rows(2 * d);
       T *own = rows.get(), *other = rows.get() + d;
@@ -139,15 +155,6 @@ class Sigmoid {
         }
       }
     });
-    Buffer<double> along(n);
-    finish_gradient(o.x, p.scale, p.threads, p.dx, along.get());
-    finish_gradient(o.y, p.scale, p.threads, p.dy);
-    p.dscale = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      p.dscale += along[i];
-      p.dbias += diagonal_[i] * static_cast<double>(row_weight_[i]);
-    }
-    p.dscale /= p.scale;
   }
 
   SigmoidParams<T>& p;

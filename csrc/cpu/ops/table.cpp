@@ -35,6 +35,8 @@ void store_grad(const StoreGradParams<float>&);
 void store_grad(const StoreGradParams<double>&);
 void softmax(SoftmaxParams<float>&);
 void softmax(SoftmaxParams<double>&);
+void softmax_block(SoftmaxBlockParams<float>&);
+void softmax_block(SoftmaxBlockParams<double>&);
 void labelled_lse(LabelledLseParams<float>&);
 void labelled_lse(LabelledLseParams<double>&);
 void potential(PotentialParams<float>&);
@@ -64,8 +66,9 @@ void vector_math(int, const double*, double*, int64_t);
 double fma_peak(int threads);
 
 template <class T>
-constexpr OpsOf<T> kOpsOf = {store, store_grad, softmax, labelled_lse, potential, alignment, sigmoid, triplet,
-                             gram,  gram_grad,  matmul,  matmul_grad,  select,    lloyd,     seeding, vector_math};
+constexpr OpsOf<T> kOpsOf = {store,       store_grad, softmax, softmax_block, labelled_lse, potential,
+                             alignment,   sigmoid,    triplet, gram,          gram_grad,    matmul,
+                             matmul_grad, select,     lloyd,   seeding,       vector_math};
 
 const Ops& table() {
   static constexpr Ops kOps = {NEARFAR_NAME(NEARFAR_ISA), kVectorBytes, fma_peak, kOpsOf<float>, kOpsOf<double>};

@@ -154,24 +154,6 @@ struct LabelledLseEpilogue {
   }
 };
 
-struct StartStates {
-  int64_t count;
-  LogSumExp* states;
-  NEARFAR_DEVICE void operator()() const {
-    const int64_t k = cuda::global_thread();
-    if (k < count) states[k] = LogSumExp();
-  }
-};
-struct StoreStates {
-  int64_t count;
-  const LogSumExp* states;
-  double* lse;
-  NEARFAR_DEVICE void operator()() const {
-    const int64_t k = cuda::global_thread();
-    if (k < count) lse[k] = states[k].value();
-  }
-};
-
 /// Bases and weights of the sums of rows, [k][row]. An empty sum has no terms to weigh. What a base is off its
 /// normaliser by rounding, its weight makes good.
 template <class T>

@@ -39,9 +39,11 @@ struct SigmoidEpilogue {
   T weight;
   Weights<T> out;  // w null: not stored
   Block block;
-  int64_t n, tiles_n;
+  int64_t n, m, tiles_n;
+  bool matched;  // pairs (i, i) are not here
   T* of_rows;  // [row][which][tile_n]
 
+  NEARFAR_DEVICE bool has(int64_t i, int64_t j) const { return i < n && j < m && !(matched && i == j); }
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t tile_n, int64_t) const {
@@ -58,7 +60,7 @@ struct SigmoidEpilogue {
           for (int b = 0; b < P::kCols; ++b) {
             const int64_t j = block.column + f.j(b);
             T softplus = 0, sigmoid = 0;
-            if (i < n && j < n && i != j) softplus_sigmoid(scale * scores(i, j, f(a, b)) + shift, softplus, sigmoid);
+            if (has(i, j)) softplus_sigmoid(scale * scores(i, j, f(a, b)) + shift, softplus, sigmoid);
             f(a, b) = sigmoid * upstream;
             sums[0] += softplus;
             sums[1] += f(a, b);
@@ -76,8 +78,8 @@ struct SigmoidEpilogue {
     const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
     uint32_t hidden[P::kRows];
     hide_pairs(
-        i0 + P::kM <= n && j0 + P::kN <= n && i0 != j0,
-        [&](int i, int j) { return i0 + i < n && j0 + j < n && i0 + i != j0 + j; }, hidden);
+        i0 + P::kM <= n && j0 + P::kN <= m && !(matched && i0 == j0),
+        [&](int i, int j) { return has(i0 + i, j0 + j); }, hidden);
     float upstream[P::kRows], sums[P::kRows][kSums] = {};
     NEARFAR_UNROLL
     for (int a = 0; a < P::kRows; ++a) {
@@ -108,10 +110,11 @@ struct SigmoidEpilogue {
 };
 
 /// The diagonal, which is where the sums of rows begin: softplus(-l_ii), and its slope -sigmoid(-l_ii) times the
-/// upstream gradient. A warp a row.
+/// upstream gradient; where nothing matches, 0. A warp a row.
 template <class T>
 struct Matches {
   Source<T> x, y;
+  bool matched;
   Multiplier multiplier;
   Bias bias;
   const T* weights;
@@ -122,7 +125,7 @@ struct Matches {
   NEARFAR_DEVICE void operator()() const {
     const int64_t i = cuda::global_warp();
     if (i >= x.rows.n) return;
-    const double l = multiplier() * warp_dot(x, i, y, i) + bias();
+    const double l = matched ? multiplier() * warp_dot(x, i, y, i) + bias() : infinity<double>();
     if (cuda::lane_index() != 0) return;
     double softplus, sigmoid;
     softplus_sigmoid(-l, softplus, sigmoid);
@@ -161,7 +164,7 @@ void run(cuda::Context& c, const SigmoidDevice<T>& p) {
 
   double* sums = c.take<double>(Epilogue::kSums * n);
   T* slopes = c.take<T>(n);
-  c.launch_warps(n, Matches<T>{pairs.scores.x, pairs.scores.y, multiplier, bias, p.weights, weight, sums, slopes});
+  c.launch_warps(n, Matches<T>{pairs.scores.x, pairs.scores.y, p.matched, multiplier, bias, p.weights, weight, sums, slopes});
 
   const StripShape shape = p.dx ? strip.shape : tile_blocks(c, pairs, Epilogue::kSums);
   T* of_rows = c.take<T>(shape.rows * Epilogue::kSums * tiles_of(shape));
@@ -169,7 +172,7 @@ void run(cuda::Context& c, const SigmoidDevice<T>& p) {
     const TiledBlock<T, E> tiled(c, "sigmoid", pairs, block);
     launch_scores(
         c, tiled.plan, pairs, block,
-        Epilogue{pairs.scores, multiplier, bias, p.weights, weight, weights, block, n, tiled.tiles_n, of_rows});
+        Epilogue{pairs.scores, multiplier, bias, p.weights, weight, weights, block, n, p.y.n, tiled.tiles_n, p.matched, of_rows});
     const int64_t lines = Epilogue::kSums * tiled.valid;
     c.launch_warps(lines, MergeSums<T>{of_rows, tiled.tiles_n, lines, sums + Epilogue::kSums * block.row});
   };
@@ -189,11 +192,12 @@ void run(cuda::Context& c, const SigmoidDevice<T>& p) {
   c.launch(1, StoreSum{{row_slopes, n}, p.dbias_at});
   double* along = c.take<double>(n);
   FinishRows<T> step = finish_scaled<T>(multiplier, along);
-  step.terms[0] = {Enter::own, slopes, pairs.scores.y, n, 0, 1};
+  const Enter enter = p.matched ? Enter::own : Enter::none;
+  step.terms[0] = {enter, slopes, pairs.scores.y, n, 0, 1};
   finish_rows(c, pairs.scores.x, p.dx, step);
   c.launch(1, ScaleSlope{{along, n}, multiplier, 1, p.dscale_at});
   step = finish_scaled<T>(multiplier, nullptr);
-  step.terms[0] = {Enter::own, slopes, pairs.scores.x, n, 0, 1};
+  step.terms[0] = {enter, slopes, pairs.scores.x, n, 0, 1};
   finish_rows(c, pairs.scores.y, p.dy, step);
 }
 

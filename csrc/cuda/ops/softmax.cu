@@ -4,110 +4,12 @@
 // order. rows, where whole rows of scores fit a strip: scores stay in the strip, and become weights when the strip's
 // log-sum-exps are known: three products in all. Else the weights come from a second product of the same scores, once
 // every normaliser is known: four products (three for NT-Xent, whose weights are symmetric).
-#include "cuda/loss.hpp"
+#include "cuda/softmax.hpp"
 
 namespace nearfar {
 namespace {
 
 using cuda::SoftmaxDevice;
-
-/// Scaled scores, -inf where a pair is not in the denominator.
-template <class T>
-struct MaskedScores {
-  Scores<T> scores;
-  Multiplier multiplier;
-  int64_t n, m, skip_shift;  // leave out column (i + shift) % n of row i; -1: none
-  bool pairs;                // leave out column i of row i
-  const int64_t* ids;
-  bool unit = false;  // rows have norm one at most
-
-  NEARFAR_DEVICE bool has(int64_t i, int64_t j) const {
-    if (i >= n || j >= m || (pairs && i == j)) return false;
-    if (skip_shift >= 0 && j < n && j == (i + skip_shift < n ? i + skip_shift : i + skip_shift - n)) return false;
-    return !(ids && j < n && ids[i] == ids[j]);
-  }
-  /// Are all of 128 x 128 pairs in the denominator?
-  NEARFAR_DEVICE bool whole(int64_t i, int64_t j) const {
-    if (i + 128 > n || j + 128 > m || (pairs && i == j) || ids) return false;
-    const int64_t from = j - i - skip_shift;  // 0 or -n on the columns to skip
-    return skip_shift < 0 || ((from <= -128 || from >= 128) && (from + n <= -128 || from + n >= 128));
-  }
-  /// Scores of unit rows lie within the multiplier: then e^{s - bound} of all pairs is neither too large nor too small,
-  /// and serves rows, columns and weights alike.
-  NEARFAR_DEVICE bool bounded() const { return bounded_by(unit, multiplier()); }
-  NEARFAR_HOST_DEVICE static bool bounded_by(bool unit, double scale) { return unit && scale <= 30; }
-#if defined(NEARFAR_HOPPER)
-  /// In place, e^{s - bound}.
-  NEARFAR_DEVICE void exponentials(const Fragment<Wgmma>& f, int64_t row, int64_t column) const {
-    const float scale = static_cast<float>(multiplier()) * cuda::kLog2E;
-    const int64_t i0 = row + f.i0, j0 = column + f.j0;
-    uint32_t hidden[Wgmma::kRows];
-    hide(f, i0, j0, hidden);
-    for_each_pair(f, scores.x_factor + i0, scores.y_factor + j0, [&](float x, float y, float value, int a, int b) {
-      return hidden[a] >> b & 1 ? 0.0f : cuda::exp2_fast(scale * (value * (x * y)) - scale);
-    });
-  }
-  NEARFAR_DEVICE void hide(const Fragment<Wgmma>& f, int64_t i0, int64_t j0, uint32_t (&hidden)[Wgmma::kRows]) const {
-    hide_pairs(whole(i0, j0), [&](int i, int j) { return has(i0 + i, j0 + j); }, hidden);
-  }
-#endif
-  /// In place, for a whole tile.
-  template <class P>
-  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t row, int64_t column) const {
-    const T scale = static_cast<T>(multiplier());
-#if defined(NEARFAR_HOPPER)
-    if constexpr (std::is_same_v<P, Wgmma>) {
-      uint32_t hidden[P::kRows];
-      hide(f, row + f.i0, column + f.j0, hidden);
-      return for_each_pair(f, scores.x_factor + row + f.i0, scores.y_factor + column + f.j0,
-                           [&](float x, float y, float value, int a, int b) {
-                             return hidden[a] >> b & 1 ? -infinity<float>() : scale * (value * (x * y));
-                           });
-    }
-#endif
-    NEARFAR_UNROLL
-    for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
-    for (int b = 0; b < P::kCols; ++b) {
-      const int64_t i = row + f.i(a), j = column + f.j(b);
-      f(a, b) = has(i, j) ? scale * scores(i, j, f(a, b)) : -infinity<T>();
-    }
-  }
-};
-
-/// Partial states of rows and columns by tile; `keep` also stores the scores.
-template <class T, bool KEEPS_BLOCKS>
-struct LseEpilogue {
-  static constexpr bool kDistances = false, kStores = KEEPS_BLOCKS;
-  MaskedScores<T> masked;
-  Weights<T> keep;  // w null: not kept
-  Block block;
-  int64_t tiles_m, tiles_n;
-  PartialSum<T>*of_rows, *of_columns;  // [row][tile_n], [column][tile_m]; of_columns null: not wanted
-
-  NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
-  template <class P>
-  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t tile_m, int64_t tile_n, int64_t) const {
-#if defined(NEARFAR_HOPPER)
-    if constexpr (std::is_same_v<P, Wgmma>) {
-      if (masked.bounded()) {
-        const T base = static_cast<T>(masked.multiplier());
-        masked.exponentials(f, block.row, block.column);
-        sum_lines(
-            f, of_columns, [&](int i, float sum) { of_rows[(f.i0 + i) * tiles_n + tile_n] = {base, sum}; },
-            [&](int j, float sum) { of_columns[(f.j0 + j) * tiles_m + tile_m] = {base, sum}; });
-        if (KEEPS_BLOCKS) keep.store(f);
-        return;
-      }
-    }
-#endif
-    masked.apply(f, block.row, block.column);
-    if (keep.w) f.for_each([&](int64_t i, int64_t j, T score) { keep.w[i * keep.pitch + j] = score; });
-    reduce_lse<P, true>(f, [&](int i, const PartialSum<T>& sum) { of_rows[(f.i0 + i) * tiles_n + tile_n] = sum; });
-    if (of_columns)
-      reduce_lse<P, false>(f,
-                           [&](int j, const PartialSum<T>& sum) { of_columns[(f.j0 + j) * tiles_m + tile_m] = sum; });
-  }
-};
 
 /// What is in every denominator before any column: own negatives; and the positives, which are kept apart. A warp a
 /// row.
@@ -199,51 +101,6 @@ struct FillWeights {
   }
 };
 
-/// u_i e^{s_ij - a_i} + v_j e^{s_ij - b_j}
-template <class T>
-struct PairWeight {
-  const T *row_base, *row_weight, *column_base, *column_weight;
-  NEARFAR_DEVICE T operator()(int64_t i, int64_t j, T score) const {
-    if (score == -infinity<T>()) return 0;
-    const T own = row_weight[i] * exp_flush(score - row_base[i]);
-    return column_base ? own + column_weight[j] * exp_flush(score - column_base[j]) : own;
-  }
-};
-
-template <class T>
-struct WeightEpilogue {
-  static constexpr bool kDistances = false, kStores = true;
-  MaskedScores<T> masked;
-  PairWeight<T> weight;
-  Weights<T> out;
-
-  NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
-  template <class P>
-  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    const Block& b = out.block;
-#if defined(NEARFAR_HOPPER)
-    if constexpr (std::is_same_v<P, Wgmma>) {
-      if (masked.bounded()) {
-        masked.exponentials(f, b.row, b.column);
-        for_each_pair(f, weight.row_weight + b.row + f.i0, weight.column_weight + b.column + f.j0,
-                      [](float row, float column, float value, int, int) { return value * (row + column); });
-      } else {
-        masked.apply(f, b.row, b.column);
-        for_each_pair(f, weight.row_base + b.row + f.i0, weight.column_base + b.column + f.j0,
-                      weight.row_weight + b.row + f.i0, weight.column_weight + b.column + f.j0,
-                      [](float x, float y, float u, float v, float score) {
-                        return u * exp_flush(score - x) + v * exp_flush(score - y);
-                      });
-      }
-      return out.store(f);
-    }
-#endif
-    masked.apply(f, b.row, b.column);
-    f.for_each([&](int64_t i, int64_t j, T& value) { value = weight(b.row + i, b.column + j, value); });
-    out.store(f);
-  }
-};
-
 /// Scores of a strip become weights, in place.
 template <class T>
 struct WeighStrip {
@@ -304,7 +161,7 @@ class Softmax {
     first_states();
     const MaskedScores<T> masked{
         pairs_.scores, multiplier_, n, m, p.positive_is_column ? p.positive_shift : -1, p.mode == SoftmaxMode::pairs,
-        p.ids,         unit()};
+        p.ids,         p.ids, n, unit()};
     // The two passes cut all pairs alike, except that the first keeps whole rows together.
     const StripShape shape = keeps_scores() ? strip_.shape : tile_blocks(c, pairs_, 4);
     of_rows_ = c.take<PartialSum<T>>(shape.rows * tiles_of(shape));
@@ -358,11 +215,7 @@ class Softmax {
     if (!keeps_blocks)
       launch_scores(c, plan, pairs_, b,
                     LseEpilogue<T, false>{masked, kept, b, tiles_m, tiles_n, of_rows_, of_columns_});
-    const int64_t rows = b.rows < n - b.row ? b.rows : n - b.row,
-                  columns = b.columns < m - b.column ? b.columns : m - b.column;
-    c.launch_warps(rows, MergeLogSumExps<T>{of_rows_, tiles_n, rows, 1, 1, states_ + b.row});
-    if (columns_)
-      c.launch_warps(columns, MergeLogSumExps<T>{of_columns_, tiles_m, columns, 1, 1, column_states_ + b.column});
+    merge_lse(c, pairs_, b, plan, of_rows_, of_columns_, states_, column_states_);
     if (!keeps_scores()) return;
     fill(states_, b.row, b.rows, n, row_base_, row_weight_);
     if (keeps_blocks) return strip_.products(kept, row_weight_);
@@ -380,18 +233,12 @@ class Softmax {
     fill(states_, 0, pairs_.x.padded, n, row_base_, row_weight_);
     if (columns_) fill(column_states_, 0, pairs_.y.padded, m, column_base_, column_weight_);
     const bool rows_only = p.mode == SoftmaxMode::rows;
-    if (rows_only) {  // columns take no part: 0 e^{s - infinity}
+    if (rows_only) {
       column_base_ = c.take<T>(pairs_.y.padded);
       column_weight_ = c.take<T>(pairs_.y.padded);
-      c.launch_threads(pairs_.y.padded, Fill<T>{column_base_, pairs_.y.padded, static_cast<T>(HUGE_VAL)});
-      c.launch_threads(pairs_.y.padded, Fill<T>{column_weight_, pairs_.y.padded, T(0)});
+      fill_absent(c, pairs_.y.padded, column_base_, column_weight_);
     }
-    const PairWeight<T> weight{row_base_, row_weight_, column_base_, column_weight_};
-    strip_.for_blocks([&](const Weights<T>& weights) {
-      const Plan plan = plan_scores(c, "softmax weights", pairs_, weights.block);
-      launch_scores(c, plan, pairs_, weights.block, WeightEpilogue<T>{masked, weight, weights});
-      strip_.products(weights);
-    });
+    weight_blocks(c, pairs_, strip_, masked, {row_base_, row_weight_, column_base_, column_weight_});
   }
 
   void finish() {

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import nearfar as nf
-from nearfar.lloyd import Data, seed
+from nearfar.lloyd import Data
 
 from .. import reference
 from ..case import Array, Case, Problem, Shape, Step, load
@@ -100,7 +100,7 @@ KMEANS = Case(
 
 def _seeding(problem: Problem) -> Step:
     x, k = problem["x"], problem.shape["k"]
-    return lambda: (x[seed(Data(x, None, False), k, np.random.RandomState(0))],)
+    return lambda: (x[Data(x, None, False).spread(k, np.random.RandomState(0))],)
 
 
 def _sklearn_seeding(problem: Problem) -> Step:
