@@ -2,10 +2,10 @@
 //
 //   lse_x[i] = log sum_j e^{s_ij}      lse_y[j] = log sum_i e^{s_ij}      s_ij = scale <x_i, y_j>
 //
-// over the pairs of different ids. Log-sum-exps of several blocks are merged by whoever has them all; then each block is
-// visited once more, with the whole normalisers: W_ij = u_i e^{s_ij - lse_x[i]} + v_j e^{s_ij - lse_y[j]} are the weights
-// of its share of the gradient. A product and three, both directions included: the floor, since nobody can know a
-// normaliser before the last block. Positives are not here: they are kept apart, with their rows.
+// over the pairs of different ids. Log-sum-exps of several blocks are merged by whoever has them all; then each block
+// is visited once more, with the whole normalisers: W_ij = u_i e^{s_ij - lse_x[i]} + v_j e^{s_ij - lse_y[j]} are the
+// weights of its share of the gradient. A product and three, both directions included: the floor, since nobody can know
+// a normaliser before the last block. Positives are not here: they are kept apart, with their rows.
 #include "cpu/softmax.hpp"
 
 namespace nearfar {

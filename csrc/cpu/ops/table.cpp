@@ -66,8 +66,9 @@ void vector_math(int, const double*, double*, int64_t);
 double fma_peak(int threads);
 
 template <class T>
-constexpr OpsOf<T> kOpsOf = {store, store_grad, softmax, softmax_block, labelled_lse, potential, alignment, sigmoid, triplet,
-                             gram,  gram_grad,  matmul,  matmul_grad,  select,    lloyd,     seeding, vector_math};
+constexpr OpsOf<T> kOpsOf = {store,       store_grad, softmax, softmax_block, labelled_lse, potential,
+                             alignment,   sigmoid,    triplet, gram,          gram_grad,    matmul,
+                             matmul_grad, select,     lloyd,   seeding,       vector_math};
 
 const Ops& table() {
   static constexpr Ops kOps = {NEARFAR_NAME(NEARFAR_ISA), kVectorBytes, fma_peak, kOpsOf<float>, kOpsOf<double>};
