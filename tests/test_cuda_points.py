@@ -12,7 +12,7 @@ import torch
 from test_cuda import DEVICE, DTYPES, EMULATED, gpu_only, tensor
 
 import nearfar as nf
-from nearfar import _core, backend
+from nearfar import _core, backend, clusters
 
 pytestmark = test_cuda.pytestmark
 on_device, small_strips = test_cuda.on_device, test_cuda.small_strips
@@ -223,7 +223,7 @@ def iterate(x, centers, normalize=False, weights=None, labels=None, measure=True
     distances = torch.empty(n, dtype=compute, device=DEVICE) if measure else None
     found = (np.empty((k, d)), np.empty(k)) if sums else (None, None)
     centers = np.asarray(centers, str(compute).removeprefix("torch."))
-    result = nf.operations.lloyd(x, centers, normalize, weights, labels, distances, *found)
+    result = clusters.lloyd(x, centers, normalize, weights, labels, distances, *found)
     return *result, labels, distances, *found
 
 
@@ -294,9 +294,9 @@ def test_seeding_draws_what_the_cpu_draws(n, k, d, dtype, weighted, normalize, m
     weights = g.rng(4).uniform(0.1, 2, n).astype(dtype) if weighted else None
     uniforms = g.rng(3).uniform(size=(k - 1, 3))
     there = None if weights is None else tensor(weights, dtype)
-    chosen = nf.operations.seeding(x, normalize, there, n // 2, uniforms)
+    chosen = clusters.seeding(x, normalize, there, n // 2, uniforms)
     monkeypatch.setattr(backend, "emulate", False)
-    np.testing.assert_array_equal(chosen, nf.operations.seeding(x.cpu(), normalize, weights, n // 2, uniforms))
+    np.testing.assert_array_equal(chosen, clusters.seeding(x.cpu(), normalize, weights, n // 2, uniforms))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -304,7 +304,7 @@ def test_k_means_repeats_bit_for_bit(dtype, monkeypatch):
     x = tensor(g.points(600, 5), dtype)
 
     def run():
-        chosen = nf.operations.seeding(x, False, None, 3, g.rng(3).uniform(size=(3, 3)))
+        chosen = clusters.seeding(x, False, None, 3, g.rng(3).uniform(size=(3, 3)))
         inertia, _, labels, distances, sums, counts = iterate(x, g.points(4, 5, seed=1))
         return [labels, distances, *(torch.as_tensor(z) for z in (chosen, inertia, sums, counts))]
 
@@ -313,9 +313,9 @@ def test_k_means_repeats_bit_for_bit(dtype, monkeypatch):
 
 def test_duplicates_are_drawn_last():
     x = tensor(np.repeat(g.points(4, 3), 10, 0), "float32")
-    chosen = nf.operations.seeding(x, False, None, 0, g.rng(0).uniform(size=(3, 4)))
+    chosen = clusters.seeding(x, False, None, 0, g.rng(0).uniform(size=(3, 4)))
     assert sorted(chosen // 10) == [0, 1, 2, 3]
-    same_rows = nf.operations.seeding(torch.zeros_like(x), False, None, 5, g.rng(0).uniform(size=(3, 4)))
+    same_rows = clusters.seeding(torch.zeros_like(x), False, None, 5, g.rng(0).uniform(size=(3, 4)))
     assert same_rows[0] == 5
 
 
@@ -332,7 +332,7 @@ def test_bad_arguments_of_the_kernels():
     labels = torch.zeros(4, dtype=torch.int64, device=DEVICE)
     for centers, message in ((np.ones((0, 2)), "at least one row"), (np.ones((2, 3)), r"shape \(2, 2\)")):
         with pytest.raises(ValueError, match=f"^centroids: expected {message}"):
-            nf.operations.lloyd(x, centers.astype("float32"), False, None, labels, None, None, None)
+            clusters.lloyd(x, centers.astype("float32"), False, None, labels, None, None, None)
 
 
 # ---- the estimators --------------------------------------------------------------------------------------------------
@@ -486,5 +486,5 @@ def test_many_rows():
     expected = torch.zeros(k, d, dtype=torch.float64, device=DEVICE).index_add_(0, labels, wide)
     np.testing.assert_allclose(sums, expected.cpu(), rtol=1e-9, atol=1e-9)
     assert inertia == pytest.approx(float(distances.double().sum()), rel=1e-9)
-    chosen = nf.operations.seeding(x, False, None, 5, g.rng(0).uniform(size=(19, 4)))
+    chosen = clusters.seeding(x, False, None, 5, g.rng(0).uniform(size=(19, 4)))
     assert len(set(chosen.tolist())) == 20

@@ -12,7 +12,7 @@ from generators import layouts, numpy_of, of_kind, points, rng
 from references import KINDS, same_bits, wide
 
 import nearfar as nf
-from nearfar import operations
+from nearfar import clusters
 from nearfar.lloyd import Data, Pass, means, relocate, unit
 
 cluster = pytest.importorskip("sklearn.cluster")
@@ -108,7 +108,7 @@ def test_threads_change_no_bit(threads):
         for count in (1, 2, 3, 7):
             threads(count)
             step = one_pass(x, x[:k].copy(), weights)
-            chosen = operations.seeding(x, False, weights, 3, rng(k).uniform(size=(k - 1, 4)))
+            chosen = clusters.seeding(x, False, weights, 3, rng(k).uniform(size=(k - 1, 4)))
             model = nf.KMeans(k, random_state=0, max_iter=5).fit(x, sample_weight=weights)
             results.append((*step[:4], np.array(step.inertia), chosen, model.cluster_centers_, model.labels_))
         for other in results[1:]:
@@ -138,7 +138,7 @@ def test_seeding_is_greedy_at_any_number_of_trials(trials):
     n, k = 2100, 6
     x = points(n, 3)
     uniforms = rng(trials).uniform(size=(k - 1, trials))
-    chosen = operations.seeding(x, False, None, 7, uniforms)
+    chosen = clusters.seeding(x, False, None, 7, uniforms)
     closest = squares(x, x[7:8])[:, 0].astype(float)
     assert chosen[0] == 7
     for step in range(k - 1):
@@ -149,7 +149,7 @@ def test_seeding_is_greedy_at_any_number_of_trials(trials):
 
 
 def test_seeding_of_duplicates_and_zero_weights():
-    assert np.array_equal(operations.seeding(np.ones((9, 3)), False, None, 2, np.full((3, 2), 0.5)), [2, 0, 0, 0])
+    assert np.array_equal(clusters.seeding(np.ones((9, 3)), False, None, 2, np.full((3, 2), 0.5)), [2, 0, 0, 0])
     x, weights = points(200, 4), np.zeros(200)
     weights[::10] = 1
     assert not (Data(x, weights, False).spread(15, np.random.RandomState(0)) % 10).any()

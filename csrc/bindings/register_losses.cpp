@@ -351,8 +351,7 @@ void register_losses(py::module_& m) {
   m.def("triplet", triplet, arg("x"), arg("codes"), arg("classes"), arg("mining"), arg("margin"), arg("squared"),
         arg("soft"), arg("normalize"), arg("weights"), arg("mean"), arg("value"), arg("dx"), arg("positive"),
         arg("negative"), arg("triplets"), arg("threads"),
-        "Triplet losses of a labelled batch, gradient and mined indices; returns (sum or mean of losses, number of "
-        "triplets).");
+        "Triplet losses of a labelled batch, gradient and mined indices; returns (sum or mean, number of triplets).");
 }
 
 }  // namespace nearfar

@@ -12,8 +12,8 @@ template <class T>
 struct MaskedScores {
   Scores<T> scores;
   Multiplier multiplier;
-  int64_t n, m, skip_shift;  // leave out column (i + shift) % n of row i; -1: none
-  bool pairs;                // leave out column i of row i
+  int64_t n, m, skip_shift;    // leave out column (i + shift) % n of row i; -1: none
+  bool pairs;                  // leave out column i of row i
   const int64_t *ids, *ids_y;  // equal ones are left out; ids_y: of the first ids_m columns
   int64_t ids_m;
   bool unit = false;  // rows have norm one at most

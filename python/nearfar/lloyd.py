@@ -1,7 +1,7 @@
 """The steps of k-means: data, first centroids, one fused pass, Lloyd's iterations.
 
-Everything here is NumPy on K x D numbers around two kernels: `operations.lloyd`, which assigns every row to its nearest
-centroid and adds it to that centroid's sum, and `operations.seeding`, greedy k-means++. What there is of every row,
+Everything here is NumPy on K x D numbers around two kernels: `clusters.lloyd`, which assigns every row to its nearest
+centroid and adds it to that centroid's sum, and `clusters.seeding`, greedy k-means++. What there is of every row,
 points, labels and distances, stays on the device of the points: an iteration copies K x D numbers there and back.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import operations
+from . import clusters
 from .arrays import Array, compute_dtype, empty, is_torch, of_kind, rows_at, to_numpy
 from .backend import on_cuda
 
@@ -83,7 +83,7 @@ class Data:
         trials = 2 + int(math.log(k))
         first = int(generator.choice(self.n, p=self.probabilities()))
         uniforms = generator.uniform(size=(k - 1, trials))
-        chosen: Numbers = operations.seeding(self.x, self.normalize, self.own_weights, first, uniforms)
+        chosen: Numbers = clusters.seeding(self.x, self.normalize, self.own_weights, first, uniforms)
         return chosen
 
     def farthest(self, step: Pass, centers: Numbers, count: int) -> tuple[Numbers, Numbers, Numbers, Numbers]:
@@ -115,7 +115,7 @@ class Data:
         labels = self.no_labels() if labels is None else labels
         distances = self._of_rows(self.dtype.name) if measure else None
         sums, counts = np.empty(centers.shape), np.empty(len(centers))
-        inertia, changed = operations.lloyd(
+        inertia, changed = clusters.lloyd(
             self.x, centers, self.normalize, self.own_weights, labels, distances, sums, counts
         )
         return Pass(labels, distances, sums, counts, inertia, changed)
@@ -123,7 +123,7 @@ class Data:
     def assign(self, centers: Numbers) -> Pass:
         """The same without the sums."""
         labels, distances = self.no_labels(), self._of_rows(self.dtype.name)
-        inertia, changed = operations.lloyd(
+        inertia, changed = clusters.lloyd(
             self.x, centers, self.normalize, self.own_weights, labels, distances, None, None
         )
         if not math.isfinite(inertia):

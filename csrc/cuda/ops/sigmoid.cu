@@ -41,7 +41,7 @@ struct SigmoidEpilogue {
   Block block;
   int64_t n, m, tiles_n;
   bool matched;  // pairs (i, i) are not here
-  T* of_rows;  // [row][which][tile_n]
+  T* of_rows;    // [row][which][tile_n]
 
   NEARFAR_DEVICE bool has(int64_t i, int64_t j) const { return i < n && j < m && !(matched && i == j); }
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
@@ -78,8 +78,8 @@ struct SigmoidEpilogue {
     const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
     uint32_t hidden[P::kRows];
     hide_pairs(
-        i0 + P::kM <= n && j0 + P::kN <= m && !(matched && i0 == j0),
-        [&](int i, int j) { return has(i0 + i, j0 + j); }, hidden);
+        i0 + P::kM <= n && j0 + P::kN <= m && !(matched && i0 == j0), [&](int i, int j) { return has(i0 + i, j0 + j); },
+        hidden);
     float upstream[P::kRows], sums[P::kRows][kSums] = {};
     NEARFAR_UNROLL
     for (int a = 0; a < P::kRows; ++a) {
@@ -164,15 +164,16 @@ void run(cuda::Context& c, const SigmoidDevice<T>& p) {
 
   double* sums = c.take<double>(Epilogue::kSums * n);
   T* slopes = c.take<T>(n);
-  c.launch_warps(n, Matches<T>{pairs.scores.x, pairs.scores.y, p.matched, multiplier, bias, p.weights, weight, sums, slopes});
+  c.launch_warps(
+      n, Matches<T>{pairs.scores.x, pairs.scores.y, p.matched, multiplier, bias, p.weights, weight, sums, slopes});
 
   const StripShape shape = p.dx ? strip.shape : tile_blocks(c, pairs, Epilogue::kSums);
   T* of_rows = c.take<T>(shape.rows * Epilogue::kSums * tiles_of(shape));
   auto pass = [&](const Block& block, const Weights<T>& weights) {
     const TiledBlock<T, E> tiled(c, "sigmoid", pairs, block);
-    launch_scores(
-        c, tiled.plan, pairs, block,
-        Epilogue{pairs.scores, multiplier, bias, p.weights, weight, weights, block, n, p.y.n, tiled.tiles_n, p.matched, of_rows});
+    launch_scores(c, tiled.plan, pairs, block,
+                  Epilogue{pairs.scores, multiplier, bias, p.weights, weight, weights, block, n, p.y.n, tiled.tiles_n,
+                           p.matched, of_rows});
     const int64_t lines = Epilogue::kSums * tiled.valid;
     c.launch_warps(lines, MergeSums<T>{of_rows, tiled.tiles_n, lines, sums + Epilogue::kSums * block.row});
   };

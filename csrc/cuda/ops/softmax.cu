@@ -159,9 +159,16 @@ class Softmax {
 
   void run() {
     first_states();
-    const MaskedScores<T> masked{
-        pairs_.scores, multiplier_, n, m, p.positive_is_column ? p.positive_shift : -1, p.mode == SoftmaxMode::pairs,
-        p.ids,         p.ids, n, unit()};
+    const MaskedScores<T> masked{pairs_.scores,
+                                 multiplier_,
+                                 n,
+                                 m,
+                                 p.positive_is_column ? p.positive_shift : -1,
+                                 p.mode == SoftmaxMode::pairs,
+                                 p.ids,
+                                 p.ids,
+                                 n,
+                                 unit()};
     // The two passes cut all pairs alike, except that the first keeps whole rows together.
     const StripShape shape = keeps_scores() ? strip_.shape : tile_blocks(c, pairs_, 4);
     of_rows_ = c.take<PartialSum<T>>(shape.rows * tiles_of(shape));

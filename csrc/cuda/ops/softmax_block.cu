@@ -8,8 +8,8 @@ namespace {
 
 using cuda::SoftmaxBlockDevice;
 
-/// Bases and weights: w e^{s - base}. What a base is off its normaliser, its weight makes good; an empty denominator has
-/// none.
+/// Bases and weights: w e^{s - base}. What a base is off its normaliser, its weight makes good; an empty denominator
+/// has none.
 template <class T>
 struct FillKnown {
   const double *lse, *upstream;

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import kmeans, operations
+from .. import clusters, kmeans
 from ..arrays import Array, cast, is_torch
 from ..distances import cdist
 from ..estimator import check_random_state, weights_of
@@ -63,7 +63,7 @@ class Shared(Data):
         totals, counts = (np.zeros(centers.shape), np.zeros(len(centers))) if sums else (None, None)
         inertia, changed = 0.0, 0
         if self.n:
-            inertia, changed = operations.lloyd(
+            inertia, changed = clusters.lloyd(
                 self.x, centers, self.normalize, self.weights, labels, distances, totals, counts
             )
         none = np.empty(0)
