@@ -209,7 +209,7 @@ def test_mahalanobis(dtype):
 # ---- k-means: the two kernels ----------------------------------------------------------------------------------------
 
 
-def clusters(n, k, d, seed=0):
+def groups(n, k, d, seed=0):
     """Separated, so that every algorithm agrees on them."""
     centers = 20 * g.rng(seed, 1).standard_normal((k, d))
     return centers[g.rng(seed, 2).integers(k, size=n)] + g.rng(seed, 3).standard_normal((n, d))
@@ -290,7 +290,7 @@ def test_a_bad_row_is_nobodys(small_strips):
     ("n", "k", "d", "dtype"), [(1, 1, 2, "float32"), (40, 40, 3, "float64"), (2100, 5, 3, "float32")]
 )
 def test_seeding_draws_what_the_cpu_draws(n, k, d, dtype, weighted, normalize, monkeypatch):
-    x = tensor(clusters(n, max(1, k // 2), d), dtype)
+    x = tensor(groups(n, max(1, k // 2), d), dtype)
     weights = g.rng(4).uniform(0.1, 2, n).astype(dtype) if weighted else None
     uniforms = g.rng(3).uniform(size=(k - 1, 3))
     there = None if weights is None else tensor(weights, dtype)
@@ -360,7 +360,7 @@ def assert_same_fit(own, other, tolerance=1e-5):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("spherical", [False, True])
 def test_k_means_as_on_the_cpu(dtype, spherical, monkeypatch):
-    points = torch.from_numpy(clusters(150, 4, 3)).to(getattr(torch, dtype))
+    points = torch.from_numpy(groups(150, 4, 3)).to(getattr(torch, dtype))
     weights = g.rng(1).uniform(0.5, 1.5, 150)
 
     def fit(x):
@@ -369,7 +369,7 @@ def test_k_means_as_on_the_cpu(dtype, spherical, monkeypatch):
     x, other = points.to(DEVICE), on_cpu(monkeypatch, lambda: fit(points))
     own = fit(x)
     assert_same_fit(own, other)
-    fresh = tensor(clusters(20, 4, 3, seed=1), dtype)
+    fresh = tensor(groups(20, 4, 3, seed=1), dtype)
     for method in ("predict", "transform", "encode", "reconstruct"):
         result = getattr(own, method)(fresh)
         assert result.device.type == DEVICE
@@ -383,7 +383,7 @@ def test_k_means_as_on_the_cpu(dtype, spherical, monkeypatch):
 @copied_only_on_demand
 @pytest.mark.parametrize("init", ["random", "array"])
 def test_other_starts(init, monkeypatch):
-    points = torch.from_numpy(clusters(90, 3, 2))
+    points = torch.from_numpy(groups(90, 3, 2))
     start = points[:3] if init == "array" else init
     other = on_cpu(monkeypatch, lambda: nf.KMeans(3, init=start, n_init=1, random_state=1).fit(points))
     start = start.to(DEVICE) if init == "array" else start
@@ -392,7 +392,7 @@ def test_other_starts(init, monkeypatch):
 
 @copied_only_on_demand
 def test_empty_clusters_take_the_farthest_rows(monkeypatch):
-    points = torch.from_numpy(clusters(60, 4, 2))
+    points = torch.from_numpy(groups(60, 4, 2))
     start = torch.full((4, 2), 1e3, dtype=torch.float64)
     start[0] = 0
     weights = np.ones(60)
@@ -405,7 +405,7 @@ def test_empty_clusters_take_the_farthest_rows(monkeypatch):
 
 @copied_only_on_demand
 def test_mini_batches_as_on_the_cpu(monkeypatch):
-    points = torch.from_numpy(clusters(200, 3, 2)).float()
+    points = torch.from_numpy(groups(200, 3, 2)).float()
 
     def fit(x):
         model = nf.MiniBatchKMeans(3, random_state=0, batch_size=60, max_iter=4, init_size=90)
@@ -452,7 +452,7 @@ def test_the_kernels_are_in_the_build():
 
 @gpu_only
 def test_weights_and_starts_may_lie_on_the_cpu():
-    points = clusters(90, 3, 2)
+    points = groups(90, 3, 2)
     x, weights = tensor(points, "float32"), g.rng(0).uniform(1, 2, 90)
     models = [
         nf.KMeans(3, init=start, random_state=0).fit(x, sample_weight=w)

@@ -20,7 +20,6 @@ from .arrays import (
     cast,
     codes_of,
     compute_dtype,
-    concatenate,
     empty,
     namespace,
 )
