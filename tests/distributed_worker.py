@@ -370,6 +370,9 @@ def check_gram_matmul(world):
     close(got, (nf.gram(x.bfloat16().float(), y.bfloat16().float()) @ v.bfloat16().float())[m], 1e-5, "bfloat16")
     raises(NotImplementedError, "no gradients", lambda: nf.distributed.gram_matmul(
         x[m].clone().requires_grad_(), None, v[m]))  # fmt: skip
+    learnable = nf.kernels.Gaussian(torch.tensor(2.0, dtype=torch.float64, requires_grad=True))
+    expected = NotImplementedError if len(x[m]) else RuntimeError  # a rank without rows hears of it from the others
+    raises(expected, "no gradients", lambda: nf.distributed.gram_matmul(x[m], None, v[m], learnable))
 
 
 CHECKS = {name.removeprefix("check_"): f for name, f in list(globals().items()) if name.startswith("check_")}

@@ -40,7 +40,7 @@ def gram_matmul(
     Raises
     ------
     NotImplementedError
-        If a rank wants gradients: pass detached tensors, or call it under ``torch.no_grad()``.
+        If a rank wants gradients, of hyper-parameters too: pass detached tensors, or call it under ``torch.no_grad()``.
     ValueError, TypeError
         As ``kernel.matmul``; arguments that differ between ranks where they may not.
     RuntimeError
@@ -61,7 +61,10 @@ def gram_matmul(
             raise ValueError(f"v: expected {columns.shape[0]} rows to match y, got shape {tuple(v.shape)}")
         ring.check_device(x, "x")
         found = by_name(kernel, x, **params) if isinstance(kernel, str) else resolve(kernel, x)
-        if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, y, v)):
+        wants = any(t.requires_grad for t in (x, columns, v))
+        if len(x) and len(columns):  # one pair tells, hyper-parameters of the kernel included
+            wants = found.matmul(x[:1], columns[:1], v[:1]).requires_grad
+        if torch.is_grad_enabled() and wants:
             raise NotImplementedError("gram_matmul: no gradients over processes; pass detached tensors")
         options = {"kernel": repr(found), "dtype": str(x.dtype), "D": x.shape[1], "R": tuple(v.shape[1:])}
         return found, [len(columns)], options
