@@ -9,6 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from _training import train as minimise
 from sklearn.linear_model import Ridge
 from torch import nn
 
@@ -45,17 +46,13 @@ def nt_xent(z1, z2, _):
 
 def train(network, images, loss, *, steps, view=augment, batch=256):
     """Steps of AdamW on `loss(z1, z2, rows)`: embeddings of two views of a batch, and which images those are."""
-    optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.1)
-    network.train()
-    for _ in range(steps):
+
+    def draw():
         rows = torch.randperm(len(images))[:batch]
         both = torch.cat([view(images[rows]), view(images[rows])])
-        value = loss(*network(both).chunk(2), rows)
-        optimizer.zero_grad()
-        value.backward()
-        optimizer.step()
-        schedule.step()
+        return loss(*network(both).chunk(2), rows)
+
+    minimise(draw, steps, network.train(), rate=4e-3, warm_up=0.1)
     return network.eval()
 
 

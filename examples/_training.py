@@ -12,11 +12,11 @@ def network(*widths):
     return nn.Sequential(*layers[:-1])
 
 
-def train(loss, steps, *modules, rate=3e-3):
-    """Minimise what `loss()` draws, over the parameters of the modules."""
+def train(loss, steps, *modules, rate=3e-3, warm_up=0.3):
+    """Minimise what `loss()` draws, over the modules' parameters; the rate rises for a share `warm_up` of the steps."""
     parameters = [p for module in modules for p in module.parameters()]
     optimizer = torch.optim.AdamW(parameters, rate, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=warm_up)
     for _ in range(steps):
         optimizer.zero_grad()
         loss().backward()

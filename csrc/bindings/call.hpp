@@ -92,6 +92,7 @@ inline Mining mining_of(const std::string& name) {
 void register_array(py::module_& m);
 void register_kernels(py::module_& m);
 void register_cuda(py::module_& m);  // where NEARFAR_WITH_CUDA
+void register_cuda_losses(py::module_& m);
 void register_cuda_clusters(py::module_& m);
 void register_losses(py::module_& m);
 void register_clusters(py::module_& m);

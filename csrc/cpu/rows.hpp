@@ -172,5 +172,18 @@ void finish_gradient(const Source<T>& source, double scale, int threads, T* grad
   });
 }
 
+/// Of both sets (dy may be dx: of one). Returns the gradient of scale, sum_ij (dL/ds_ij) s_ij / scale: the sum of
+/// <x_i, dx_i> over scale, where every score counts `counted` times.
+template <class T>
+double finish_gradients(const Source<T>& x, const Source<T>& y, double scale, double counted, int threads, T* dx,
+                        T* dy) {
+  Buffer<double> along(x.n());
+  finish_gradient(x, scale, threads, dx, along.get());
+  if (dy != dx) finish_gradient(y, scale, threads, dy);
+  double sum = 0;
+  for (int64_t i = 0; i < x.n(); ++i) sum += along[i];
+  return sum / (counted * scale);
+}
+
 }  // namespace
 }  // namespace nearfar

@@ -112,23 +112,27 @@ class Data:
 
     def iterate(self, centers: Numbers, labels: Array | None = None, measure: bool = True) -> Pass:
         """Assign all rows; `labels` are the previous ones and are overwritten."""
-        labels = self.no_labels() if labels is None else labels
-        distances = self._of_rows(self.dtype.name) if measure else None
-        sums, counts = np.empty(centers.shape), np.empty(len(centers))
-        inertia, changed = clusters.lloyd(
-            self.x, centers, self.normalize, self.own_weights, labels, distances, sums, counts
-        )
-        return Pass(labels, distances, sums, counts, inertia, changed)
+        return self._pass(centers, labels, True, measure)
 
     def assign(self, centers: Numbers) -> Pass:
         """The same without the sums."""
-        labels, distances = self.no_labels(), self._of_rows(self.dtype.name)
-        inertia, changed = clusters.lloyd(
-            self.x, centers, self.normalize, self.own_weights, labels, distances, None, None
-        )
-        if not math.isfinite(inertia):
-            self.refuse(labels)
-        return Pass(labels, distances, np.empty(0), np.empty(0), inertia, changed)
+        step = self._pass(centers, None, False, True)
+        if not math.isfinite(step.inertia):
+            self.refuse(step.labels)
+        return step
+
+    def _pass(self, centers: Numbers, labels: Array | None, sums: bool, measure: bool) -> Pass:
+        """The rows that are here, with the sums of the centroids or without."""
+        labels = self.no_labels() if labels is None else labels
+        distances = self._of_rows(self.dtype.name) if measure else None
+        totals, counts = (np.zeros(centers.shape), np.zeros(len(centers))) if sums else (np.empty(0), np.empty(0))
+        inertia, changed = 0.0, 0
+        if self.n:
+            wanted = (totals, counts) if sums else (None, None)
+            inertia, changed = clusters.lloyd(
+                self.x, centers, self.normalize, self.own_weights, labels, distances, *wanted
+            )
+        return Pass(labels, distances, totals, counts, inertia, changed)
 
     def tolerance(self, tol: float) -> float:
         """`tol` times the mean over coordinates of their variance: the inertia of one cluster, per row and coordinate.
@@ -141,10 +145,14 @@ class Data:
             self.refuse(first.labels)
         if tol == 0:
             return 0.0
-        mean = first.sums / self.n
+        return tol * plain.variance(first.sums)
+
+    def variance(self, sums: Numbers) -> float:
+        """The mean over coordinates, from the sums of all rows; weights are not looked at."""
+        mean = sums / self.total
         if self.normalize:  # E|u|^2 - |mean|^2
-            return tol * max(1 - float((mean**2).sum()), 0.0) / self.d
-        return tol * plain.assign(mean.astype(self.dtype)).inertia / (self.n * self.d)
+            return max(1 - float((mean**2).sum()), 0.0) / self.d
+        return self.assign(mean.astype(self.dtype)).inertia / (self.total * self.d)
 
     def check_finite(self) -> None:
         """For what is not a pass over the data."""

@@ -375,14 +375,7 @@ class LabelledLse {
     using Cell = LabelledWeightCell<T, K, COLUMNS, COMMON>;
     Cell cell{pairs, rows, row_lse.get(), row_weight.get(), column_terms.get()};
     StripPass<T, Cell>(o, cell, plan()).run();
-
-    Buffer<double> along(n);
-    finish_gradient(o.x, p.scale, p.threads, p.dx, along.get());
-    if (p.dy != p.dx) finish_gradient(o.y, p.scale, p.threads, p.dy);
-    // sum_ij W_ij <x_i, y_j> = sum_i <x_i, dx_i> / scale; where y is x, every score counts twice.
-    p.dscale = 0;
-    for (int64_t i = 0; i < n; ++i) p.dscale += along[i];
-    p.dscale /= p.same ? 2 * p.scale : p.scale;
+    p.dscale = finish_gradients(o.x, o.y, p.scale, p.same ? 2 : 1, p.threads, p.dx, p.dy);
   }
 
   LabelledLseParams<T>& p;

@@ -129,15 +129,8 @@ class Sigmoid {
   /// Of gradients what is not in the blocks: the diagonal, scale, normalisation.
   void finish() {
     if (p.matched) add_matches();
-    Buffer<double> along(n);
-    finish_gradient(o.x, p.scale, p.threads, p.dx, along.get());
-    finish_gradient(o.y, p.scale, p.threads, p.dy);
-    p.dscale = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      p.dscale += along[i];
-      p.dbias += diagonal_[i] * static_cast<double>(row_weight_[i]);
-    }
-    p.dscale /= p.scale;
+    p.dscale = finish_gradients(o.x, o.y, p.scale, 1, p.threads, p.dx, p.dy);
+    for (int64_t i = 0; i < n; ++i) p.dbias += diagonal_[i] * static_cast<double>(row_weight_[i]);
   }
 
   void add_matches() {

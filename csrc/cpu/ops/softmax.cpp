@@ -193,14 +193,8 @@ class Softmax {
     p.dscale = 0;
     if (!p.dx) return;
     add_positives();
-    Buffer<double> along(n);
     if (sets.given() && !sets.by_class()) sets.add_gradient([&](int64_t i) { return -weight_of(i); }, p.dx);
-    finish_gradient(o.x, p.scale, p.threads, p.dx, along.get());
-    // sum_ij (dL/ds_ij) s_ij = sum_i <x_i, dx_i> for unit rows before the projection; with pairs every score counts
-    // twice.
-    for (int64_t i = 0; i < n; ++i) p.dscale += along[i];
-    p.dscale /= p.mode == SoftmaxMode::pairs ? 2 * p.scale : p.scale;
-    if (p.dy != p.dx) finish_gradient(o.y, p.scale, p.threads, p.dy);
+    p.dscale = finish_gradients(o.x, o.y, p.scale, p.mode == SoftmaxMode::pairs ? 2 : 1, p.threads, p.dx, p.dy);
     if (p.dpositive && p.dpositive != p.dy && p.dpositive != p.dx)
       finish_gradient(positive, p.scale, p.threads, p.dpositive);
     if (p.dpaired) finish_gradient(paired, p.scale, p.threads, p.dpaired);

@@ -69,6 +69,7 @@ def start_peak() -> int:
 
 
 def peak() -> int:
+    """The most bytes that were resident since `start_peak`."""
     try:
         return _status("VmHWM")
     except OSError:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .. import clusters, kmeans
+from .. import kmeans
 from ..arrays import Array, cast, is_torch
 from ..distances import cdist
 from ..estimator import check_random_state, weights_of
@@ -56,20 +56,6 @@ class Shared(Data):
         inertia, changed = self.sum([own.inertia, own.changed])
         return own._replace(inertia=float(inertia), changed=int(changed))
 
-    def _pass(self, centers: Numbers, labels: Numbers | None, sums: bool, measure: bool) -> Pass:
-        """One process's part. It may have no rows."""
-        labels = np.full(self.n, -1, np.int64) if labels is None else labels
-        distances = np.empty(self.n, self.dtype) if measure else None
-        totals, counts = (np.zeros(centers.shape), np.zeros(len(centers))) if sums else (None, None)
-        inertia, changed = 0.0, 0
-        if self.n:
-            inertia, changed = clusters.lloyd(
-                self.x, centers, self.normalize, self.weights, labels, distances, totals, counts
-            )
-        none = np.empty(0)
-        return Pass(labels, distances, none if totals is None else totals, none if counts is None else counts,
-                    inertia, changed)  # fmt: skip
-
     def tolerance(self, tol: float) -> float:
         plain = Shared(self.ring, self.x, None, self.normalize, self.counts)
         # First each process measures its rows from one of its own: a row that is not finite must not hide in another's.
@@ -78,10 +64,7 @@ class Shared(Data):
         if tol == 0:
             return 0.0
         center = plain.rows(np.zeros(1, np.int64))
-        mean = plain.iterate(center).sums / self.total
-        if self.normalize:
-            return tol * max(1 - float((mean**2).sum()), 0.0) / self.d
-        return tol * plain.assign(mean.astype(self.dtype)).inertia / (self.total * self.d)
+        return tol * plain.variance(plain.iterate(center).sums)
 
     def rows(self, index: Any) -> Numbers:
         """Rows by their number in all; whoever has one gives it."""

@@ -61,10 +61,10 @@ def gram_matmul(
             raise ValueError(f"v: expected {columns.shape[0]} rows to match y, got shape {tuple(v.shape)}")
         ring.check_device(x, "x")
         found = by_name(kernel, x, **params) if isinstance(kernel, str) else resolve(kernel, x)
-        wants = any(t.requires_grad for t in (x, columns, v))
-        if len(x) and len(columns):  # one pair tells, hyper-parameters of the kernel included
+        wants = torch.is_grad_enabled() and any(t.requires_grad for t in (x, columns, v))
+        if torch.is_grad_enabled() and len(x) and len(columns):  # one pair tells, hyper-parameters included
             wants = found.matmul(x[:1], columns[:1], v[:1]).requires_grad
-        if torch.is_grad_enabled() and wants:
+        if wants:
             raise NotImplementedError("gram_matmul: no gradients over processes; pass detached tensors")
         options = {"kernel": repr(found), "dtype": str(x.dtype), "D": x.shape[1], "R": tuple(v.shape[1:])}
         return found, [len(columns)], options
