@@ -1,4 +1,4 @@
-"""Screening with bfloat16 products must not change a bit of any search, whatever the CPU gains from it."""
+"""Screening with 16-bit integers must not change a bit of any search, whatever the CPU gains from it."""
 
 import numpy as np
 import pytest
@@ -9,7 +9,7 @@ from nearfar import operations
 
 pytestmark = pytest.mark.isa
 
-DEPTHS = (48, 49, 64, 131, 500)  # screening begins at 48
+DEPTHS = (32, 33, 64, 131, 500)  # screening begins at 32
 
 
 @pytest.fixture
@@ -60,11 +60,24 @@ def test_scales(screened, scale):
     check(screened, points(60, 64, "float32") * np.float32(scale), points(500, 64, "float32", 1) * np.float32(scale))
 
 
-def test_columns_closer_than_bfloat16_resolves(screened):
-    """Columns that round to the same bfloat16 point: only float32 can tell them apart."""
+def test_columns_closer_than_16_bits_resolve(screened):
+    """Columns that round to nearly the same integers: only float32 can tell them apart."""
     base = points(1, 96, "float32")
-    y = base * (1 + 1e-4 * rng(3).standard_normal((600, 96))).astype("float32")
-    check(screened, (base * (1 + 1e-4 * rng(4).standard_normal((70, 96)))).astype("float32"), y)
+    for spread in (1e-3, 1e-5, 1e-7):
+        y = base * (1 + spread * rng(3).standard_normal((600, 96))).astype("float32")
+        check(screened, (base * (1 + spread * rng(4).standard_normal((270, 96)))).astype("float32"), y)
+
+
+def test_columns_of_very_different_norms(screened):
+    """The bound of a chunk is that of its largest column."""
+    y = points(600, 64, "float32") * np.float32(10) ** rng(3).integers(-9, 9, (600, 1)).astype("float32")
+    check(screened, points(300, 64, "float32", 1), y)
+
+
+def test_rows_with_one_entry(screened):
+    """The largest integers: all of the norm in one coordinate."""
+    y = np.concatenate([np.eye(64, dtype="float32"), -3 * np.eye(64, dtype="float32")])
+    check(screened, y[::-1] * np.float32(1.5), np.repeat(y, 3, axis=0))
 
 
 def test_ties_go_to_the_lower_index(screened):
@@ -95,6 +108,19 @@ def test_zero_rows(screened):
     y[[0, 200]] = 0
     check(screened, x, y)
     check(screened, np.zeros((5, 64), np.float32), np.zeros((300, 64), np.float32))
+
+
+@pytest.mark.parametrize(("n", "d", "k"), [(1000, 32, 3), (700, 65, 7), (300, 40, 250)])
+def test_kmeans(screened, n, d, k):
+    x = points(n, d, "float32")
+    x[: n // 2] += 3
+
+    def fit():
+        model = nf.KMeans(k, random_state=0, n_init=1).fit(x)
+        return model.labels_, model.cluster_centers_, np.array([model.inertia_, model.n_iter_])
+
+    for a, b in zip(*screened(fit), strict=True):
+        assert np.array_equal(a, b)
 
 
 def test_threads_agree(screened, monkeypatch):

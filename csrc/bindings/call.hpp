@@ -82,6 +82,13 @@ inline PairMap map_of(const std::string& name) {
   refuse_value("map", "unknown map " + name);
 }
 
+inline Screening screening_of(const std::string& name) {
+  if (name == "always") return Screening::always;
+  if (name == "never") return Screening::never;
+  if (name == "automatic") return Screening::automatic;
+  refuse_value("screening", "unknown screening " + name);
+}
+
 inline Mining mining_of(const std::string& name) {
   if (name == "hard") return Mining::hard;
   if (name == "semihard") return Mining::semihard;

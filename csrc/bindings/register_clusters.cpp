@@ -5,7 +5,8 @@ namespace nearfar {
 namespace {
 
 py::tuple lloyd(py::handle x, py::handle centroids, bool normalize, py::handle weights, py::handle labels,
-                py::handle distances, py::handle sums, py::handle counts, int threads) {
+                py::handle distances, py::handle sums, py::handle counts,
+                const std::string& screening, int threads) {
   const Array points = input(x, "x", 2), centers = input(centroids, "centroids", 2);
   const int64_t n = points.shape[0], d = points.shape[1], k = centers.shape[0];
   require_shape(centers, "centroids", {k, d});
@@ -23,6 +24,7 @@ py::tuple lloyd(py::handle x, py::handle centroids, bool normalize, py::handle w
     p.sums = sums.is_none() ? nullptr : output<double>(sums, "sums", {k, d});
     p.counts = sums.is_none() ? nullptr : output<double>(counts, "counts", {k});
     p.threads = threads;
+    p.screening = screening_of(screening);
     {
       py::gil_scoped_release release;
       of<T>(ops()).lloyd(p);
@@ -54,7 +56,7 @@ void seeding(py::handle x, bool normalize, py::handle weights, int64_t first, py
 void register_clusters(py::module_& m) {
   using py::arg;
   m.def("lloyd", lloyd, arg("x"), arg("centroids"), arg("normalize"), arg("weights"), arg("labels"), arg("distances"),
-        arg("sums"), arg("counts"), arg("threads"),
+        arg("sums"), arg("counts"), arg("screening"), arg("threads"),
         "One iteration of k-means; returns (inertia, number of labels that changed).");
   m.def("seeding", seeding, arg("x"), arg("normalize"), arg("weights"), arg("first"), arg("uniforms"), arg("chosen"),
         arg("threads"), "Rows chosen by greedy k-means++.");

@@ -48,9 +48,7 @@ void store_grad(py::handle x, py::handle y, const std::string& map, double power
 void select(py::handle x, py::handle y, const std::string& map, double power, bool normalize, bool exclude_self,
             int64_t k, py::handle value, py::handle index, const std::string& screening, int threads) {
   const PairInputs in(x, y);
-  const Screening mode = screening == "always"  ? Screening::always
-                         : screening == "never" ? Screening::never
-                                                : Screening::automatic;
+  const Screening mode = screening_of(screening);
   if (k < 1 || k > in.m() - (exclude_self ? 1 : 0))
     refuse_value("k",
                  "expected 1 to " + std::to_string(in.m() - (exclude_self ? 1 : 0)) + ", got " + std::to_string(k));

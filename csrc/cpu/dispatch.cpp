@@ -11,7 +11,7 @@ namespace nearfar {
   namespace name {          \
   const Ops& table();       \
   }
-NEARFAR_LEVEL(v4_bf16)
+NEARFAR_LEVEL(v4_vnni)
 NEARFAR_LEVEL(v4)
 NEARFAR_LEVEL(v3)
 NEARFAR_LEVEL(v2)
@@ -32,8 +32,8 @@ const Ops& choose() {
   __builtin_cpu_init();
 #endif
   const Level levels[] = {
-#if defined(NEARFAR_HAVE_v4_bf16)
-      {"v4_bf16", v4_bf16::table, __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512bf16")},
+#if defined(NEARFAR_HAVE_v4_vnni)
+      {"v4_vnni", v4_vnni::table, __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni")},
 #endif
 #if defined(NEARFAR_HAVE_v4)
       {"v4", v4::table, __builtin_cpu_supports("x86-64-v4") != 0},

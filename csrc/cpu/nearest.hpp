@@ -1,9 +1,10 @@
 // The nearest column of every row: arg-min over a strip of rows, exact although it is screened.
 //
 // Columns are compared by t = 2 <x, y> - |y|^2 (the expansion without |x|^2, which is the same for all of them), and
-// the best and the second-best t are kept. Where those two are closer than the rounding of t can be, no expansion can
-// tell them apart: such rows are scanned again and every column within that bound is measured from the rows as given.
-// So the answer is that of the measured values, ties go to the lower index, and the scan costs six operations a pair.
+// the best and the second-best t are kept, each with how far rounding may have moved it. Where the two cannot be told
+// apart, such rows are scanned again and every column that could be the best is measured from the rows as given. So the
+// answer is that of the measured values, ties go to the lower index, and the scan costs six operations a pair. Where
+// the scores come from a `Screen` the distance that they may have been moved is larger, and nothing else changes.
 #pragma once
 
 #include <limits>
@@ -61,7 +62,7 @@ class Nearest {
   using P = Policy<T>;
   static constexpr int NR = P::NR;
   static constexpr bool kSettles = KEY == Key::expanded || KEY == Key::cosine;
-  static constexpr bool kScreens = std::is_same_v<T, float> && (kSettles || KEY == Key::negative_dot);
+  static constexpr bool kScreens = std::is_same_v<T, float> && kSettles;
 
  public:
   /// Room for one strip; each task has its own. screen: null where every column is scored in full.
@@ -70,41 +71,45 @@ class Nearest {
         screen_(kScreens ? screen : nullptr),
         rows_(o_.row_buffer() > 2 * o_.d ? o_.row_buffer() : 2 * o_.d),
         packed_(P::kStripRows * o_.d),
-        block_(o_.chunks.tiles_each * P::MR * NR),
-        pairs_(screen_ ? P::kPanels * screen_->panel_size() : 0) {}
+        block_(o_.chunks.tiles_each * P::MR * NR) {
+    if (screen_) rounded_.pairs = screen_->room();
+  }
 
   /// Columns of chunks [first, last) for the strip from `row` on: index[lane], -1 for a row that is near to nothing.
   void strip(int64_t row, int64_t first, int64_t last, int64_t* index) {
-    const int64_t n = o_.x.n(), d = o_.d;
-    const int64_t panels = ceil_div(n - row < P::kStripRows ? n - row : P::kStripRows, NR);
+    const int64_t n = o_.x.n(), d = o_.d, rows = n - row < P::kStripRows ? n - row : P::kStripRows;
+    const int64_t panels = ceil_div(rows, NR);
+    if (screen_ && !screen_->helps()) screen_ = nullptr;
     for (int64_t q = 0; q < panels; ++q) {
       o_.pack_panel(row + q * NR, T(1), rows_.get(), packed_.get() + q * NR * d, squares_ + q * NR);
       if constexpr (kScreens)
-        if (screen_)
-          screen_->pack_panel(packed_.get() + q * NR * d, pairs_.get() + q * screen_->panel_size(), norm_ + q * NR,
-                              lost_ + q * NR);
+        if (screen_) screen_->pack_panel(packed_.get() + q * NR * d, q, rounded_);
     }
     for (int64_t i = 0; i < P::kStripRows; ++i) {
-      best_[i] = second_[i] = -std::numeric_limits<T>::infinity();
+      low_[i] = high_[i] = second_[i] = -std::numeric_limits<T>::infinity();
       index[i] = -1;
     }
     for (int64_t chunk = first; chunk < last; ++chunk)
       for (int64_t q = 0; q < panels; ++q) {
-        if constexpr (kScreens)
-          if (screen_) {
-            screened(chunk, q, row + q * NR, index + q * NR);
-            continue;
-          }
         compute(chunk, q);
         scan(chunk, q, index + q * NR);
       }
-    if (kSettles)
-      for (int64_t q = 0; q < panels; ++q) settle(row + q * NR, q, first, last, index + q * NR);
+    if (!kSettles) return;
+    int64_t open = 0;
+    for (int64_t q = 0; q < panels; ++q) open += settle(row + q * NR, q, first, last, index + q * NR);
+    if (screen_) screen_->report(open, rows);
   }
 
  private:
   void compute(int64_t chunk, int64_t q) {
+    if constexpr (kScreens)
+      if (screened(chunk, q)) return screen_->block(chunk, rounded_, q, block_.get());
     o_.raw_block(o_.chunks.tile_begin(chunk), o_.chunks.tile_end(chunk), packed_.get() + q * NR * o_.d, block_.get());
+  }
+
+  bool screened(int64_t chunk, int64_t q) const {
+    if constexpr (kScreens) return screen_ && screen_->covers(chunk, rounded_, q);
+    return false;
   }
 
   int64_t column_begin(int64_t chunk) const { return o_.chunks.tile_begin(chunk) * P::MR; }
@@ -121,13 +126,25 @@ class Nearest {
     return s;
   }
 
+  /// How far a computed rank can be from the exact one: d roundings in a product of norms |x| |y| <= (|x|^2 + |y|^2) / 2,
+  /// a few more for shifting and squaring; and what screening rounds away.
+  NEARFAR_INLINE Vec<T> error(int64_t chunk, int64_t q, int v) const {
+    if (!kSettles) return Vec<T>{};
+    constexpr T kUnit = std::numeric_limits<T>::epsilon() / 2;
+    const int64_t at = q * NR + v * kLanes<T>;
+    const Vec<T> squares = KEY == Key::cosine ? splat<T>(T(2)) : load(squares_ + at) + o_.largest_square();
+    Vec<T> out = squares * (kUnit * static_cast<T>(o_.d + 16));
+    if constexpr (kScreens)
+      if (screened(chunk, q)) out += screen_->bound(chunk, rounded_, at) * T(KEY == Key::expanded ? 2 : 1);
+    return out;
+  }
+
   void scan(int64_t chunk, int64_t q, int64_t* index) {
     Vec<T> best[P::kVectors], second[P::kVectors];
     IVec<T> where[P::kVectors];
 #pragma GCC unroll 2
     for (int v = 0; v < P::kVectors; ++v) {
-      best[v] = load(best_ + q * NR + v * kLanes<T>);
-      second[v] = load(second_ + q * NR + v * kLanes<T>);
+      best[v] = second[v] = splat<T>(-std::numeric_limits<T>::infinity());
       where[v] = isplat<T>(-1);
     }
     const int64_t begin = column_begin(chunk), end = column_end(chunk);
@@ -144,84 +161,48 @@ class Nearest {
       }
     }
     for (int v = 0; v < P::kVectors; ++v) {
-      store(best_ + q * NR + v * kLanes<T>, best[v]);
-      store(second_ + q * NR + v * kLanes<T>, second[v]);
-      for (int u = 0; u < kLanes<T>; ++u)
-        if (where[v][u] >= 0) index[v * kLanes<T> + u] = begin + where[v][u];
-    }
-  }
-
-  /// The scan of the columns that could be the best, or so near to it that the rows are settled.
-  void screened(int64_t chunk, int64_t q, int64_t row, int64_t* index) {
-    const int64_t begin = column_begin(chunk), end = column_end(chunk);
-    T* scores = block_.get();
-    screen_->block(chunk, pairs_.get() + q * screen_->panel_size(), scores);
-    Vec<T> limit[P::kVectors];
-    for (int v = 0; v < P::kVectors; ++v) {
       const int64_t at = q * NR + v * kLanes<T>;
-      const Vec<T> own = KEY == Key::cosine ? splat<T>(T(1)) : load(squares_ + at), norm = load(norm_ + at);
-      Vec<T> error = screen_->bound(chunk, norm, load(lost_ + at)), margin = Vec<T>{}, top = load(best_ + at);
-      if (KEY == Key::expanded) error = T(2) * error + screen_->rounding(chunk, own);
-      if (kSettles)
-        for (int u = 0; u < kLanes<T>; ++u) margin[u] = bound(own[u]);
-      Vec<T> highest = splat<T>(-std::numeric_limits<T>::infinity());
-      for (int64_t j = begin; j < end; ++j) highest = vmax(rank(scores + (j - begin) * NR + v * kLanes<T>, j), highest);
-      top = vmax(highest - error, top);
-      limit[v] = top - error - margin;
-      if (KEY != Key::negative_dot)
-        limit[v] = select(screen_->lanes(row, v, norm), limit[v], splat<T>(std::numeric_limits<T>::infinity()));
+      const Vec<T> e = error(chunk, q, v), low = best[v] - e, high = best[v] + e;
+      const IVec<T> wins = low > load(low_ + at);
+      const Vec<T> loser = select(wins, load(high_ + at), high);
+      store(second_ + at, vmax(vmax(second[v] + e, loser), load(second_ + at)));
+      store(low_ + at, select(wins, low, load(low_ + at)));
+      store(high_ + at, select(wins, high, load(high_ + at)));
+      for (int u = 0; u < kLanes<T>; ++u)
+        if (wins[u]) index[v * kLanes<T> + u] = begin + where[v][u];
     }
-    screen_->settle(
-        begin, end, packed_.get() + q * NR * o_.d,
-        // Not below the limit, so that NaN, which no bound covers, is looked at.
-        [&](int64_t j, int v) { return ~(rank(scores + (j - begin) * NR + v * kLanes<T>, j) < limit[v]); },
-        [&](int64_t j, const T* exact) {
-          for (int v = 0; v < P::kVectors; ++v) {
-            const int64_t at = q * NR + v * kLanes<T>;
-            const Vec<T> value = rank(exact + v * kLanes<T>, j), best = load(best_ + at);
-            const IVec<T> better = value > best;
-            if (kSettles) store(second_ + at, vmax(vmin(best, value), load(second_ + at)));
-            store(best_ + at, vmax(value, best));
-            for (int u = 0; u < kLanes<T>; ++u)
-              if (better[u]) index[v * kLanes<T> + u] = j;
-          }
-        });
   }
 
-  /// How far two computed ranks of a row can be apart whose exact order is the other one: d roundings in each product
-  /// of norms |x| |y| <= (|x|^2 + |y|^2) / 2, a few more for shifting and squaring.
-  T bound(T square) const {
-    constexpr T kUnit = std::numeric_limits<T>::epsilon() / 2;
-    const T squares = KEY == Key::cosine ? T(2) : square + o_.largest_square();
-    return 2 * kUnit * static_cast<T>(o_.d + 16) * squares;
-  }
-
-  void settle(int64_t row, int64_t q, int64_t first, int64_t last, int64_t* index) {
+  /// Measures what ranks cannot tell apart; how many rows those were.
+  int64_t settle(int64_t row, int64_t q, int64_t first, int64_t last, int64_t* index) {
     const int64_t lanes = o_.x.n() - row < NR ? o_.x.n() - row : NR;
     int64_t open[NR], count = 0;
-    T least[NR];  // candidates have at least this rank
-    for (int64_t lane = 0; lane < lanes; ++lane) {
-      const T limit = bound(squares_[q * NR + lane]);
-      least[lane] = best_[q * NR + lane] - limit;
-      if (index[lane] >= 0 && second_[q * NR + lane] >= least[lane]) open[count++] = lane;
-    }
-    if (count) settle_lanes(row, q, first, last, open, count, least, index);
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      if (index[lane] >= 0 && second_[q * NR + lane] >= low_[q * NR + lane]) open[count++] = lane;
+    if (count) settle_lanes(row, q, first, last, open, count, index);
+    return count;
   }
 
   __attribute__((noinline)) void settle_lanes(int64_t row, int64_t q, int64_t first, int64_t last, const int64_t* open,
-                                              int64_t count, const T* least, int64_t* index) {
+                                              int64_t count, int64_t* index) {
     const Measure<T, KEY> measure{o_};
     T smallest[NR];
     for (int64_t c = 0; c < count; ++c) smallest[open[c]] = std::numeric_limits<T>::infinity();
     for (int64_t chunk = first; chunk < last; ++chunk) {
-      compute(chunk, q);
-      for (int64_t j = column_begin(chunk); j < column_end(chunk); ++j) {
-        alignas(64) T ranks[NR];
-        const T* s = block_.get() + (j - column_begin(chunk)) * NR;
-        for (int v = 0; v < P::kVectors; ++v) store(ranks + v * kLanes<T>, rank(s + v * kLanes<T>, j));
-        for (int64_t c = 0; c < count; ++c) {
-          const int64_t lane = open[c];
-          if (!(ranks[lane] >= least[lane])) continue;
+      const bool alone = screened(chunk, q);
+      if (!alone) compute(chunk, q);
+      alignas(64) T errors[NR];
+      for (int v = 0; v < P::kVectors; ++v) store(errors + v * kLanes<T>, error(chunk, q, v));
+      const int64_t begin = column_begin(chunk), end = column_end(chunk);
+      for (int64_t c = 0; c < count; ++c) {
+        const int64_t lane = open[c], stride = alone ? 1 : NR;
+        if constexpr (kScreens)
+          if (alone) screen_->row(chunk, rounded_, q, lane, block_.get());
+        const T* s = block_.get() + (alone ? 0 : lane);
+        const T least = low_[q * NR + lane] - errors[lane];
+        for (int64_t j = begin; j < end; ++j) {
+          const T score = s[(j - begin) * stride];
+          if (!((KEY == Key::expanded ? 2 * score - *o_.squares(j) : score) >= least)) continue;
           const T value = measure(row + lane, j, rows_.get());
           if (value < smallest[lane]) smallest[lane] = value, index[lane] = j;
         }
@@ -232,9 +213,10 @@ class Nearest {
   const Operands<T>& o_;
   const Screen* screen_;
   Buffer<T> rows_, packed_, block_;
-  Buffer<uint32_t> pairs_;
-  alignas(64) T squares_[P::kStripRows], best_[P::kStripRows], second_[P::kStripRows];
-  alignas(64) T norm_[P::kStripRows], lost_[P::kStripRows];  // of Screen::pack_panel
+  Screen::Strip rounded_;
+  alignas(64) T squares_[P::kStripRows];
+  // Bounds of the best rank, and the highest that any other column can have.
+  alignas(64) T low_[P::kStripRows], high_[P::kStripRows], second_[P::kStripRows];
 };
 
 }  // namespace

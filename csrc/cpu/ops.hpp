@@ -247,6 +247,8 @@ struct MatmulGradParams {
 };
 
 /// Whether columns are screened with bfloat16 products first (cpu/screen.hpp): time, never results.
+/// Whether a search first scores its columns with 16-bit integers, which does not change what it finds: where that is
+/// faster, or as the tests want it.
 enum class Screening : int { automatic, always, never };
 
 /// The k best columns of every row: smallest distance, or largest dot; ties by lower index.
@@ -277,6 +279,7 @@ struct LloydParams {
   double inertia;     // out: sum of weight times squared distance
   int64_t changed;    // out: how many labels differ from the previous ones
   int threads;
+  Screening screening = Screening::automatic;
 };
 
 /// Greedy k-means++: the rows chosen as first centroids.

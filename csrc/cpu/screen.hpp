@@ -1,16 +1,17 @@
-// Screening: which columns can still matter for a row, found with bfloat16 products at twice the float32 rate.
+// Screening: which columns can still matter for a row, found with products of 16-bit integers at up to twice the float32
+// rate.
 //
-// With x' and y' the points rounded to bfloat16,
+// A row x is rounded to x' = s q, where s is a number and q holds integers with |q| <= 2^15.5. Then every sum of
+// products of two such rows fits into 32 bits, and so does every part of it (Cauchy and Schwarz): integer sums are
+// exact. With
 //
 //   |<x, y> - <x', y'>| = |<x - x', y> + <x', y - y'>| <= |x - x'| |y| + |x'| |y - y'|,
 //
-// plus the rounding of both sums, is a bound that holds for every pair and that the norms of what was rounded away keep
-// tight (a third of the bound from the unit roundoff alone). A column whose approximate key exceeds what a row keeps by
-// more than its bound cannot be better; the others are scored in float32 by the very arithmetic of the engine. So the
-// answer is that of the float32 scan, bit for bit.
+// plus the rounding of the float32 sum, no score is further from the engine's than a bound that the norms of what was
+// rounded away keep tight: about 1e-4 |x| |y| at 128 dimensions. What cannot be decided within the bound is scored by
+// the very arithmetic of the engine, so the answers are those of the float32 scan, bit for bit.
 //
-// The product is one instruction where the CPU has AVX512-BF16. Elsewhere the same pairs are multiplied as float32,
-// which gains nothing: it is there so that every CPU can test what only some use.
+// One instruction multiplies and adds in pairs: pmaddwd of SSE2 and AVX2 (a sum follows), vpdpwssd of AVX512-VNNI.
 #pragma once
 
 #include <chrono>
@@ -20,101 +21,98 @@
 namespace nearfar {
 namespace {
 
-using PairVec = VecTraits<float>::UintVector;  // two bfloat16 a lane: coordinates 2 k and 2 k + 1
+using PairVec = IVec<float>;  // two 16-bit integers a lane: coordinates 2 k and 2 k + 1
 
-NEARFAR_INLINE Vec<float> as_float(PairVec v) {
-  Vec<float> out;
-  std::memcpy(&out, &v, sizeof out);
-  return out;
-}
-
-NEARFAR_INLINE PairVec as_bits(Vec<float> v) {
-  PairVec out;
-  std::memcpy(&out, &v, sizeof out);
-  return out;
-}
-
-/// acc += a0 b0 + a1 b1.
-NEARFAR_INLINE void multiply_pairs(Vec<float>& acc, PairVec a, PairVec b) {
-#if defined(__AVX512BF16__)
-  acc = _mm512_dpbf16_ps(acc, (__m512bh)a, (__m512bh)b);
+/// sum + a0 b0 + a1 b1.
+NEARFAR_INLINE PairVec multiply_pairs(PairVec sum, PairVec a, PairVec b) {
+#if defined(__AVX512VNNI__)
+  return (PairVec)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__)
+  return sum + (PairVec)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVX2__)
+  return sum + (PairVec)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return sum + (PairVec)_mm_madd_epi16((__m128i)a, (__m128i)b);
 #else
-  acc += as_float(a << 16) * as_float(b << 16);
-  acc += as_float(a & 0xffff0000u) * as_float(b & 0xffff0000u);
+  return sum + (a << 16 >> 16) * (b << 16 >> 16) + (a >> 16) * (b >> 16);
 #endif
 }
 
-/// The bits of x rounded to nearest even bfloat16, in the upper half; NaN stays NaN.
-NEARFAR_INLINE PairVec round_to_bfloat16(Vec<float> x) {
-  const PairVec bits = as_bits(x), even = (bits >> 16) & 1u;
-  return select(x == x, (bits + 0x7fffu + even) & 0xffff0000u, (bits | 0x00400000u) & 0xffff0000u);
+/// Two integers of 16 bits in one of 32.
+template <class I>
+NEARFAR_INLINE I pair_of(I low, I high) {
+  return (low & 0xffff) | high << 16;
 }
 
-#if defined(__AVX512BF16__)
+NEARFAR_INLINE Vec<float> to_float(PairVec v) { return __builtin_convertvector(v, Vec<float>); }
+
 /// Seconds for a run of products from registers, of pairs or of float32 numbers.
 template <bool PAIRS>
 __attribute__((noinline)) double product_seconds() {
   constexpr int64_t kSteps = 20000;
-  constexpr int kAccumulators = 24;
-  Vec<float> sum[kAccumulators];
+  constexpr int kSums = kVectorBytes == 64 ? 24 : 12;
+  using V = std::conditional_t<PAIRS, PairVec, Vec<float>>;
+  V sum[kSums];
 #pragma GCC unroll 24
-  for (int u = 0; u < kAccumulators; ++u) sum[u] = splat<float>(static_cast<float>(u));  // or they are one
-  PairVec a = as_bits(splat<float>(0.25f)), b = as_bits(splat<float>(0.5f));
-  asm volatile("" : "+v"(a), "+v"(b));
+  for (int u = 0; u < kSums; ++u) sum[u] = V{} + static_cast<std::conditional_t<PAIRS, int, float>>(u);  // or they are one
+  V a = V{} + 1, b = V{} + 2;
   const auto begin = std::chrono::steady_clock::now();
   for (int64_t k = 0; k < kSteps; ++k)
 #pragma GCC unroll 24
-    for (int u = 0; u < kAccumulators; ++u) {
-      if (PAIRS) {
-        multiply_pairs(sum[u], a, b);
+    for (int u = 0; u < kSums; ++u) {
+#if defined(__x86_64__)
+      asm volatile("" : "+v"(a), "+v"(b));  // or one product serves every sum
+#endif
+      if constexpr (PAIRS) {
+        sum[u] = multiply_pairs(sum[u], a, b);
       } else {
-        sum[u] += as_float(a) * as_float(b);
+        sum[u] += a * b;
       }
     }
   const auto end = std::chrono::steady_clock::now();
 #pragma GCC unroll 24
-  for (int u = 1; u < kAccumulators; ++u) sum[0] += sum[u];
-  volatile float sink = hsum<float>(sum[0]);
+  for (int u = 1; u < kSums; ++u) sum[0] += sum[u];
+  volatile auto sink = sum[0][0];
   (void)sink;
   return std::chrono::duration<double>(end - begin).count();
 }
-#endif
 
-/// Whether products of pairs are faster here than float32 ones by more than screening costs: measured once, since CPUs
-/// that have the instruction differ by a factor of four. It decides time, not results.
+/// Whether products of pairs are faster here than float32 ones by more than screening costs: measured once, since that
+/// differs between CPUs of one instruction set. It decides time, not results.
 inline bool screening_pays() {
-#if defined(__AVX512BF16__)
   static const bool pays = [] {
-    constexpr double kGain = 1.4;
+    constexpr double kGain = 1.2;
     double pairs = 1e9, singles = 1e9;
-    for (int repeat = 0; repeat < 3; ++repeat) {
+    for (int repeat = 0; repeat < 5; ++repeat) {
       pairs = std::fmin(pairs, product_seconds<true>());
       singles = std::fmin(singles, product_seconds<false>());
     }
     return 2 * singles > kGain * pairs;  // a pair is two multiply-adds
   }();
   return pays;
-#else
-  return false;
-#endif
 }
 
 /// Whether a search over d dimensions is screened.
 inline bool screens(Screening mode, int64_t d) {
-  constexpr int64_t kLeastDims = 48;  // fewer leave too little to save
-  return d >= kLeastDims && (mode == Screening::always || (mode == Screening::automatic && screening_pays()));
+  constexpr int64_t kLeastDims = 32, kMostDims = 1 << 18;  // fewer leave too little to save; more, |q|
+  return d >= kLeastDims && d <= kMostDims &&
+         (mode == Screening::always || (mode == Screening::automatic && screening_pays()));
 }
 
 class Screen {
   using T = float;
   using P = Policy<T>;
   static constexpr int NR = P::NR;
+  static constexpr int kTileVectors = (P::MR + kLanes<T> - 1) / kLanes<T>;
 
  public:
   Screen(const Operands<T>& operands, int threads)
       : o_(operands),
         steps_(ceil_div(o_.d, 2)),
-        tiles_(o_.chunks.tiles * steps_ * P::MR),
+        rounding_(static_cast<T>(2 * o_.d + 16) * 0x1p-24f),
+        safe_(1.0001f + static_cast<T>(o_.d) * 0x1p-24f),
+        tiles_(o_.chunks.tiles * steps_ * P::MR + kTileVectors * kLanes<T>),
+        scale_(o_.chunks.tiles * P::MR),
         norm_(o_.chunks.count),
         lost_(o_.chunks.count) {
     parallel_for(o_.chunks.count, threads, [&](int64_t chunk, int) {
@@ -123,83 +121,139 @@ class Screen {
     });
   }
 
-  int64_t panel_size() const { return steps_ * NR; }
+  /// The panels of a strip of x, rounded; per lane s, |x| and |x - x'|.
+  struct Strip {
+    Buffer<int32_t> pairs;
+    alignas(64) T scale[P::kStripRows], norm[P::kStripRows], lost[P::kStripRows];
+    bool covered[P::kPanels];
+  };
+  Buffer<int32_t> room() const { return Buffer<int32_t>(P::kPanels * steps_ * NR); }
 
-  /// Rounds a packed panel; per lane |x| or |x'|, whichever is larger, and |x - x'|.
-  void pack_panel(const T* panel, uint32_t* pairs, T* norm, T* lost) const {
+  /// Rounds panel q of a strip, which is packed.
+  void pack_panel(const T* panel, int64_t q, Strip& strip) const {
+    strip.covered[q] = true;
     for (int v = 0; v < P::kVectors; ++v) {
-      Vec<T> square = {}, rounded_square = {}, rest = {};
+      const int64_t at = q * NR + v * kLanes<T>;
+      Vec<T> square = {}, most = {}, rest = {};
+      for (int64_t k = 0; k < o_.d; ++k) {
+        const Vec<T> own = load(panel + k * NR + v * kLanes<T>);
+        square += own * own;
+        most = vmax(absolute(own), most);
+      }
+      const Vec<T> norm = sqrt(square) * safe_;
+      const IVec<T> tiny = norm < kLeastNorm;
+      const Vec<T> scale = select(tiny, Vec<T>{}, vmax(norm * (1 / kNorm), most * (1 / kEntry)));
+      const Vec<T> inverse = select(tiny, Vec<T>{}, T(1) / scale);
       for (int64_t k = 0; k < steps_; ++k) {
         PairVec halves[2];
         for (int h = 0; h < 2; ++h) {
           const Vec<T> own = 2 * k + h < o_.d ? load(panel + (2 * k + h) * NR + v * kLanes<T>) : Vec<T>{};
-          halves[h] = round_to_bfloat16(own);
-          const Vec<T> rounded = as_float(halves[h]), difference = own - rounded;
-          square += own * own;
-          rounded_square += rounded * rounded;
+          const Vec<T> shifted = own * inverse + kMagic, difference = own - (shifted - kMagic) * scale;
+          halves[h] = (PairVec)shifted - (PairVec)splat<T>(kMagic);
           rest += difference * difference;
         }
-        const PairVec pair = (halves[0] >> 16) | halves[1];
-        std::memcpy(pairs + k * NR + v * kLanes<T>, &pair, sizeof pair);
+        const PairVec pair = pair_of(halves[0], halves[1]);
+        std::memcpy(strip.pairs.get() + (q * steps_ + k) * NR + v * kLanes<T>, &pair, sizeof pair);
       }
-      store(norm + v * kLanes<T>, sqrt(vmax(square, rounded_square)) * kSafe);
-      store(lost + v * kLanes<T>, sqrt(rest) * kSafe);
+      store(strip.scale + at, scale);
+      store(strip.norm + at, norm);
+      store(strip.lost + at, sqrt(rest) * safe_ + norm * 0x1p-22f);
+      if (any(~(norm < splat<T>(kMostNorm)))) strip.covered[q] = false;
     }
   }
 
+  /// Whether the bound holds for a chunk and a panel: not for infinite rows, NaN, and norms whose squares overflow.
+  bool covers(int64_t chunk, const Strip& strip, int64_t q) const {
+    return strip.covered[q] && norm_[chunk] < kMostNorm;
+  }
+
   /// Approximate dot products S[columns][NR] of a chunk.
-  void block(int64_t chunk, const uint32_t* pairs, T* scores) const {
+  void block(int64_t chunk, const Strip& strip, int64_t q, T* scores) const {
+    const int32_t* pairs = strip.pairs.get() + q * steps_ * NR;
     for (int64_t t = o_.chunks.tile_begin(chunk); t < o_.chunks.tile_end(chunk); ++t, scores += P::MR * NR) {
-      const uint32_t* tile = tiles_.get() + t * steps_ * P::MR;
-      Vec<T> acc[P::MR][P::kVectors];
-      clear<T>(acc);
+      const int32_t* tile = tiles_.get() + t * steps_ * P::MR;
+      PairVec sum[P::MR][P::kVectors];
+#pragma GCC unroll 12
+      for (int r = 0; r < P::MR; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < P::kVectors; ++v) sum[r][v] = PairVec{};
       for (int64_t k = 0; k < steps_; ++k) {
         PairVec own[P::kVectors];
 #pragma GCC unroll 2
         for (int v = 0; v < P::kVectors; ++v) std::memcpy(&own[v], pairs + k * NR + v * kLanes<T>, sizeof own[v]);
 #pragma GCC unroll 12
         for (int r = 0; r < P::MR; ++r) {
-          const PairVec other = tile[k * P::MR + r] - PairVec{};
+          const PairVec other = isplat<T>(tile[k * P::MR + r]);
 #pragma GCC unroll 2
-          for (int v = 0; v < P::kVectors; ++v) multiply_pairs(acc[r][v], other, own[v]);
+          for (int v = 0; v < P::kVectors; ++v) sum[r][v] = multiply_pairs(sum[r][v], other, own[v]);
         }
       }
 #pragma GCC unroll 12
-      for (int r = 0; r < P::MR; ++r)
+      for (int r = 0; r < P::MR; ++r) {
+        const T scale = scale_[t * P::MR + r];
 #pragma GCC unroll 2
-        for (int v = 0; v < P::kVectors; ++v) store(scores + r * NR + v * kLanes<T>, acc[r][v]);
+        for (int v = 0; v < P::kVectors; ++v) {
+          // One factor after the other: their product may be too small.
+          const Vec<T> own = load(strip.scale + q * NR + v * kLanes<T>);
+          store(scores + r * NR + v * kLanes<T>, to_float(sum[r][v]) * own * scale);
+        }
+      }
     }
   }
 
-  /// Lanes of a panel at `row` that have a row whose norm is a number; the others are at no distance from anything.
-  NEARFAR_INLINE IVec<T> lanes(int64_t row, int v, Vec<T> norm) const {
-    const int64_t last = o_.x.n() - row < NR ? o_.x.n() - row : NR;
-    const IVec<T> lane = iota<T>() + isplat<T>(static_cast<IntOf<T>>(v * kLanes<T>));
-    return (lane < isplat<T>(static_cast<IntOf<T>>(last))) & (norm < splat<T>(std::numeric_limits<T>::infinity()));
+  /// The same for one row, scores[columns]: columns lie along the lanes, the row is broadcast.
+  void row(int64_t chunk, const Strip& strip, int64_t q, int64_t lane, T* scores) const {
+    const int32_t* own = strip.pairs.get() + q * steps_ * NR + lane;
+    const T scale = strip.scale[q * NR + lane];
+    for (int64_t t = o_.chunks.tile_begin(chunk); t < o_.chunks.tile_end(chunk); ++t, scores += P::MR) {
+      PairVec sum[kTileVectors] = {};
+      for (int64_t k = 0; k < steps_; ++k) {
+        const PairVec pair = isplat<T>(own[k * NR]);
+#pragma GCC unroll 2
+        for (int v = 0; v < kTileVectors; ++v) {
+          PairVec columns;  // past the end of a tile there is the next, or room
+          std::memcpy(&columns, tiles_.get() + (t * steps_ + k) * P::MR + v * kLanes<T>, sizeof columns);
+          sum[v] = multiply_pairs(sum[v], pair, columns);
+        }
+      }
+      alignas(64) T out[kTileVectors * kLanes<T>];
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVectors; ++v) store(out + v * kLanes<T>, to_float(sum[v]) * scale);
+      for (int r = 0; r < P::MR; ++r) scores[r] = out[r] * scale_[t * P::MR + r];
+    }
   }
 
-  /// What a dot product of `block` may differ by from the engine's, for one row and every column of a chunk. The last
-  /// term is the rounding of both sums, and what is flushed to zero.
-  NEARFAR_INLINE Vec<T> bound(int64_t chunk, Vec<T> norm, Vec<T> lost) const {
-    const T rounding = static_cast<T>(2 * o_.d + 16) * 0x1p-24f;
-    return lost * norm_[chunk] + norm * lost_[chunk] + norm * norm_[chunk] * rounding + 0x1p-100f;
+  /// What a dot product of `block` may differ by from the exact one and from the engine's, for a vector of rows and
+  /// every column of a chunk. The last terms are the rounding of float32 sums, and what is flushed to zero.
+  NEARFAR_INLINE Vec<T> bound(int64_t chunk, const Strip& strip, int64_t at) const {
+    const Vec<T> norm = load(strip.norm + at), lost = load(strip.lost + at);
+    return lost * norm_[chunk] + (norm + lost) * lost_[chunk] + norm * (norm_[chunk] * rounding_) + 0x1p-100f;
   }
   /// What rounding adds to a key that is made of the score and the squared norm `own` of a row.
   NEARFAR_INLINE Vec<T> rounding(int64_t chunk, Vec<T> own) const {
-    return (own + norm_[chunk] * norm_[chunk]) * (static_cast<T>(2 * o_.d + 16) * 0x1p-24f);
+    return (own + norm_[chunk] * norm_[chunk]) * rounding_;
+  }
+
+  /// Screening that decides too little is given up. It costs the time of half a product: whoever screens says how much
+  /// of the work had to be done all the same. Answers do not depend on it.
+  bool helps() const { return 8 * __atomic_load_n(&open_, __ATOMIC_RELAXED) <= __atomic_load_n(&seen_, __ATOMIC_RELAXED); }
+  void report(int64_t open, int64_t seen) const {
+    __atomic_fetch_add(&open_, open, __ATOMIC_RELAXED);
+    __atomic_fetch_add(&seen_, seen, __ATOMIC_RELAXED);
   }
 
   /// use(j, scores[NR]) in ascending order for the columns [begin, end) of which looks(j, v) holds in some lane, with
-  /// exact scores. `looks` reads what `use` has changed at most kColumns columns late.
+  /// exact scores; returns how many. `looks` reads what `use` has changed at most kColumns columns late.
   template <class Looks, class Use>
-  void settle(int64_t begin, int64_t end, const T* packed, Looks looks, Use use) const {
+  int64_t settle(int64_t begin, int64_t end, const T* packed, Looks looks, Use use) const {
     constexpr int64_t kAtOnce = 8;
-    int64_t found[kColumns];
+    int64_t found[kColumns], total = 0;
     int count = 0;
     auto score = [&] {
       alignas(64) T scores[kColumns * NR];
       exact(found, count, packed, scores);
       for (int c = 0; c < count; ++c) use(found[c], scores + c * NR);
+      total += count;
       count = 0;
     };
     for (int64_t j0 = begin; j0 < end; j0 += kAtOnce) {
@@ -217,6 +271,7 @@ class Screen {
       }
     }
     if (count) score();
+    return total;
   }
 
  private:
@@ -247,44 +302,49 @@ class Screen {
       for (int v = 0; v < P::kVectors; ++v) store(scores + c * NR + v * kLanes<T>, acc[c][v]);
   }
 
-  static constexpr T kSafe = 1.0001f;  // norms are rounded up
+  // |q| after rounding stays below 2^15.5 = 46340, entries below 2^15.
+  static constexpr T kNorm = 45000, kEntry = 32766, kMagic = 0x1.8p23f;
+  static constexpr T kLeastNorm = 0x1p-100f, kMostNorm = 0x1p60f;
 
   void pack_tile(int64_t t, int64_t chunk) {
     const T* rows = o_.tile(t);
-    uint32_t* pairs = tiles_.get() + t * steps_ * P::MR;
+    int32_t* pairs = tiles_.get() + t * steps_ * P::MR;
     for (int r = 0; r < P::MR; ++r) {
-      double square = 0, rounded_square = 0, rest = 0;
+      double square = 0, most = 0, rest = 0;
+      for (int64_t k = 0; k < o_.d; ++k) {
+        const double own = static_cast<double>(rows[k * P::MR + r]);
+        square += own * own;
+        most = std::fmax(most, std::fabs(own));
+      }
+      const double norm = std::sqrt(square);
+      const bool usual = norm >= kLeastNorm && norm < kMostNorm;  // else the row counts as lost, or is not covered
+      const T scale = usual ? static_cast<T>(std::fmax(norm / kNorm, most / kEntry)) : T(0);
+      const double inverse = usual ? 1 / static_cast<double>(scale) : 0;
       for (int64_t k = 0; k < steps_; ++k) {
-        uint32_t halves[2] = {0, 0};
-        for (int h = 0; h < 2 && 2 * k + h < o_.d; ++h) {
-          const T own = rows[(2 * k + h) * P::MR + r];
-          std::memcpy(&halves[h], &own, sizeof own);
-          halves[h] = (halves[h] + 0x7fffu + ((halves[h] >> 16) & 1u)) & 0xffff0000u;
-          T rounded;
-          std::memcpy(&rounded, &halves[h], sizeof rounded);
-          square += static_cast<double>(own) * static_cast<double>(own);
-          rounded_square += static_cast<double>(rounded) * static_cast<double>(rounded);
-          rest += (static_cast<double>(own) - static_cast<double>(rounded)) *
-                  (static_cast<double>(own) - static_cast<double>(rounded));
+        int32_t halves[2] = {0, 0};
+        for (int h = 0; h < 2 && 2 * k + h < o_.d && usual; ++h) {
+          const double own = static_cast<double>(rows[(2 * k + h) * P::MR + r]);
+          halves[h] = static_cast<int32_t>(std::nearbyint(own * inverse));
+          const double difference = own - halves[h] * static_cast<double>(scale);
+          rest += difference * difference;
         }
-        pairs[k * P::MR + r] = (halves[0] >> 16) | halves[1];
+        pairs[k * P::MR + r] = pair_of(halves[0], halves[1]);
       }
-      const T norm = static_cast<T>(std::sqrt(square > rounded_square ? square : rounded_square)) * kSafe;
-      if (std::isfinite(norm)) {
-        if (norm > norm_[chunk]) norm_[chunk] = norm;
-        const T lost = static_cast<T>(std::sqrt(rest)) * kSafe;
-        if (lost > lost_[chunk]) lost_[chunk] = lost;
-      } else {
-        // No bound covers this column: NaN, which is never screened out.
-        for (int64_t k = 0; k < steps_; ++k) pairs[k * P::MR + r] = 0x7fc07fc0u;
-      }
+      scale_[t * P::MR + r] = scale;
+      const T rounded = static_cast<T>(norm) * safe_;
+      norm_[chunk] = norm_[chunk] < rounded ? rounded : norm_[chunk];
+      if (!(norm < kMostNorm)) norm_[chunk] = std::numeric_limits<T>::infinity();
+      const T lost = usual ? static_cast<T>(std::sqrt(rest)) * safe_ + rounded * 0x1p-22f : rounded;
+      lost_[chunk] = lost_[chunk] < lost ? lost : lost_[chunk];
     }
   }
 
   const Operands<T>& o_;
   const int64_t steps_;
-  Buffer<uint32_t> tiles_;
-  Buffer<T> norm_, lost_;
+  const T rounding_, safe_;
+  Buffer<int32_t> tiles_;
+  Buffer<T> scale_, norm_, lost_;
+  mutable int64_t open_ = 0, seen_ = 0;
 };
 
 }  // namespace

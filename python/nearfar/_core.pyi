@@ -121,6 +121,7 @@ def lloyd(
     distances: object,
     sums: object,
     counts: object,
+    screening: str,
     threads: int,
 ) -> tuple[float, int]:
     """One iteration of k-means; returns (inertia, number of labels that changed)."""

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from . import operations
 from .arrays import Array, concatenate, empty, of_kind, to_numpy
 from .backend import kernel, on_cuda
 
@@ -27,7 +28,9 @@ def lloyd(
     """
     launch, centroids = kernel(x, "lloyd"), np.ascontiguousarray(centroids)
     if not on_cuda(x):
-        inertia, changed = launch(x, centroids, normalize, weights, labels, distances, sums, counts)
+        inertia, changed = launch(
+            x, centroids, normalize, weights, labels, distances, sums, counts, operations.SCREENING
+        )
         return inertia, changed
     k, d = centroids.shape
     found = empty(x, (0 if sums is None else k * (d + 1),), "float64")

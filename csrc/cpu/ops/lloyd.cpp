@@ -15,8 +15,8 @@ class Lloyd {
   using P = Policy<T>;
 
  public:
-  Lloyd(LloydParams<T>& params, const Operands<T>& operands)
-      : p(params), n(p.x.n), d(p.x.d), k(p.centroids.n), o(operands), measure{o} {}
+  Lloyd(LloydParams<T>& params, const Operands<T>& operands, const Screen* screen = nullptr)
+      : p(params), n(p.x.n), d(p.x.d), k(p.centroids.n), o(operands), measure{o}, screen_(screen) {}
 
   void run() {
     strips_ = ceil_div(n, P::kStripRows);
@@ -53,7 +53,7 @@ class Lloyd {
       if (sums)
         for (int64_t c = 0; c < k; ++c) counts[c] = 0;
     }
-    Nearest<T, KEY> nearest(o);
+    Nearest<T, KEY> nearest(o, screen_);
     Buffer<T> rows(2 * d);
     int64_t index[P::kStripRows];
     for (int64_t strip = begin; strip < end; ++strip) {
@@ -102,6 +102,7 @@ class Lloyd {
   const int64_t n, d, k;
   const Operands<T>& o;
   const Measure<T, KEY> measure;
+  const Screen* screen_;
   int64_t strips_ = 0, blocks_ = 0;
   Buffer<double> sums_, counts_, inertia_;
   Buffer<int64_t> changed_;
@@ -110,6 +111,11 @@ class Lloyd {
 template <class T>
 void run(LloydParams<T>& p) {
   const Operands<T> o(p.x, p.centroids, p.normalize, true, false, p.threads);
+  if constexpr (std::is_same_v<T, float>)
+    if (o.expanded() && screens(p.screening, o.d)) {
+      const Screen screen(o, p.threads);
+      return Lloyd<T, Key::expanded>(p, o, &screen).run();
+    }
   if (o.expanded()) return Lloyd<T, Key::expanded>(p, o).run();
   Lloyd<T, Key::direct>(p, o).run();
 }

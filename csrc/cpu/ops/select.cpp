@@ -47,6 +47,7 @@ class Select {
   /// One panel of rows while its columns go by.
   struct Panel {
     int64_t row;
+    const T* packed;
     const T* squares;
     const T* columns;  // squares of all columns, by column
     T* worst;          // per lane: what a candidate must beat
@@ -63,26 +64,32 @@ class Select {
       Buffer<T> rows(o.row_buffer());
       for (int64_t q = 0; q < panels; ++q)
         o.pack_panel(row + q * NR, T(1), rows.get(), packed.get() + q * NR * o.d, squares.get() + q * NR);
-      for (int64_t i = 0; i < panels * NR; ++i) worst[i] = static_cast<T>(kInfinity);
+      // Lanes without a row look for nothing.
+      for (int64_t i = 0; i < panels * NR; ++i) worst[i] = static_cast<T>(row + i < o.x.n() ? kInfinity : -kInfinity);
       for (int64_t at = 0; at < panels * NR * k; ++at) kept[at] = static_cast<T>(kInfinity), index[at] = -1;
     }
   };
 
-  /// One chunk of columns goes by.
-  void pass(const Opened& r, int64_t row, int64_t panels, int64_t chunk, const T* tiles, const T* columns, T* block,
-            T* kept, int64_t* index) const {
+  Panel panel_of(const Opened& r, int64_t row, int64_t q, const T* columns, T* kept, int64_t* index) const {
+    return {row + q * NR, r.packed.get() + q * NR * o.d, r.squares.get() + q * NR, columns,
+            r.worst.get() + q * NR, kept + q * NR * k, index + q * NR * k};
+  }
+
+  int64_t column_begin(int64_t chunk) const { return o.chunks.tile_begin(chunk) * P::MR; }
+  int64_t column_end(int64_t chunk) const {
+    const int64_t end = o.chunks.tile_end(chunk) * P::MR;
+    return end < m ? end : m;
+  }
+
+  /// A chunk of columns goes by a panel.
+  void score(int64_t chunk, const T* tiles, T* block, const Panel& panel) const {
     const int64_t t0 = o.chunks.tile_begin(chunk), t1 = o.chunks.tile_end(chunk);
-    for (int64_t q = 0; q < panels; ++q) {
-      const T* packed = r.packed.get() + q * NR * o.d;
-      if constexpr (KEY == Key::coordinate) {
-        score_block(o.d, t1 - t0, tiles, o.tile_stride, packed, block, measure.score);
-      } else {
-        o.raw_block(t1 - t0, tiles, packed, block);
-      }
-      const Panel panel{row + q * NR,           r.squares.get() + q * NR, columns,
-                        r.worst.get() + q * NR, kept + q * NR * k,        index + q * NR * k};
-      scan(block, t0 * P::MR, t1 * P::MR < m ? t1 * P::MR : m, panel);
+    if constexpr (KEY == Key::coordinate) {
+      score_block(o.d, t1 - t0, tiles, o.tile_stride, panel.packed, block, measure.score);
+    } else {
+      o.raw_block(t1 - t0, tiles, panel.packed, block);
     }
+    scan(block, column_begin(chunk), column_end(chunk), panel);
   }
 
   /// A strip of rows against all columns.
@@ -91,53 +98,51 @@ class Select {
     T* kept = kept_.get() + row * k;
     int64_t* index = index_.get() + row * k;
     if constexpr (KEY != Key::coordinate)
-      if (k == 1 && !p.exclude_self) return Nearest<T, KEY>(o, screen_).strip(row, 0, o.chunks.count, index);
+      if (k == 1 && !p.exclude_self && !(screen_ && KEY == Key::negative_dot))
+        return Nearest<T, KEY>(o, screen_).strip(row, 0, o.chunks.count, index);
     const int64_t panels = ceil_div(n - row < P::kStripRows ? n - row : P::kStripRows, NR);
     const Opened r(o, row, panels, k, kept, index);
     Buffer<T> block(o.chunks.tiles_each * P::MR * NR);
-    // Nothing can be screened out before something is kept.
-    const int64_t full = screen_ && o.chunks.count > 1 ? 1 : o.chunks.count;
-    for (int64_t chunk = 0; chunk < full; ++chunk)
-      pass(r, row, panels, chunk, o.tile(o.chunks.tile_begin(chunk)), o.squares(0), block.get(), kept, index);
+    const bool screens = screen_ && screen_->helps();
+    Screen::Strip rounded;
     if constexpr (kScreens)
-      if (full < o.chunks.count) screened(r, row, panels, full, block.get(), kept, index);
-  }
-
-  /// The chunks from `first` on go by: approximate keys, and exact ones for the columns that may be better than a kept
-  /// one.
-  void screened(const Opened& r, int64_t row, int64_t panels, int64_t first, T* scores, T* kept, int64_t* index) const {
-    Buffer<uint32_t> pairs(panels * screen_->panel_size());
-    alignas(64) T norm[P::kStripRows], lost[P::kStripRows];
-    for (int64_t q = 0; q < panels; ++q)
-      screen_->pack_panel(r.packed.get() + q * NR * o.d, pairs.get() + q * screen_->panel_size(), norm + q * NR,
-                          lost + q * NR);
-    for (int64_t chunk = first; chunk < o.chunks.count; ++chunk)
-      for (int64_t q = 0; q < panels; ++q) {
-        const Panel panel{row + q * NR,           r.squares.get() + q * NR, o.squares(0),
-                          r.worst.get() + q * NR, kept + q * NR * k,        index + q * NR * k};
-        screen_->block(chunk, pairs.get() + q * screen_->panel_size(), scores);
-        screened(chunk, r.packed.get() + q * NR * o.d, norm + q * NR, lost + q * NR, scores, panel);
+      if (screens) {
+        rounded.pairs = screen_->room();
+        for (int64_t q = 0; q < panels; ++q) screen_->pack_panel(r.packed.get() + q * NR * o.d, q, rounded);
       }
+    int64_t settled = 0, seen = 0;
+    for (int64_t chunk = 0; chunk < o.chunks.count; ++chunk)
+      for (int64_t q = 0; q < panels; ++q) {
+        const Panel panel = panel_of(r, row, q, o.squares(0), kept, index);
+        if constexpr (kScreens)
+          // Nothing can be screened out before something is kept.
+          if (screens && chunk > 0 && screen_->covers(chunk, rounded, q)) {
+            screen_->block(chunk, rounded, q, block.get());
+            settled += screened(chunk, rounded, q, block.get(), panel);
+            seen += column_end(chunk) - column_begin(chunk);
+            continue;
+          }
+        score(chunk, o.tile(o.chunks.tile_begin(chunk)), block.get(), panel);
+      }
+    if constexpr (kScreens)
+      if (screens) screen_->report(settled, seen);
   }
 
-  void screened(int64_t chunk, const T* packed, const T* norm, const T* lost, const T* scores,
-                const Panel& panel) const {
-    const int64_t begin = o.chunks.tile_begin(chunk) * P::MR, last = o.chunks.tile_end(chunk) * P::MR;
+  /// Approximate keys of a chunk, and exact ones for the columns that may be better than a kept one; how many.
+  int64_t screened(int64_t chunk, const Screen::Strip& rounded, int64_t q, const T* scores, const Panel& panel) const {
+    const int64_t begin = column_begin(chunk);
     Vec<T> error[P::kVectors];
-    IVec<T> idle[P::kVectors], near = IVec<T>{};  // approximate keys are not mended
+    IVec<T> near = IVec<T>{};  // approximate keys are not mended
     for (int v = 0; v < P::kVectors; ++v) {
-      const Vec<T> own_norm = load(norm + v * kLanes<T>);
-      error[v] = screen_->bound(chunk, own_norm, load(lost + v * kLanes<T>));
+      error[v] = screen_->bound(chunk, rounded, q * NR + v * kLanes<T>);
       if (KEY == Key::expanded) error[v] = T(2) * error[v] + screen_->rounding(chunk, squares(panel, v));
       if (KEY == Key::cosine) error[v] += screen_->rounding(chunk, splat<T>(T(1)));
-      idle[v] = ~screen_->lanes(panel.row, v, KEY == Key::negative_dot ? Vec<T>{} : own_norm);
     }
-    screen_->settle(
-        begin, last < m ? last : m, packed,
-        // Not above the limit, so that NaN, which no bound covers, is looked at.
+    return screen_->settle(
+        begin, column_end(chunk), panel.packed,
         [&](int64_t j, int v) {
           const Vec<T> value = key(scores + (j - begin) * NR + v * kLanes<T>, j, panel, squares(panel, v), near);
-          return ~(value > load(panel.worst + v * kLanes<T>) + error[v]) & ~idle[v];
+          return value <= load(panel.worst + v * kLanes<T>) + error[v];
         },
         [&](int64_t j, const T* exact) { insert(exact, j, panel); });
   }
@@ -153,7 +158,8 @@ class Select {
     for (int64_t chunk = o.chunks.count * part / parts_; chunk < o.chunks.count * (part + 1) / parts_; ++chunk) {
       const int64_t t0 = o.chunks.tile_begin(chunk), t1 = o.chunks.tile_end(chunk);
       o.pack_tiles(t0, t1, rows.get(), tiles.get(), squares.get());
-      pass(r, 0, panels, chunk, tiles.get(), squares.get() - t0 * P::MR, block.get(), kept, index);
+      for (int64_t q = 0; q < panels; ++q)
+        score(chunk, tiles.get(), block.get(), panel_of(r, 0, q, squares.get() - t0 * P::MR, kept, index));
     }
   }
 

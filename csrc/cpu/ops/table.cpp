@@ -14,12 +14,14 @@ const Ops& table();
 namespace nearfar::NEARFAR_ISA {
 
 void select(const SelectParams<float>&);
+void lloyd(LloydParams<float>&);
 
 const Ops& table() {
   static const Ops kOps = [] {
     Ops ops = NEARFAR_BASE::table();
     ops.isa = NEARFAR_NAME(NEARFAR_ISA);
     ops.f32.select = select;
+    ops.f32.lloyd = lloyd;
     return ops;
   }();
   return kOps;
