@@ -72,7 +72,7 @@ class Nearest {
         rows_(o_.row_buffer() > 2 * o_.d ? o_.row_buffer() : 2 * o_.d),
         packed_(P::kStripRows * o_.d),
         block_(o_.chunks.tiles_each * P::MR * NR) {
-    if (screen_) rounded_.pairs = screen_->room();
+    if (screen_) screen_->open(rounded_);
   }
 
   /// Columns of chunks [first, last) for the strip from `row` on: index[lane], -1 for a row that is near to nothing.

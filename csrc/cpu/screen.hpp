@@ -104,6 +104,7 @@ class Screen {
   using P = Policy<T>;
   static constexpr int NR = P::NR;
   static constexpr int kTileVectors = (P::MR + kLanes<T> - 1) / kLanes<T>;
+  static constexpr int kColumns = P::MR / 3 * 2;  // of `exact` at once
 
  public:
   Screen(const Operands<T>& operands, int threads)
@@ -124,42 +125,21 @@ class Screen {
   /// The panels of a strip of x, rounded; per lane s, |x| and |x - x'|.
   struct Strip {
     Buffer<int32_t> pairs;
+    Buffer<T> rows;  // of `exact`
     alignas(64) T scale[P::kStripRows], norm[P::kStripRows], lost[P::kStripRows];
     bool covered[P::kPanels];
   };
-  Buffer<int32_t> room() const { return Buffer<int32_t>(P::kPanels * steps_ * NR); }
+  void open(Strip& strip) const {
+    strip.pairs = Buffer<int32_t>(P::kPanels * steps_ * NR);
+    strip.rows = Buffer<T>(kColumns * o_.d);
+  }
 
   /// Rounds panel q of a strip, which is packed.
   void pack_panel(const T* panel, int64_t q, Strip& strip) const {
+    const int64_t at = q * NR;
+    round<NR>(panel, strip.pairs.get() + at * steps_, strip.scale + at, strip.norm + at, strip.lost + at);
     strip.covered[q] = true;
-    for (int v = 0; v < P::kVectors; ++v) {
-      const int64_t at = q * NR + v * kLanes<T>;
-      Vec<T> square = {}, most = {}, rest = {};
-      for (int64_t k = 0; k < o_.d; ++k) {
-        const Vec<T> own = load(panel + k * NR + v * kLanes<T>);
-        square += own * own;
-        most = vmax(absolute(own), most);
-      }
-      const Vec<T> norm = sqrt(square) * safe_;
-      const IVec<T> tiny = norm < kLeastNorm;
-      const Vec<T> scale = select(tiny, Vec<T>{}, vmax(norm * (1 / kNorm), most * (1 / kEntry)));
-      const Vec<T> inverse = select(tiny, Vec<T>{}, T(1) / scale);
-      for (int64_t k = 0; k < steps_; ++k) {
-        PairVec halves[2];
-        for (int h = 0; h < 2; ++h) {
-          const Vec<T> own = 2 * k + h < o_.d ? load(panel + (2 * k + h) * NR + v * kLanes<T>) : Vec<T>{};
-          const Vec<T> shifted = own * inverse + kMagic, difference = own - (shifted - kMagic) * scale;
-          halves[h] = (PairVec)shifted - (PairVec)splat<T>(kMagic);
-          rest += difference * difference;
-        }
-        const PairVec pair = pair_of(halves[0], halves[1]);
-        std::memcpy(strip.pairs.get() + (q * steps_ + k) * NR + v * kLanes<T>, &pair, sizeof pair);
-      }
-      store(strip.scale + at, scale);
-      store(strip.norm + at, norm);
-      store(strip.lost + at, sqrt(rest) * safe_ + norm * 0x1p-22f);
-      if (any(~(norm < splat<T>(kMostNorm)))) strip.covered[q] = false;
-    }
+    for (int64_t lane = at; lane < at + NR; ++lane) strip.covered[q] &= strip.norm[lane] < kMostNorm;
   }
 
   /// Whether the bound holds for a chunk and a panel: not for infinite rows, NaN, and norms whose squares overflow.
@@ -245,13 +225,13 @@ class Screen {
   /// use(j, scores[NR]) in ascending order for the columns [begin, end) of which looks(j, v) holds in some lane, with
   /// exact scores; returns how many. `looks` reads what `use` has changed at most kColumns columns late.
   template <class Looks, class Use>
-  int64_t settle(int64_t begin, int64_t end, const T* packed, Looks looks, Use use) const {
+  int64_t settle(int64_t begin, int64_t end, const T* packed, const Strip& strip, Looks looks, Use use) const {
     constexpr int64_t kAtOnce = 8;
     int64_t found[kColumns], total = 0;
     int count = 0;
     auto score = [&] {
       alignas(64) T scores[kColumns * NR];
-      exact(found, count, packed, scores);
+      exact(found, count, packed, strip.rows.get(), scores);
       for (int c = 0; c < count; ++c) use(found[c], scores + c * NR);
       total += count;
       count = 0;
@@ -276,13 +256,9 @@ class Screen {
 
  private:
   /// Exact scores of up to kColumns columns, S[column][NR], as the engine computes them: one multiply-add a coordinate.
-  static constexpr int kColumns = P::MR / 3 * 2;
-  void exact(const int64_t* columns, int count, const T* panel, T* scores) const {
-    const T* own[kColumns];
-    for (int c = 0; c < kColumns; ++c) {
-      const int64_t j = columns[c < count ? c : count - 1];
-      own[c] = o_.tile(j / P::MR) + j % P::MR;
-    }
+  /// The columns are read from y again: they lie together there, and in a tile they do not.
+  void exact(const int64_t* columns, int count, const T* panel, T* rows, T* scores) const {
+    for (int c = 0; c < kColumns; ++c) o_.y.get_packed(columns[c < count ? c : count - 1], rows + c * o_.d);
     Vec<T> acc[kColumns][P::kVectors];
     clear<T>(acc);
     for (int64_t k = 0; k < o_.d; ++k) {
@@ -291,7 +267,7 @@ class Screen {
       for (int v = 0; v < P::kVectors; ++v) lanes[v] = load(panel + k * NR + v * kLanes<T>);
 #pragma GCC unroll 12
       for (int c = 0; c < kColumns; ++c) {
-        const Vec<T> scalar = splat<T>(own[c][k * P::MR]);
+        const Vec<T> scalar = splat<T>(rows[c * o_.d + k]);
 #pragma GCC unroll 2
         for (int v = 0; v < P::kVectors; ++v) Dot::accumulate(acc[c][v], scalar, lanes[v]);
       }
@@ -307,35 +283,53 @@ class Screen {
   static constexpr T kLeastNorm = 0x1p-100f, kMostNorm = 0x1p60f;
 
   void pack_tile(int64_t t, int64_t chunk) {
-    const T* rows = o_.tile(t);
-    int32_t* pairs = tiles_.get() + t * steps_ * P::MR;
+    T norm[P::MR], lost[P::MR];
+    round<P::MR>(o_.tile(t), tiles_.get() + t * steps_ * P::MR, scale_.get() + t * P::MR, norm, lost);
     for (int r = 0; r < P::MR; ++r) {
-      double square = 0, most = 0, rest = 0;
+      if (!(norm[r] < kMostNorm)) norm[r] = std::numeric_limits<T>::infinity();
+      norm_[chunk] = norm_[chunk] < norm[r] ? norm[r] : norm_[chunk];
+      lost_[chunk] = lost_[chunk] < lost[r] ? lost[r] : lost_[chunk];
+    }
+  }
+
+  /// W rows side by side, rounded: pairs[k][W], and s, |x| and |x - x'| of each. A row that is too small counts as lost.
+  template <int W>
+  void round(const T* rows, int32_t* pairs, T* scales, T* norms, T* losts) const {
+    constexpr int L = kLanes<T>;
+#pragma GCC unroll 2
+    for (int r = 0; r < W; r += L) {
+      const size_t bytes = (r + L <= W ? L : W % L) * sizeof(T);
+      const auto row = [&](int64_t k) {
+        Vec<T> out = {};
+        if (k < o_.d) std::memcpy(&out, rows + k * W + r, bytes);
+        return out;
+      };
+      Vec<T> square = {}, most = {}, rest = {};
       for (int64_t k = 0; k < o_.d; ++k) {
-        const double own = static_cast<double>(rows[k * P::MR + r]);
+        const Vec<T> own = row(k);
         square += own * own;
-        most = std::fmax(most, std::fabs(own));
+        most = vmax(absolute(own), most);
       }
-      const double norm = std::sqrt(square);
-      const bool usual = norm >= kLeastNorm && norm < kMostNorm;  // else the row counts as lost, or is not covered
-      const T scale = usual ? static_cast<T>(std::fmax(norm / kNorm, most / kEntry)) : T(0);
-      const double inverse = usual ? 1 / static_cast<double>(scale) : 0;
+      const Vec<T> norm = sqrt(square) * safe_;
+      const IVec<T> tiny = norm < splat<T>(kLeastNorm);
+      const Vec<T> scale = select(tiny, Vec<T>{}, vmax(norm * (1 / kNorm), most * (1 / kEntry)));
+      const Vec<T> inverse = select(tiny, Vec<T>{}, T(1) / scale);
       for (int64_t k = 0; k < steps_; ++k) {
-        int32_t halves[2] = {0, 0};
-        for (int h = 0; h < 2 && 2 * k + h < o_.d && usual; ++h) {
-          const double own = static_cast<double>(rows[(2 * k + h) * P::MR + r]);
-          halves[h] = static_cast<int32_t>(std::nearbyint(own * inverse));
-          const double difference = own - halves[h] * static_cast<double>(scale);
+        PairVec halves[2];
+#pragma GCC unroll 2
+        for (int h = 0; h < 2; ++h) {
+          const Vec<T> own = row(2 * k + h), shifted = own * inverse + kMagic;
+          const Vec<T> difference = own - (shifted - kMagic) * scale;
+          halves[h] = (PairVec)shifted - (PairVec)splat<T>(kMagic);
           rest += difference * difference;
         }
-        pairs[k * P::MR + r] = pair_of(halves[0], halves[1]);
+        const PairVec pair = pair_of(halves[0], halves[1]);
+        std::memcpy(pairs + k * W + r, &pair, bytes);
       }
-      scale_[t * P::MR + r] = scale;
-      const T rounded = static_cast<T>(norm) * safe_;
-      norm_[chunk] = norm_[chunk] < rounded ? rounded : norm_[chunk];
-      if (!(norm < kMostNorm)) norm_[chunk] = std::numeric_limits<T>::infinity();
-      const T lost = usual ? static_cast<T>(std::sqrt(rest)) * safe_ + rounded * 0x1p-22f : rounded;
-      lost_[chunk] = lost_[chunk] < lost ? lost : lost_[chunk];
+      const Vec<T> lost = sqrt(rest) * safe_ + norm * 0x1p-22f;
+      std::memcpy(scales + r, &scale, bytes);
+      std::memcpy(norms + r, &norm, bytes);
+      std::memcpy(losts + r, &lost, bytes);
     }
   }
 

@@ -107,7 +107,7 @@ class Select {
     Screen::Strip rounded;
     if constexpr (kScreens)
       if (screens) {
-        rounded.pairs = screen_->room();
+        screen_->open(rounded);
         for (int64_t q = 0; q < panels; ++q) screen_->pack_panel(r.packed.get() + q * NR * o.d, q, rounded);
       }
     int64_t settled = 0, seen = 0;
@@ -139,7 +139,7 @@ class Select {
       if (KEY == Key::cosine) error[v] += screen_->rounding(chunk, splat<T>(T(1)));
     }
     return screen_->settle(
-        begin, column_end(chunk), panel.packed,
+        begin, column_end(chunk), panel.packed, rounded,
         [&](int64_t j, int v) {
           const Vec<T> value = key(scores + (j - begin) * NR + v * kLanes<T>, j, panel, squares(panel, v), near);
           return value <= load(panel.worst + v * kLanes<T>) + error[v];
