@@ -69,7 +69,7 @@ class Nearest {
   explicit Nearest(const Operands<T>& operands, const Screen* screen = nullptr)
       : o_(operands),
         screen_(kScreens ? screen : nullptr),
-        rows_(o_.row_buffer() > 2 * o_.d ? o_.row_buffer() : 2 * o_.d),
+        rows_(o_.row_buffer() + kLanes<T>),
         packed_(P::kStripRows * o_.d),
         block_(o_.chunks.tiles_each * P::MR * NR) {
     if (screen_) screen_->open(rounded_);
@@ -81,9 +81,15 @@ class Nearest {
     const int64_t panels = ceil_div(rows, NR);
     if (screen_ && !screen_->helps()) screen_ = nullptr;
     for (int64_t q = 0; q < panels; ++q) {
-      o_.pack_panel(row + q * NR, T(1), rows_.get(), packed_.get() + q * NR * d, squares_ + q * NR);
       if constexpr (kScreens)
-        if (screen_) screen_->pack_panel(packed_.get() + q * NR * d, q, rounded_);
+        if (screen_) {
+          read_rows<NR>(o_.x, row + q * NR, rows_.get());
+          screen_->pack_panel(rows_.get(), q, rounded_);
+          for (int64_t lane = q * NR; lane < (q + 1) * NR; ++lane)
+            squares_[lane] = rounded_.norm[lane] * rounded_.norm[lane];
+          if (screen_->covers_all(rounded_, q)) continue;
+        }
+      o_.pack_panel(row + q * NR, T(1), rows_.get(), packed_.get() + q * NR * d, squares_ + q * NR);
     }
     for (int64_t i = 0; i < P::kStripRows; ++i) {
       low_[i] = high_[i] = second_[i] = -std::numeric_limits<T>::infinity();

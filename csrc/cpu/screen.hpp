@@ -118,8 +118,12 @@ class Screen {
         lost_(o_.chunks.count) {
     parallel_for(o_.chunks.count, threads, [&](int64_t chunk, int) {
       norm_[chunk] = lost_[chunk] = 0;
-      for (int64_t t = o_.chunks.tile_begin(chunk); t < o_.chunks.tile_end(chunk); ++t) pack_tile(t, chunk);
+      Buffer<T> rows(room(P::MR));
+      for (int64_t t = o_.chunks.tile_begin(chunk); t < o_.chunks.tile_end(chunk); ++t)
+        pack_tile(t, chunk, rows.get());
     });
+    for (int64_t chunk = 0; chunk < o_.chunks.count; ++chunk)
+      largest_norm_ = largest_norm_ < norm_[chunk] ? norm_[chunk] : largest_norm_;
   }
 
   /// The panels of a strip of x, rounded; per lane s, |x| and |x - x'|.
@@ -129,15 +133,17 @@ class Screen {
     alignas(64) T scale[P::kStripRows], norm[P::kStripRows], lost[P::kStripRows];
     bool covered[P::kPanels];
   };
+  /// Room for W rows of `read_rows`, and a vector more.
+  int64_t room(int64_t w) const { return w * padded<T>(o_.d) + kLanes<T>; }
   void open(Strip& strip) const {
     strip.pairs = Buffer<int32_t>(P::kPanels * steps_ * NR);
     strip.rows = Buffer<T>(kColumns * o_.d);
   }
 
-  /// Rounds panel q of a strip, which is packed.
-  void pack_panel(const T* panel, int64_t q, Strip& strip) const {
+  /// Rounds panel q of a strip from rows as `read_rows` leaves them.
+  void pack_panel(const T* rows, int64_t q, Strip& strip) const {
     const int64_t at = q * NR;
-    round<NR>(panel, strip.pairs.get() + at * steps_, strip.scale + at, strip.norm + at, strip.lost + at);
+    round<NR>(rows, strip.pairs.get() + at * steps_, strip.scale + at, strip.norm + at, strip.lost + at);
     strip.covered[q] = true;
     for (int64_t lane = at; lane < at + NR; ++lane) strip.covered[q] &= strip.norm[lane] < kMostNorm;
   }
@@ -146,6 +152,7 @@ class Screen {
   bool covers(int64_t chunk, const Strip& strip, int64_t q) const {
     return strip.covered[q] && norm_[chunk] < kMostNorm;
   }
+  bool covers_all(const Strip& strip, int64_t q) const { return strip.covered[q] && largest_norm_ < kMostNorm; }
 
   /// Approximate dot products S[columns][NR] of a chunk.
   void block(int64_t chunk, const Strip& strip, int64_t q, T* scores) const {
@@ -282,9 +289,10 @@ class Screen {
   static constexpr T kNorm = 45000, kEntry = 32766, kMagic = 0x1.8p23f;
   static constexpr T kLeastNorm = 0x1p-100f, kMostNorm = 0x1p60f;
 
-  void pack_tile(int64_t t, int64_t chunk) {
+  void pack_tile(int64_t t, int64_t chunk, T* rows) {
     T norm[P::MR], lost[P::MR];
-    round<P::MR>(o_.tile(t), tiles_.get() + t * steps_ * P::MR, scale_.get() + t * P::MR, norm, lost);
+    read_rows<P::MR>(o_.y, t * P::MR, rows);
+    round<P::MR>(rows, tiles_.get() + t * steps_ * P::MR, scale_.get() + t * P::MR, norm, lost);
     for (int r = 0; r < P::MR; ++r) {
       if (!(norm[r] < kMostNorm)) norm[r] = std::numeric_limits<T>::infinity();
       norm_[chunk] = norm_[chunk] < norm[r] ? norm[r] : norm_[chunk];
@@ -292,45 +300,44 @@ class Screen {
     }
   }
 
-  /// W rows side by side, rounded: pairs[k][W], and s, |x| and |x - x'| of each. A row that is too small counts as lost.
+  /// W rows, rounded and side by side: pairs[step][W], and s, |x| and |x - x'| of each. A row that is too small counts
+  /// as lost. Which coordinates make a pair does not matter as long as it is the same for x and y: what a vector holds
+  /// and what the next one holds, of a last part of r coordinates the first r / 2 and the others.
   template <int W>
   void round(const T* rows, int32_t* pairs, T* scales, T* norms, T* losts) const {
     constexpr int L = kLanes<T>;
-#pragma GCC unroll 2
-    for (int r = 0; r < W; r += L) {
-      const size_t bytes = (r + L <= W ? L : W % L) * sizeof(T);
-      const auto row = [&](int64_t k) {
-        Vec<T> out = {};
-        if (k < o_.d) std::memcpy(&out, rows + k * W + r, bytes);
-        return out;
-      };
-      Vec<T> square = {}, most = {}, rest = {};
-      for (int64_t k = 0; k < o_.d; ++k) {
-        const Vec<T> own = row(k);
+    const int64_t stride = padded<T>(o_.d);
+    T inverses[W];
+    Vec<T> rest[W];
+    for (int r = 0; r < W; ++r) {
+      Vec<T> square = {}, most = {};
+      for (int64_t k = 0; k < stride; k += L) {
+        const Vec<T> own = load(rows + r * stride + k);
         square += own * own;
         most = vmax(absolute(own), most);
       }
-      const Vec<T> norm = sqrt(square) * safe_;
-      const IVec<T> tiny = norm < splat<T>(kLeastNorm);
-      const Vec<T> scale = select(tiny, Vec<T>{}, vmax(norm * (1 / kNorm), most * (1 / kEntry)));
-      const Vec<T> inverse = select(tiny, Vec<T>{}, T(1) / scale);
-      for (int64_t k = 0; k < steps_; ++k) {
-        PairVec halves[2];
-#pragma GCC unroll 2
-        for (int h = 0; h < 2; ++h) {
-          const Vec<T> own = row(2 * k + h), shifted = own * inverse + kMagic;
-          const Vec<T> difference = own - (shifted - kMagic) * scale;
-          halves[h] = (PairVec)shifted - (PairVec)splat<T>(kMagic);
-          rest += difference * difference;
-        }
-        const PairVec pair = pair_of(halves[0], halves[1]);
-        std::memcpy(pairs + k * W + r, &pair, bytes);
-      }
-      const Vec<T> lost = sqrt(rest) * safe_ + norm * 0x1p-22f;
-      std::memcpy(scales + r, &scale, bytes);
-      std::memcpy(norms + r, &norm, bytes);
-      std::memcpy(losts + r, &lost, bytes);
+      rest[r] = Vec<T>{};
+      norms[r] = std::sqrt(hsum<T>(square)) * safe_;
+      const bool tiny = norms[r] < kLeastNorm;
+      const T by_norm = norms[r] * (1 / kNorm), by_entry = hmax<T>(most) * (1 / kEntry);
+      scales[r] = tiny ? T(0) : by_norm > by_entry ? by_norm : by_entry;
+      inverses[r] = tiny ? T(0) : 1 / scales[r];
     }
+    interleave<W, T>(steps_, pairs, [&](int r, int64_t step) {
+      const int64_t first = 2 * step, left = ceil_div(o_.d - first, 2), half = left < L ? left : L;
+      const IVec<T> inside = iota<T>() < isplat<T>(static_cast<int32_t>(half));
+      const T* from = rows + r * stride + first;  // a row ends before `half`, memory behind the last one does not
+      PairVec halves[2];
+#pragma GCC unroll 2
+      for (int h = 0; h < 2; ++h) {
+        const Vec<T> own = select(inside, load(from + h * half), Vec<T>{}), shifted = own * inverses[r] + kMagic;
+        const Vec<T> difference = own - (shifted - kMagic) * scales[r];
+        halves[h] = (PairVec)shifted - (PairVec)splat<T>(kMagic);
+        rest[r] += difference * difference;
+      }
+      return (Vec<T>)pair_of(halves[0], halves[1]);
+    });
+    for (int r = 0; r < W; ++r) losts[r] = std::sqrt(hsum<T>(rest[r])) * safe_ + norms[r] * 0x1p-22f;
   }
 
   const Operands<T>& o_;
@@ -338,6 +345,7 @@ class Screen {
   const T rounding_, safe_;
   Buffer<int32_t> tiles_;
   Buffer<T> scale_, norm_, lost_;
+  T largest_norm_ = 0;
   mutable int64_t open_ = 0, seen_ = 0;
 };
 

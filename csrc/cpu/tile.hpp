@@ -169,32 +169,36 @@ void read_rows(const Source<T>& source, int64_t i0, T* rows) {
   }
 }
 
-/// W rows side by side: out[k][W] = scale * rows[r][k].
-template <int W, class T>
-void pack(const T* rows, int64_t d, T scale, T* out) {
+/// W rows side by side: out[k][W] = row(r, k), a vector of values from k on, for k < d. E: any type of the size of T.
+template <int W, class T, class E, class F>
+NEARFAR_INLINE void interleave(int64_t d, E* out, F row) {
   constexpr int L = kLanes<T>;
-  const int64_t stride = padded<T>(d);
   for (int64_t k = 0; k < d; k += L)
 #pragma GCC unroll 4
     for (int r = 0; r < W; r += L) {
       Vec<T> block[L];
 #pragma GCC unroll 16
-      for (int u = 0; u < L; ++u) block[u] = r + u < W ? load(rows + (r + u) * stride + k) * splat<T>(scale) : Vec<T>{};
+      for (int u = 0; u < L; ++u) block[u] = r + u < W ? row(r + u, k) : Vec<T>{};
       transpose<T>(block);
-      const int64_t steps = d - k < L ? d - k : L;
+      constexpr size_t kPart = (W % L) * sizeof(T);
+      if (d - k >= L && r + L <= W) {
+#pragma GCC unroll 16
+        for (int u = 0; u < L; ++u) __builtin_memcpy(out + (k + u) * W + r, &block[u], sizeof block[u]);
+        continue;
+      }
       alignas(64) T lanes[L][L];
 #pragma GCC unroll 16
       for (int u = 0; u < L; ++u) store(lanes[u], block[u]);
-      constexpr int kWhole = sizeof(T) * L;
-      for (int64_t u = 0; u < steps; ++u) {
-        T* place = out + (k + u) * W + r;
-        if (r + L <= W) {
-          __builtin_memcpy(place, lanes[u], kWhole);
-        } else {
-          __builtin_memcpy(place, lanes[u], (W % L) * sizeof(T));
-        }
-      }
+      for (int64_t u = 0; u < L && u < d - k; ++u)
+        __builtin_memcpy(out + (k + u) * W + r, lanes[u], r + L <= W ? sizeof lanes[u] : kPart);
     }
+}
+
+/// The same for scale * rows[r][k].
+template <int W, class T>
+void pack(const T* rows, int64_t d, T scale, T* out) {
+  const int64_t stride = padded<T>(d);
+  interleave<W, T>(d, out, [&](int r, int64_t k) { return load(rows + r * stride + k) * splat<T>(scale); });
 }
 
 /// Where the columns of a problem are cut.

@@ -108,7 +108,11 @@ class Select {
     if constexpr (kScreens)
       if (screens) {
         screen_->open(rounded);
-        for (int64_t q = 0; q < panels; ++q) screen_->pack_panel(r.packed.get() + q * NR * o.d, q, rounded);
+        Buffer<T> rows(screen_->room(NR));
+        for (int64_t q = 0; q < panels; ++q) {
+          read_rows<NR>(o.x, row + q * NR, rows.get());
+          screen_->pack_panel(rows.get(), q, rounded);
+        }
       }
     int64_t settled = 0, seen = 0;
     for (int64_t chunk = 0; chunk < o.chunks.count; ++chunk)
