@@ -5,8 +5,7 @@ namespace nearfar {
 namespace {
 
 py::tuple lloyd(py::handle x, py::handle centroids, bool normalize, py::handle weights, py::handle labels,
-                py::handle distances, py::handle sums, py::handle counts,
-                const std::string& screening, int threads) {
+                py::handle distances, py::handle sums, py::handle counts, const std::string& screening, int threads) {
   const Array points = input(x, "x", 2), centers = input(centroids, "centroids", 2);
   const int64_t n = points.shape[0], d = points.shape[1], k = centers.shape[0];
   require_shape(centers, "centroids", {k, d});

@@ -132,8 +132,8 @@ class Nearest {
     return s;
   }
 
-  /// How far a computed rank can be from the exact one: d roundings in a product of norms |x| |y| <= (|x|^2 + |y|^2) / 2,
-  /// a few more for shifting and squaring; and what screening rounds away.
+  /// How far a computed rank can be from the exact one: d roundings in a product of norms |x| |y| <= (|x|^2 + |y|^2) /
+  /// 2, a few more for shifting and squaring; and what screening rounds away.
   NEARFAR_INLINE Vec<T> error(int64_t chunk, int64_t q, int v) const {
     if (!kSettles) return Vec<T>{};
     constexpr T kUnit = std::numeric_limits<T>::epsilon() / 2;
@@ -155,8 +155,8 @@ class Nearest {
     }
     const int64_t begin = column_begin(chunk), end = column_end(chunk);
     const T* s = block_.get();
-    for (int64_t j = begin; j < end; ++j, s += NR) {
-      const IVec<T> here = isplat<T>(static_cast<IntOf<T>>(j - begin));
+    IVec<T> here = IVec<T>{};  // j - begin
+    for (int64_t j = begin; j < end; ++j, s += NR, here += 1) {
 #pragma GCC unroll 2
       for (int v = 0; v < P::kVectors; ++v) {
         // A NaN is not better than anything and leaves both states as they are.

@@ -1,5 +1,5 @@
-// Screening: which columns can still matter for a row, found with products of 16-bit integers at up to twice the float32
-// rate.
+// Screening: which columns can still matter for a row, found with products of 16-bit integers at up to twice the
+// float32 rate.
 //
 // A row x is rounded to x' = s q, where s is a number and q holds integers with |q| <= 2^15.5. Then every sum of
 // products of two such rows fits into 32 bits, and so does every part of it (Cauchy and Schwarz): integer sums are
@@ -8,8 +8,8 @@
 //   |<x, y> - <x', y'>| = |<x - x', y> + <x', y - y'>| <= |x - x'| |y| + |x'| |y - y'|,
 //
 // plus the rounding of the float32 sum, no score is further from the engine's than a bound that the norms of what was
-// rounded away keep tight: about 1e-4 |x| |y| at 128 dimensions. What cannot be decided within the bound is scored by
-// the very arithmetic of the engine, so the answers are those of the float32 scan, bit for bit.
+// rounded away keep tight: 1.6e-4 |x| |y| at 128 dimensions. What cannot be decided within the bound is scored by
+// the very arithmetic of the engine, or measured, so the answers are those of the float32 scan, bit for bit.
 //
 // One instruction multiplies and adds in pairs: pmaddwd of SSE2 and AVX2 (a sum follows), vpdpwssd of AVX512-VNNI.
 #pragma once
@@ -54,7 +54,8 @@ __attribute__((noinline)) double product_seconds() {
   using V = std::conditional_t<PAIRS, PairVec, Vec<float>>;
   V sum[kSums];
 #pragma GCC unroll 24
-  for (int u = 0; u < kSums; ++u) sum[u] = V{} + static_cast<std::conditional_t<PAIRS, int, float>>(u);  // or they are one
+  for (int u = 0; u < kSums; ++u)
+    sum[u] = V{} + static_cast<std::conditional_t<PAIRS, int, float>>(u);  // or they are one
   V a = V{} + 1, b = V{} + 2;
   const auto begin = std::chrono::steady_clock::now();
   for (int64_t k = 0; k < kSteps; ++k)
@@ -94,7 +95,7 @@ inline bool screening_pays() {
 
 /// Whether a search over d dimensions is screened.
 inline bool screens(Screening mode, int64_t d) {
-  constexpr int64_t kLeastDims = 32, kMostDims = 1 << 18;  // fewer leave too little to save; more, |q|
+  constexpr int64_t kLeastDims = 32, kMostDims = 1 << 18;  // fewer leave little to save; of more, |q| may be larger
   return d >= kLeastDims && d <= kMostDims &&
          (mode == Screening::always || (mode == Screening::automatic && screening_pays()));
 }
@@ -119,8 +120,7 @@ class Screen {
     parallel_for(o_.chunks.count, threads, [&](int64_t chunk, int) {
       norm_[chunk] = lost_[chunk] = 0;
       Buffer<T> rows(room(P::MR));
-      for (int64_t t = o_.chunks.tile_begin(chunk); t < o_.chunks.tile_end(chunk); ++t)
-        pack_tile(t, chunk, rows.get());
+      for (int64_t t = o_.chunks.tile_begin(chunk); t < o_.chunks.tile_end(chunk); ++t) pack_tile(t, chunk, rows.get());
     });
     for (int64_t chunk = 0; chunk < o_.chunks.count; ++chunk)
       largest_norm_ = largest_norm_ < norm_[chunk] ? norm_[chunk] : largest_norm_;
@@ -223,7 +223,9 @@ class Screen {
 
   /// Screening that decides too little is given up. It costs the time of half a product: whoever screens says how much
   /// of the work had to be done all the same. Answers do not depend on it.
-  bool helps() const { return 8 * __atomic_load_n(&open_, __ATOMIC_RELAXED) <= __atomic_load_n(&seen_, __ATOMIC_RELAXED); }
+  bool helps() const {
+    return 8 * __atomic_load_n(&open_, __ATOMIC_RELAXED) <= __atomic_load_n(&seen_, __ATOMIC_RELAXED);
+  }
   void report(int64_t open, int64_t seen) const {
     __atomic_fetch_add(&open_, open, __ATOMIC_RELAXED);
     __atomic_fetch_add(&seen_, seen, __ATOMIC_RELAXED);

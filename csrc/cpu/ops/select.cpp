@@ -71,8 +71,9 @@ class Select {
   };
 
   Panel panel_of(const Opened& r, int64_t row, int64_t q, const T* columns, T* kept, int64_t* index) const {
-    return {row + q * NR, r.packed.get() + q * NR * o.d, r.squares.get() + q * NR, columns,
-            r.worst.get() + q * NR, kept + q * NR * k, index + q * NR * k};
+    return {row + q * NR,      r.packed.get() + q * NR * o.d, r.squares.get() + q * NR,
+            columns,           r.worst.get() + q * NR,        kept + q * NR * k,
+            index + q * NR * k};
   }
 
   int64_t column_begin(int64_t chunk) const { return o.chunks.tile_begin(chunk) * P::MR; }
