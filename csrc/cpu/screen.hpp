@@ -231,35 +231,36 @@ class Screen {
     __atomic_fetch_add(&seen_, seen, __ATOMIC_RELAXED);
   }
 
-  /// use(j, scores[NR]) in ascending order for the columns [begin, end) of which looks(j, v) holds in some lane, with
-  /// exact scores; returns how many. `looks` reads what `use` has changed at most kColumns columns late.
+  /// use(j, scores[NR]) in ascending order for the columns [begin, end) of a chunk of which looks(j, v) holds in some
+  /// lane, with exact scores; returns how many. What `use` changes, `looks` sees kColumns columns later.
   template <class Looks, class Use>
   int64_t settle(int64_t begin, int64_t end, const T* packed, const Strip& strip, Looks looks, Use use) const {
     constexpr int64_t kAtOnce = 8;
-    int64_t found[kColumns], total = 0;
-    int count = 0;
-    auto score = [&] {
-      alignas(64) T scores[kColumns * NR];
-      exact(found, count, packed, strip.rows.get(), scores);
-      for (int c = 0; c < count; ++c) use(found[c], scores + c * NR);
-      total += count;
-      count = 0;
-    };
-    for (int64_t j0 = begin; j0 < end; j0 += kAtOnce) {
-      const int64_t j1 = j0 + kAtOnce < end ? j0 + kAtOnce : end;
+    const auto matter = [&](int64_t j0, int64_t j1) {
       IVec<T> look = IVec<T>{};
       for (int v = 0; v < P::kVectors; ++v)
         for (int64_t j = j0; j < j1; ++j) look |= looks(j, v);
-      if (!any(look)) continue;
-      for (int64_t j = j0; j < j1; ++j) {
-        look = IVec<T>{};
-        for (int v = 0; v < P::kVectors; ++v) look |= looks(j, v);
-        if (!any(look)) continue;
-        found[count++] = j;
-        if (count == kColumns) score();
-      }
+      return any(look);
+    };
+    // All of a chunk first, so that memory has time to bring the rows.
+    int64_t found[P::kTilesPerChunk * P::MR], count = 0;
+    for (int64_t j0 = begin; j0 < end; j0 += kAtOnce) {
+      const int64_t j1 = j0 + kAtOnce < end ? j0 + kAtOnce : end;
+      if (!matter(j0, j1)) continue;
+      for (int64_t j = j0; j < j1; ++j)
+        if (matter(j, j + 1)) o_.y.prefetch(found[count++] = j);
     }
-    if (count) score();
+    int64_t columns[kColumns], total = 0;
+    int together = 0;
+    for (int64_t c = 0; c < count; ++c) {
+      if (matter(found[c], found[c] + 1)) columns[together++] = found[c];
+      if (together == 0 || (together < kColumns && c + 1 < count)) continue;
+      alignas(64) T scores[kColumns * NR];
+      exact(columns, together, packed, strip.rows.get(), scores);
+      for (int u = 0; u < together; ++u) use(columns[u], scores + u * NR);
+      total += together;
+      together = 0;
+    }
     return total;
   }
 
