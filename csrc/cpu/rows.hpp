@@ -96,9 +96,9 @@ class Source {
 
   /// Row i as it is packed: normalised, shifted.
   void get_packed(int64_t i, T* out) const {
-    get(i, out);
-    if (!center_) return;
-    for (int64_t k = 0; k < rows_.d; ++k) out[k] -= center_[k];
+    if (!center_) return get(i, out);
+    const T* own = view(i, out);
+    for (int64_t k = 0; k < rows_.d; ++k) out[k] = own[k] - center_[k];
   }
 
   /// Four vectors of partial sums: at D = 128 each lane adds two products, so float32 keeps all its digits.
