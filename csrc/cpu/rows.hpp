@@ -86,14 +86,6 @@ class Source {
     return buffer;
   }
 
-  /// Tells memory that row i is wanted soon.
-  void prefetch(int64_t i) const {
-    constexpr int64_t kLine = 64, kMost = 1024;
-    const char* row = static_cast<const char*>(rows_.data) + i * rows_.row_stride * size_of(rows_.dtype);
-    const int64_t bytes = rows_.d * size_of(rows_.dtype);
-    for (int64_t b = 0; b < bytes && b < kMost; b += kLine) __builtin_prefetch(row + b);
-  }
-
   /// Row i as it is packed: normalised, shifted.
   void get_packed(int64_t i, T* out) const {
     if (!center_) return get(i, out);

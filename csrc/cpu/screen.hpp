@@ -105,7 +105,6 @@ class Screen {
   using P = Policy<T>;
   static constexpr int NR = P::NR;
   static constexpr int kTileVectors = (P::MR + kLanes<T> - 1) / kLanes<T>;
-  static constexpr int kColumns = P::MR / 3 * 2;  // of `exact` at once
 
  public:
   Screen(const Operands<T>& operands, int threads)
@@ -129,16 +128,12 @@ class Screen {
   /// The panels of a strip of x, rounded; per lane s, |x| and |x - x'|.
   struct Strip {
     Buffer<int32_t> pairs;
-    Buffer<T> rows;  // of `exact`
     alignas(64) T scale[P::kStripRows], norm[P::kStripRows], lost[P::kStripRows];
     bool covered[P::kPanels];
   };
   /// Room for W rows of `read_rows`, and a vector more.
   int64_t room(int64_t w) const { return w * padded<T>(o_.d) + kLanes<T>; }
-  void open(Strip& strip) const {
-    strip.pairs = Buffer<int32_t>(P::kPanels * steps_ * NR);
-    strip.rows = Buffer<T>(kColumns * o_.d);
-  }
+  void open(Strip& strip) const { strip.pairs = Buffer<int32_t>(P::kPanels * steps_ * NR); }
 
   /// Rounds panel q of a strip from rows as `read_rows` leaves them.
   void pack_panel(const T* rows, int64_t q, Strip& strip) const {
@@ -231,63 +226,7 @@ class Screen {
     __atomic_fetch_add(&seen_, seen, __ATOMIC_RELAXED);
   }
 
-  /// use(j, scores[NR]) in ascending order for the columns [begin, end) of a chunk of which looks(j, v) holds in some
-  /// lane, with exact scores; returns how many. What `use` changes, `looks` sees kColumns columns later.
-  template <class Looks, class Use>
-  int64_t settle(int64_t begin, int64_t end, const T* packed, const Strip& strip, Looks looks, Use use) const {
-    constexpr int64_t kAtOnce = 8;
-    const auto matter = [&](int64_t j0, int64_t j1) {
-      IVec<T> look = IVec<T>{};
-      for (int v = 0; v < P::kVectors; ++v)
-        for (int64_t j = j0; j < j1; ++j) look |= looks(j, v);
-      return any(look);
-    };
-    // All of a chunk first, so that memory has time to bring the rows.
-    int64_t found[P::kTilesPerChunk * P::MR], count = 0;
-    for (int64_t j0 = begin; j0 < end; j0 += kAtOnce) {
-      const int64_t j1 = j0 + kAtOnce < end ? j0 + kAtOnce : end;
-      if (!matter(j0, j1)) continue;
-      for (int64_t j = j0; j < j1; ++j)
-        if (matter(j, j + 1)) o_.y.prefetch(found[count++] = j);
-    }
-    int64_t columns[kColumns], total = 0;
-    int together = 0;
-    for (int64_t c = 0; c < count; ++c) {
-      if (matter(found[c], found[c] + 1)) columns[together++] = found[c];
-      if (together == 0 || (together < kColumns && c + 1 < count)) continue;
-      alignas(64) T scores[kColumns * NR];
-      exact(columns, together, packed, strip.rows.get(), scores);
-      for (int u = 0; u < together; ++u) use(columns[u], scores + u * NR);
-      total += together;
-      together = 0;
-    }
-    return total;
-  }
-
  private:
-  /// Exact scores of up to kColumns columns, S[column][NR], as the engine computes them: one multiply-add a coordinate.
-  /// The columns are read from y again: they lie together there, and in a tile they do not.
-  void exact(const int64_t* columns, int count, const T* panel, T* rows, T* scores) const {
-    for (int c = 0; c < kColumns; ++c) o_.y.get_packed(columns[c < count ? c : count - 1], rows + c * o_.d);
-    Vec<T> acc[kColumns][P::kVectors];
-    clear<T>(acc);
-    for (int64_t k = 0; k < o_.d; ++k) {
-      Vec<T> lanes[P::kVectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < P::kVectors; ++v) lanes[v] = load(panel + k * NR + v * kLanes<T>);
-#pragma GCC unroll 12
-      for (int c = 0; c < kColumns; ++c) {
-        const Vec<T> scalar = splat<T>(rows[c * o_.d + k]);
-#pragma GCC unroll 2
-        for (int v = 0; v < P::kVectors; ++v) Dot::accumulate(acc[c][v], scalar, lanes[v]);
-      }
-    }
-#pragma GCC unroll 12
-    for (int c = 0; c < kColumns; ++c)
-#pragma GCC unroll 2
-      for (int v = 0; v < P::kVectors; ++v) store(scores + c * NR + v * kLanes<T>, acc[c][v]);
-  }
-
   // |q| after rounding stays below 2^15.5 = 46340, entries below 2^15.
   static constexpr T kNorm = 45000, kEntry = 32766, kMagic = 0x1.8p23f;
   static constexpr T kLeastNorm = 0x1p-100f, kMostNorm = 0x1p60f;

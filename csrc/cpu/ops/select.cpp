@@ -51,30 +51,43 @@ class Select {
     const T* squares;
     const T* columns;  // squares of all columns, by column
     T* worst;          // per lane: what a candidate must beat
-    T* kept;           // [lane][k], sorted
+    T* kept;           // [lane][width], sorted
     int64_t* index;
+    int64_t width;
   };
 
   /// The panels of some rows, ready for columns to go by.
   struct Opened {
     Buffer<T> packed, squares, worst;
 
-    Opened(const Operands<T>& o, int64_t row, int64_t panels, int64_t k, T* kept, int64_t* index)
-        : packed(panels * NR * o.d), squares(panels * NR), worst(panels * NR) {
+    Opened(const Operands<T>& o, int64_t row, int64_t panels, int64_t width, T* kept, int64_t* index)
+        : packed(panels * NR * o.d),
+          squares(panels * NR),
+          worst(panels * NR),
+          row_(row),
+          kept_(kept),
+          index_(index),
+          width_(width) {
       Buffer<T> rows(o.row_buffer());
       for (int64_t q = 0; q < panels; ++q)
         o.pack_panel(row + q * NR, T(1), rows.get(), packed.get() + q * NR * o.d, squares.get() + q * NR);
       // Lanes without a row look for nothing.
       for (int64_t i = 0; i < panels * NR; ++i) worst[i] = static_cast<T>(row + i < o.x.n() ? kInfinity : -kInfinity);
-      for (int64_t at = 0; at < panels * NR * k; ++at) kept[at] = static_cast<T>(kInfinity), index[at] = -1;
+      for (int64_t at = 0; at < panels * NR * width; ++at) kept[at] = static_cast<T>(kInfinity), index[at] = -1;
     }
-  };
 
-  Panel panel_of(const Opened& r, int64_t row, int64_t q, const T* columns, T* kept, int64_t* index) const {
-    return {row + q * NR,      r.packed.get() + q * NR * o.d, r.squares.get() + q * NR,
-            columns,           r.worst.get() + q * NR,        kept + q * NR * k,
-            index + q * NR * k};
-  }
+    Panel panel(int64_t q, int64_t d, const T* columns) const {
+      const int64_t lane = q * NR;
+      return {row_ + lane,        packed.get() + lane * d, squares.get() + lane,   columns,
+              worst.get() + lane, kept_ + lane * width_,   index_ + lane * width_, width_};
+    }
+
+   private:
+    const int64_t row_;
+    T* kept_;
+    int64_t* index_;
+    const int64_t width_;
+  };
 
   int64_t column_begin(int64_t chunk) const { return o.chunks.tile_begin(chunk) * P::MR; }
   int64_t column_end(int64_t chunk) const {
@@ -102,54 +115,103 @@ class Select {
       if (k == 1 && !p.exclude_self && !(screen_ && KEY == Key::negative_dot))
         return Nearest<T, KEY>(o, screen_).strip(row, 0, o.chunks.count, index);
     const int64_t panels = ceil_div(n - row < P::kStripRows ? n - row : P::kStripRows, NR);
-    const Opened r(o, row, panels, k, kept, index);
     Buffer<T> block(o.chunks.tiles_each * P::MR * NR);
-    const bool screens = screen_ && screen_->helps();
-    Screen::Strip rounded;
+    bool open[P::kPanels];
+    for (int64_t q = 0; q < panels; ++q) open[q] = true;
     if constexpr (kScreens)
-      if (screens) {
-        screen_->open(rounded);
-        Buffer<T> rows(screen_->room(NR));
-        for (int64_t q = 0; q < panels; ++q) {
-          read_rows<NR>(o.x, row + q * NR, rows.get());
-          screen_->pack_panel(rows.get(), q, rounded);
-        }
-      }
-    int64_t settled = 0, seen = 0;
-    for (int64_t chunk = 0; chunk < o.chunks.count; ++chunk)
-      for (int64_t q = 0; q < panels; ++q) {
-        const Panel panel = panel_of(r, row, q, o.squares(0), kept, index);
-        if constexpr (kScreens)
-          // Nothing can be screened out before something is kept.
-          if (screens && chunk > 0 && screen_->covers(chunk, rounded, q)) {
-            screen_->block(chunk, rounded, q, block.get());
-            settled += screened(chunk, rounded, q, block.get(), panel);
-            seen += column_end(chunk) - column_begin(chunk);
-            continue;
-          }
-        score(chunk, o.tile(o.chunks.tile_begin(chunk)), block.get(), panel);
-      }
-    if constexpr (kScreens)
-      if (screens) screen_->report(settled, seen);
+      if (screen_ && screen_->helps()) screened(row, panels, block.get(), open);
+    for (int64_t first = 0, last; first < panels; first = last) {
+      for (last = first + 1; last < panels && open[last] == open[first];) ++last;
+      if (!open[first]) continue;
+      const Opened r(o, row + first * NR, last - first, k, kept + first * NR * k, index + first * NR * k);
+      for (int64_t chunk = 0; chunk < o.chunks.count; ++chunk)
+        for (int64_t q = 0; q < last - first; ++q)
+          score(chunk, o.tile(o.chunks.tile_begin(chunk)), block.get(), r.panel(q, o.d, o.squares(0)));
+    }
   }
 
-  /// Approximate keys of a chunk, and exact ones for the columns that may be better than a kept one; how many.
-  int64_t screened(int64_t chunk, const Screen::Strip& rounded, int64_t q, const T* scores, const Panel& panel) const {
-    const int64_t begin = column_begin(chunk);
-    Vec<T> error[P::kVectors];
-    IVec<T> near = IVec<T>{};  // approximate keys are not mended
-    for (int v = 0; v < P::kVectors; ++v) {
-      error[v] = screen_->bound(chunk, rounded, q * NR + v * kLanes<T>);
-      if (KEY == Key::expanded) error[v] = T(2) * error[v] + screen_->rounding(chunk, squares(panel, v));
-      if (KEY == Key::cosine) error[v] += screen_->rounding(chunk, splat<T>(T(1)));
+  /// The same by approximate keys: the k best are among a few more than k, but for rows whose last candidates are so
+  /// close that the bound cannot tell; the panels of such rows stay open.
+  void screened(int64_t row, int64_t panels, T* block, bool* open) const {
+    const int64_t width = k + 4 + k / 8 < m ? k + 4 + k / 8 : m;
+    Buffer<T> kept(panels * NR * width), rows(screen_->room(NR));
+    Buffer<int64_t> index(panels * NR * width);
+    const Opened r(o, row, panels, width, kept.get(), index.get());
+    Screen::Strip rounded;
+    screen_->open(rounded);
+    for (int64_t q = 0; q < panels; ++q) {
+      read_rows<NR>(o.x, row + q * NR, rows.get());
+      screen_->pack_panel(rows.get(), q, rounded);
+      open[q] = !screen_->covers_all(rounded, q);
     }
-    return screen_->settle(
-        begin, column_end(chunk), panel.packed, rounded,
-        [&](int64_t j, int v) {
-          const Vec<T> value = key(scores + (j - begin) * NR + v * kLanes<T>, j, panel, squares(panel, v), near);
-          return value <= load(panel.worst + v * kLanes<T>) + error[v];
-        },
-        [&](int64_t j, const T* exact) { insert(exact, j, panel); });
+    alignas(64) T error[P::kStripRows] = {};
+    for (int64_t chunk = 0; chunk < o.chunks.count; ++chunk)
+      for (int64_t q = 0; q < panels; ++q) {
+        if (open[q]) continue;
+        const Panel panel = r.panel(q, o.d, o.squares(0));
+        screen_->block(chunk, rounded, q, block);
+        scan<false>(block, column_begin(chunk), column_end(chunk), panel);
+        for (int v = 0; v < P::kVectors; ++v) {
+          const int64_t at = q * NR + v * kLanes<T>;
+          Vec<T> e = screen_->bound(chunk, rounded, at);
+          if (KEY == Key::expanded) e = T(2) * e + screen_->rounding(chunk, squares(panel, v));
+          if (KEY == Key::cosine) e += screen_->rounding(chunk, splat<T>(T(1)));
+          store(error + at, vmax(e, load(error + at)));
+        }
+      }
+    int64_t still = 0;
+    for (int64_t q = 0; q < panels; ++q) {
+      const Panel panel = r.panel(q, o.d, o.squares(0));
+      for (int64_t lane = 0; lane < NR && panel.row + lane < n && !open[q]; ++lane) {
+        const T *own = panel.kept + lane * width, e = error[q * NR + lane];
+        // What is not kept has an approximate key of at least the last one's.
+        open[q] = width < m && panel.index[lane * width + width - 1] >= 0 && !(own[width - 1] - e > own[k - 1] + e);
+      }
+      if (open[q]) {
+        ++still;
+        continue;
+      }
+      for (int64_t lane = 0; lane < NR && panel.row + lane < n; ++lane) settle(panel, lane, rows.get());
+    }
+    screen_->report(still, panels);
+  }
+
+  /// The k best of a row's candidates by the keys that `score` would have given them: the same multiply-adds, with the
+  /// candidates along the lanes.
+  void settle(const Panel& panel, int64_t lane, T* rows) const {
+    const int64_t *candidates = panel.index + lane * panel.width, i = panel.row + lane, stride = padded<T>(o.d);
+    T* kept = kept_.get() + i * k;
+    int64_t *index = index_.get() + i * k, count = 0;
+    Buffer<T> packed(NR * o.d), pair(2 * o.d);
+    for (int64_t first = 0; first < panel.width && candidates[first] >= 0; first += NR) {
+      int64_t together = 0;
+      for (; together < NR && first + together < panel.width && candidates[first + together] >= 0; ++together) {
+        o.y.get_packed(candidates[first + together], rows + together * stride);
+        for (int64_t c = o.d; c < stride; ++c) rows[together * stride + c] = 0;
+      }
+      for (int64_t c = together * stride; c < NR * stride; ++c) rows[c] = 0;
+      pack<NR>(rows, o.d, T(1), packed.get());
+      Vec<T> sum[P::kVectors] = {};
+      for (int64_t c = 0; c < o.d; ++c)
+#pragma GCC unroll 2
+        for (int v = 0; v < P::kVectors; ++v)
+          Dot::accumulate(sum[v], splat<T>(panel.packed[c * NR + lane]), load(packed.get() + c * NR + v * kLanes<T>));
+      alignas(64) T scores[NR];
+      for (int v = 0; v < P::kVectors; ++v) store(scores + v * kLanes<T>, sum[v]);
+      for (int64_t c = 0; c < together; ++c) {
+        const int64_t j = candidates[first + c];
+        const T own = KEY == Key::expanded ? panel.squares[lane] : T(0);
+        bool near = false;
+        T value = key(scores[c], own, KEY == Key::expanded ? panel.columns[j] : T(0), near);
+        if (near) value = measure.near(i, j, pair.get());
+        if (!(value < static_cast<T>(kInfinity))) continue;
+        int64_t at = count < k ? count++ : k;
+        for (; at > 0 && (kept[at - 1] > value || (kept[at - 1] == value && index[at - 1] > j)); --at)
+          if (at < k) kept[at] = kept[at - 1], index[at] = index[at - 1];
+        if (at < k) kept[at] = value, index[at] = j;
+      }
+    }
+    for (; count < k; ++count) kept[count] = static_cast<T>(kInfinity), index[count] = -1;
   }
 
   /// A part of the columns, packed a chunk at a time, against all rows.
@@ -164,7 +226,7 @@ class Select {
       const int64_t t0 = o.chunks.tile_begin(chunk), t1 = o.chunks.tile_end(chunk);
       o.pack_tiles(t0, t1, rows.get(), tiles.get(), squares.get());
       for (int64_t q = 0; q < panels; ++q)
-        score(chunk, tiles.get(), block.get(), panel_of(r, 0, q, squares.get() - t0 * P::MR, kept, index));
+        score(chunk, tiles.get(), block.get(), r.panel(q, o.d, squares.get() - t0 * P::MR));
     }
   }
 
@@ -172,20 +234,23 @@ class Select {
     return KEY == Key::expanded ? load(panel.squares + v * kLanes<T>) : Vec<T>{};
   }
 
-  /// Keys of column j for one vector of lanes; marks pairs so close that the expansion is not to be trusted.
-  NEARFAR_INLINE Vec<T> key(const T* scores, int64_t j, const Panel& panel, Vec<T> own, IVec<T>& near) const {
-    const Vec<T> s = load(scores);
+  /// The key of a score, of a number or of a vector of lanes, for rows and a column of these squared norms; marks pairs
+  /// so close that the expansion is not to be trusted.
+  template <class V, class M>
+  NEARFAR_INLINE static V key(V s, V own, V square, M& near) {
     if (KEY == Key::direct || KEY == Key::coordinate) return s;
     if (KEY == Key::negative_dot) return -s;
     if (KEY == Key::cosine) {
-      const Vec<T> value = T(1) - s;
-      near |= value <= splat<T>(Operands<T>::kNear);
+      const V value = T(1) - s;
+      near |= value <= V{} + Operands<T>::kNear;
       return value;
     }
-    const T square = panel.columns[j];
-    const Vec<T> value = own + (splat<T>(square) - T(2) * s);
-    near |= value <= (own + splat<T>(square)) * Operands<T>::kNear;
+    const V value = own + (square - T(2) * s);
+    near |= value <= (own + square) * Operands<T>::kNear;
     return value;
+  }
+  NEARFAR_INLINE static Vec<T> key(const T* scores, int64_t j, const Panel& panel, Vec<T> own, IVec<T>& near) {
+    return key(load(scores), own, KEY == Key::expanded ? splat<T>(panel.columns[j]) : Vec<T>{}, near);
   }
 
   /// The same keys with marked pairs computed from their differences.
@@ -204,23 +269,26 @@ class Select {
   }
 
   /// Eight columns at a time; only where their minimum beats a lane's worst are they looked at one by one.
+  template <bool MENDS = kMends>
   void scan(const T* scores, int64_t column, int64_t end, const Panel& panel) const {
     constexpr int64_t kAtOnce = 8;
     for (int64_t j0 = column; j0 < end; j0 += kAtOnce) {
       const int64_t j1 = j0 + kAtOnce < end ? j0 + kAtOnce : end;
-      IVec<T> look = IVec<T>{};
+      IVec<T> look = IVec<T>{}, near = IVec<T>{};
       for (int v = 0; v < P::kVectors; ++v) {
         const Vec<T> own = squares(panel, v);
         Vec<T> least = splat<T>(static_cast<T>(kInfinity));
         for (int64_t j = j0; j < j1; ++j)
-          least = vmin(key(scores + (j - column) * NR + v * kLanes<T>, j, panel, own, look), least);
+          least = vmin(key(scores + (j - column) * NR + v * kLanes<T>, j, panel, own, near), least);
         look |= least < load(panel.worst + v * kLanes<T>);
       }
+      if (MENDS) look |= near;
       if (!any(look)) continue;
-      for (int64_t j = j0; j < j1; ++j) insert(scores + (j - column) * NR, j, panel);
+      for (int64_t j = j0; j < j1; ++j) insert<MENDS>(scores + (j - column) * NR, j, panel);
     }
   }
 
+  template <bool MENDS>
   void insert(const T* scores, int64_t j, const Panel& panel) const {
     alignas(64) T keys[NR];
     IVec<T> near = IVec<T>{};
@@ -228,20 +296,20 @@ class Select {
       const Vec<T> own = squares(panel, v);
       store(keys + v * kLanes<T>, key(scores + v * kLanes<T>, j, panel, own, near));
     }
-    if (kMends && any(near)) exact_keys(scores, j, panel, keys);
+    if (MENDS && any(near)) exact_keys(scores, j, panel, keys);
     for (int v = 0; v < P::kVectors; ++v) {
       const IVec<T> better = load(keys + v * kLanes<T>) < load(panel.worst + v * kLanes<T>);
       if (!any(better)) continue;
       for (int u = 0; u < kLanes<T>; ++u) {
         const int64_t lane = v * kLanes<T> + u;
         if (!better[u] || panel.row + lane >= n || (p.exclude_self && panel.row + lane == j)) continue;
-        T* own = panel.kept + lane * k;
-        int64_t* own_index = panel.index + lane * k;
-        int64_t at = k - 1;
+        T* own = panel.kept + lane * panel.width;
+        int64_t* own_index = panel.index + lane * panel.width;
+        int64_t at = panel.width - 1;
         for (; at > 0 && own[at - 1] > keys[lane]; --at) own[at] = own[at - 1], own_index[at] = own_index[at - 1];
         own[at] = keys[lane];
         own_index[at] = j;
-        panel.worst[lane] = own[k - 1];
+        panel.worst[lane] = own[panel.width - 1];
       }
     }
   }
