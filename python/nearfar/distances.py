@@ -88,9 +88,7 @@ def mahalanobis_factor(M: Any, like: Array) -> Array:
         raise ValueError(f"M: expected shape {shape} to match x, got {tuple(array.shape)}")
     if given:
         return cast(array, dtype)
-    if is_torch(array) and array.requires_grad:
-        raise ValueError("M: a matrix has no gradient here; pass ('factor', L) with M = L^T L, which has")
-    wide = to_numpy(cast(array, "float64"))
+    wide = to_numpy(cast(array.detach() if is_torch(array) else array, "float64"))
     size = float(np.abs(wide).max(initial=0.0))
     rounding = 8 * float(np.finfo(dtype).eps) * columns * size
     if not np.isfinite(size) or np.abs(wide - wide.T).max(initial=0.0) > rounding:
@@ -98,6 +96,16 @@ def mahalanobis_factor(M: Any, like: Array) -> Array:
     values, vectors = np.linalg.eigh((wide + wide.T) / 2)
     if values[0] < -rounding:
         raise ValueError(f"M: expected a positive semi-definite matrix, got an eigenvalue {values[0]:.6g}")
+    if is_torch(array) and array.requires_grad:
+        if values[0] <= rounding:
+            raise ValueError(
+                f"M: expected a positive definite matrix, since it requires a gradient, got an eigenvalue {values[0]:.3g}; "
+                "pass ('factor', L) with M = L^T L"
+            )
+        import torch
+
+        double = cast(array, "float64")
+        return cast(torch.linalg.cholesky((double + double.T) / 2).T, dtype)
     return of_kind((np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T).astype(dtype), array)
 
 
@@ -166,7 +174,9 @@ def cdist(
         Of the Minkowski metric, positive; 1, 2 and inf are "cityblock", "euclidean" and "chebyshev". Below 1 it is no
         metric. The sum of powers must be within the range of the compute dtype.
     M : array (D, D) or ("factor", array (R, D)), optional
-        Of the Mahalanobis metric: positive semi-definite, or L with ``M = L^T L``, which may require a gradient.
+        Of the Mahalanobis metric: positive semi-definite, or L with ``M = L^T L``. Either may require a gradient, the
+        matrix where it is positive definite: its gradient is ``sum_ij g_ij z z^T / (2 d_ij)``, ``z = x_i - y_j``,
+        symmetric; first and second order.
     out : array (..., N, M), optional
         C-contiguous, of the result's dtype; is filled and returned. Not for inputs that require a gradient.
 
