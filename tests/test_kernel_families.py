@@ -218,6 +218,52 @@ def test_low_precision_gram_is_semi_definite(dtype, d, offset):
         assert values[0] > -10 * np.finfo(np.float32).eps * values[-1], kernel
 
 
+SYMMETRIC = (
+    "gaussian", "laplacian", "matern 5/2 ard", "periodic", "linear", "cosine", "one score", "five scores",
+)  # fmt: skip
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("name", SYMMETRIC)
+def test_symmetric_product(name, threads):
+    """From 4096 rows on, one column times K(x, x) takes half the pairs: each serves its row and its column."""
+    for n, d, dtype in ((4096, 3, "float32"), (4097, 20, "float64"), (8209, 3, "float32")):
+        kernel = FAMILIES[name][0](*FAMILIES[name][2](d))
+        x, v = points(n, d, dtype), points(n, 1, dtype, seed=5)
+        rows = np.r_[0:3, 126:130, 2043:2049, n - 3 : n]
+        block = kernel(x[rows].astype("float64"), x.astype("float64"))
+        results = []
+        for count in (1, 2, 3, 7) if n == 4097 else (2,):
+            threads(count)
+            results.append(kernel.matmul(x, None, v))
+        assert all(same_bits(results[0], other) for other in results[1:])
+        error = np.abs(results[0][rows] - block @ v.astype("float64"))
+        # As in test_dense_and_product, whose points have no common centre either.
+        bound = EPS[dtype] * (6 + np.sqrt(d) + np.sqrt(n)) * (4 if name == "periodic" else 1)
+        assert np.all(error <= bound * max(1.0, np.abs(block).max()) * np.abs(v).sum())
+        assert np.allclose(
+            results[0], kernel.matmul(x, x.copy(), v), rtol=0, atol=bound * np.abs(block).max() * np.abs(v).sum()
+        )
+
+
+def test_bad_rows_of_a_symmetric_product():
+    """NaN in a point touches every sum that it enters with a weight; in a weight, every sum; infinity is far from all."""
+    x, v = points(4100, 3, "float32"), points(4100, 1, "float32", seed=1)
+    kernel = k.Matern()
+    expected = kernel.matmul(x, None, v)
+    dirty = x.copy()
+    dirty[[5, 4099]] = np.inf
+    clean = np.setdiff1d(np.arange(4100), [5, 4099])
+    with np.errstate(invalid="ignore"):
+        product = kernel.matmul(dirty, None, v)
+    others = expected - kernel(x, x[[5, 4099]]) @ v[[5, 4099]]
+    assert np.allclose(product[clean], others[clean], atol=1e-3)
+    dirty[[5, 4099]] = np.nan
+    assert np.isnan(kernel.matmul(dirty, None, v)).all()
+    v[17] = np.nan
+    assert np.isnan(kernel.matmul(x, None, v)).all()
+
+
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
@@ -383,12 +429,11 @@ def test_extreme_length_scales(name, size, dtype):
         x = torch.from_numpy(points(23, d, dtype))
         x[7] = x[2]
         v = torch.from_numpy(1e3 * points(23, 2, dtype))
-        wide = x.double()
         least = 1e3 * torch.finfo(x.dtype).tiny  # what underflows is 0
         for value in (size, size * np.linspace(1, 3, d)):
             scale = torch.tensor(value, dtype=torch.float64)
             own = [t.clone().requires_grad_() for t in (x, v, scale)]
-            other = [t.double().clone().requires_grad_() for t in (wide, v, scale)]
+            other = [t.double().clone().requires_grad_() for t in (x, v, scale)]
             gram, expected = make(own[2])(own[0]), formula(other[0], other[0], other[2])
             assert torch.allclose(gram.double(), expected, rtol=1e-5, atol=1e-5)
             if name != "two scores":
@@ -409,10 +454,10 @@ def test_second_derivatives_at_extreme_length_scales(name, size, dtype):
     make, formula = EXTREMES[name]
     x, y = (torch.from_numpy(points(n, 3, dtype, seed=n)) for n in (5, 4))
     found = []
-    for f, wide in ((make, False), (formula, True)):
-        own = [(t.double() if wide else t).clone().requires_grad_() for t in (x, y)]
+    for exact in (False, True):
+        own = [(t.double() if exact else t).clone().requires_grad_() for t in (x, y)]
         scale = torch.tensor(size, dtype=torch.float64)
-        gram = f(*own, scale) if wide else f(scale)(*own)
+        gram = formula(*own, scale) if exact else make(scale)(*own)
         (slope,) = torch.autograd.grad(gram.square().sum(), own[0], create_graph=True)
         found.append(torch.autograd.grad(slope.square().sum() + slope.sum(), own))
     for a, e in zip(*found, strict=True):
