@@ -147,8 +147,11 @@ class Evaluator {
       for (int s = 0; s < p_.scores; ++s) {
         const T* slope = p_.steps == 0 ? upstream + k : target(s);
         const T factor = p_.score[s].kind == ScoreKind::sqeuclidean ? T(2) : T(1);
+        // Where a tiny length scale lets the pull of coincident points overflow, the largest number stands for
+        // infinity: it meets the difference 0. NaN comes through.
+        constexpr T kMost = std::numeric_limits<T>::max();
         for (int64_t i = 0; i < run; i += kLanes<T>)
-          store(tiles[s] + k + i, finite<T>(load(slope + i) * splat<T>(factor)));
+          store(tiles[s] + k + i, vmax(splat<T>(-kMost), vmin(splat<T>(kMost), load(slope + i) * splat<T>(factor))));
       }
     }
   }

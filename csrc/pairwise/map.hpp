@@ -171,18 +171,10 @@ inline void with_map(PairMap name, F f) {
 
 /// A parameter as steps compute with it: finite, with room for the factors of a map. The kernel of a tiny length scale
 /// is 1 at distance 0, not inf * 0.
-template <class T>
-NEARFAR_FN T parameter_of(double p) {
-  const double most = static_cast<double>(std::numeric_limits<T>::max()) / 16;
-  return static_cast<T>(p > most ? most : p < -most ? -most : p);
-}
-
-/// The largest number in place of infinity; NaN stays. The pull of a tiny length scale overflows where two points
-/// coincide, and meets a difference of 0 there.
-template <class T, class V>
-NEARFAR_FN V finite(V v) {
-  constexpr T kMost = std::numeric_limits<T>::max();
-  return select(v > kMost, V(V{} + kMost), select(v < -kMost, V(V{} - kMost), v));
+template <class T, class P>
+NEARFAR_FN T parameter_of(P p) {
+  constexpr P kMost = static_cast<P>(std::numeric_limits<T>::max()) / 16;
+  return static_cast<T>(p > kMost ? kMost : p < -kMost ? -kMost : p);
 }
 
 /// exp(-a s / 2)
@@ -266,7 +258,7 @@ template <class T>
 struct RationalQuadraticStep {
   static constexpr int kParameters = 3;
   NEARFAR_FN explicit RationalQuadraticStep(const T* p)
-      : a(p[0]), alpha(p[1]), beyond(p[2]), factor(finite<T>(a / (2 * alpha))) {}
+      : a(p[0]), alpha(p[1]), beyond(p[2]), factor(parameter_of<T>(a / (2 * alpha))) {}
   template <class V>
   NEARFAR_FN V value(V s) const {
     if (alpha == T(1) && beyond == T(0)) return T(1) / (s * factor + T(1));
