@@ -99,8 +99,8 @@ def mahalanobis_factor(M: Any, like: Array) -> Array:
     if is_torch(array) and array.requires_grad:
         if values[0] <= rounding:
             raise ValueError(
-                f"M: expected a positive definite matrix, since it requires a gradient, got an eigenvalue {values[0]:.3g}; "
-                "pass ('factor', L) with M = L^T L"
+                "M: expected a positive definite matrix, since it requires a gradient, got an eigenvalue "
+                f"{values[0]:.3g}; pass ('factor', L) with M = L^T L"
             )
         import torch
 

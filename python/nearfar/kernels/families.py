@@ -11,7 +11,6 @@ from ..arrays import Array, cast, common_center, compute_dtype, is_torch
 from .base import Kernel, plain, scalar
 from .program import Builder, Register
 
-
 # Of a length scale: the square of its inverse, and the derivative of that, are finite in double precision.
 _LEAST = 2.0**-330
 
@@ -41,8 +40,8 @@ def _number(value: Any, x: Array) -> Any:
 def _in_units(program: Builder, scale: Any, name: str) -> tuple[Any, Array]:
     """A unit near the least of the length scales, and what is left of each for the points to be divided by.
 
-    The unit is a parameter of the map. Points divided by a tiny length scale would overflow; it is a power of two, so no
-    digit changes.
+    The unit is a parameter of the map: points divided by a tiny length scale would overflow. It is a power of two, so
+    no digit changes.
     """
     array = program.array(scale, name, "float64")
 
