@@ -268,7 +268,7 @@ def _ard_gradient_rows(problem: Problem) -> tuple[Array, ...]:
 COMPOSED_MATMUL_GRADIENT = Case(
     name="composed_matmul_gradient",
     what="matmul of a sum of two Gaussians and a Matern, each with length scales of its own: value and gradient in x",
-    shapes=({"n": 8000, "d": 8, "columns": 1},),
+    shapes=({"n": 4000, "d": 8, "columns": 1},),
     quick={"n": 300, "d": 3, "columns": 1},
     make=_points_and_vectors,
     ours=_ard_gradient,
