@@ -9,10 +9,7 @@ import numpy as np
 
 from ..arrays import Array, cast, common_center, compute_dtype, is_torch
 from .base import Kernel, plain, scalar
-from .program import Builder, Register
-
-# Of a length scale: the square of its inverse, and the derivative of that, are finite in double precision.
-_LEAST = 2.0**-330
+from .program import LEAST_SCALE, Builder, Register
 
 
 def _check_lengthscale(value: Any) -> Any:
@@ -35,27 +32,6 @@ def _shape(value: Any) -> tuple[int, ...]:
 def _number(value: Any, x: Array) -> Any:
     """A scalar hyper-parameter to compute with the points x; a tensor keeps its graph."""
     return value.reshape(()) if is_torch(value) and is_torch(x) else plain(value)
-
-
-def _in_units(program: Builder, scale: Any, name: str) -> tuple[Any, Array]:
-    """A unit near the least of the length scales, and what is left of each for the points to be divided by.
-
-    The unit is a parameter of the map: points divided by a tiny length scale would overflow. It is a power of two, so
-    no digit changes.
-    """
-    array = program.array(scale, name, "float64")
-
-    def unit() -> Any:
-        if is_torch(scale):
-            import torch
-
-            least = array.detach().abs().amin().clamp(min=_LEAST)
-            return least / torch.frexp(least).mantissa
-        number = max(float(scale if isinstance(scale, (int, float)) else np.min(scale)), _LEAST)
-        return number / math.frexp(number)[0]
-
-    one = program.derived(("unit", program.key(scale)), unit)
-    return one, cast(array / one, compute_dtype(program.x))
 
 
 class _Stationary(Kernel):
@@ -90,7 +66,7 @@ class _Stationary(Kernel):
             return program.score(self._distance), self._inverse(program, scale)
         if shape != (program.d,):
             raise ValueError(f"lengthscale: expected a number or shape ({program.d},) to match x, got {shape}")
-        unit, divisor = _in_units(program, scale, "lengthscale")
+        unit, divisor = program.units(scale, "lengthscale")
         center = common_center(program.x)
         score = program.score(self._distance, ("over", program.key(scale)), lambda x: (x - center) / divisor)
         return score, self._inverse(program, unit)
@@ -103,9 +79,11 @@ class _Stationary(Kernel):
                 import torch
 
                 value = program.array(scale, "lengthscale", "float64").reshape(())
-                value = 1.0 / torch.where(value.abs() <= _LEAST, _LEAST, value)
+                value = 1.0 / torch.where(value.abs() <= LEAST_SCALE, LEAST_SCALE, value)
             else:
-                value = 1.0 / max(float(scale if isinstance(scale, (int, float)) else np.reshape(scale, ())), _LEAST)
+                value = 1.0 / max(
+                    float(scale if isinstance(scale, (int, float)) else np.reshape(scale, ())), LEAST_SCALE
+                )
             return value * value if self._power == 2 else value
 
         return program.derived((self._power, program.key(scale)), inverse)
@@ -316,7 +294,7 @@ class Periodic(Kernel):
                 raise ValueError(f"{name}: expected a number or shape ({program.d},) to match x, got {_shape(value)}")
         dtype = compute_dtype(program.x)
         center = common_center(program.x)
-        unit, scale = _in_units(program, self.lengthscale, "lengthscale")
+        unit, scale = program.units(self.lengthscale, "lengthscale")
         # In double precision up to the angle, which many turns would round.
         period = program.array(self.period, "period", "float64")
 

@@ -173,26 +173,32 @@ COMPOSED_MATMUL = _matmul_case(
 # ---- its gradient ----------------------------------------------------------------------------------------------------
 
 
-def _matmul_gradient(problem: Problem) -> Step:
+def _in_x(problem: Problem, kernel: Any) -> Step:
     torch = load("torch")
-    kernel = _kernel(problem, ("gaussian",))
     x = torch.from_numpy(problem["x"]).requires_grad_()
     y, v = x.detach().clone(), torch.from_numpy(problem["v"])
     return lambda: (torch.autograd.grad(kernel.matmul(x, y, v).sum(), x)[0].numpy(),)
 
 
-def _keops_gradient(problem: Problem) -> Step:
+def _keops_in_x(problem: Problem, product: Callable[..., Any]) -> Step:
+    """Of product(LazyTensor, x, y, v)."""
     torch, pykeops = load("torch"), load("pykeops")
     pykeops.set_verbose(False)
     lazy = load("pykeops.torch").LazyTensor
     x = torch.from_numpy(problem["x"]).requires_grad_()
     y, v = x.detach().clone(), torch.from_numpy(problem["v"])
+    return lambda: (torch.autograd.grad(product(lazy, x, y, v).sum(), x)[0].numpy(),)
 
-    def step() -> tuple[Any, ...]:
-        total = _keops_product(lazy, x, y, v, _lengthscale(problem), ("gaussian",)).sum()
-        return (torch.autograd.grad(total, x)[0].numpy(),)
 
-    return step
+def _matmul_gradient(problem: Problem) -> Step:
+    return _in_x(problem, _kernel(problem, ("gaussian",)))
+
+
+def _keops_gradient(problem: Problem) -> Step:
+    def product(lazy: Any, x: Any, y: Any, v: Any) -> Any:
+        return _keops_product(lazy, x, y, v, _lengthscale(problem), ("gaussian",))
+
+    return _keops_in_x(problem, product)
 
 
 def _gradient_rows(problem: Problem) -> tuple[Array, ...]:
@@ -230,30 +236,22 @@ def _ard_scales(problem: Problem) -> list[Array]:
 
 
 def _ard_gradient(problem: Problem) -> Step:
-    torch = load("torch")
     first, *more = (_KERNELS[term][0](s) for (term, _, _), s in zip(_ARD, _ard_scales(problem), strict=True))
-    kernel = sum(more, start=first)
-    x = torch.from_numpy(problem["x"]).requires_grad_()
-    y, v = x.detach().clone(), torch.from_numpy(problem["v"])
-    return lambda: (torch.autograd.grad(kernel.matmul(x, y, v).sum(), x)[0].numpy(),)
+    return _in_x(problem, sum(more, start=first))
 
 
 def _keops_ard_gradient(problem: Problem) -> Step:
-    torch, pykeops = load("torch"), load("pykeops")
-    pykeops.set_verbose(False)
-    lazy = load("pykeops.torch").LazyTensor
-    x = torch.from_numpy(problem["x"]).requires_grad_()
-    y, v = x.detach().clone(), torch.from_numpy(problem["v"])
+    torch = load("torch")
     scales = [torch.from_numpy(s.astype(np.float32)) for s in _ard_scales(problem)]
 
-    def step() -> tuple[Any, ...]:
+    def product(lazy: Any, x: Any, y: Any, v: Any) -> Any:
         first, *more = (
             _KERNELS[term][1](((lazy((x / s)[:, None, :]) - lazy((y / s)[None, :, :])) ** 2).sum(-1))
             for (term, _, _), s in zip(_ARD, scales, strict=True)
         )
-        return (torch.autograd.grad((sum(more, start=first) @ v).sum(), x)[0].numpy(),)
+        return sum(more, start=first) @ v
 
-    return step
+    return _keops_in_x(problem, product)
 
 
 def _ard_gradient_rows(problem: Problem) -> tuple[Array, ...]:
