@@ -282,6 +282,10 @@ def test_second_derivatives_of_mahalanobis():
     def of_factor(x, y, root):
         return nf.cdist(x, y, "mahalanobis", M=("factor", root[:2])) * weights
 
+    m, other = root.detach() @ root.detach().T, x.detach()
+    leaf = m.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(nf.pdist(other, "mahalanobis", M=leaf).sum(), leaf)
+    assert torch.allclose(torch.func.grad(lambda m: nf.pdist(other, "mahalanobis", M=m).sum())(m), expected)
     for f in (of_matrix, of_factor, lambda x, y, root: nf.pdist(x, "mahalanobis", M=root @ root.T)):
         assert torch.autograd.gradcheck(f, (x, y, root))
         assert torch.autograd.gradgradcheck(f, (x, y, root))

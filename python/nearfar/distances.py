@@ -88,7 +88,7 @@ def mahalanobis_factor(M: Any, like: Array) -> Array:
         raise ValueError(f"M: expected shape {shape} to match x, got {tuple(array.shape)}")
     if given:
         return cast(array, dtype)
-    wide = to_numpy(cast(array.detach() if is_torch(array) else array, "float64"))
+    wide = _values_of(array)
     size = float(np.abs(wide).max(initial=0.0))
     rounding = 8 * float(np.finfo(dtype).eps) * columns * size
     if not np.isfinite(size) or np.abs(wide - wide.T).max(initial=0.0) > rounding:
@@ -107,6 +107,18 @@ def mahalanobis_factor(M: Any, like: Array) -> Array:
         double = cast(array, "float64")
         return cast(torch.linalg.cholesky((double + double.T) / 2).T, dtype)
     return of_kind((np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T).astype(dtype), array)
+
+
+def _values_of(array: Array) -> np.ndarray[Any, Any]:
+    """In float64, also under `torch.func.grad`."""
+    if not is_torch(array):
+        return to_numpy(cast(array, "float64"))
+    import torch
+
+    while torch._C._functorch.is_gradtrackingtensor(array):
+        array = torch._C._functorch.get_unwrapped(array)
+    with torch._C._DisableFuncTorch():
+        return to_numpy(cast(array.detach(), "float64"))
 
 
 def check_set(array: Array, name: str) -> None:
