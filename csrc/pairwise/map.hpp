@@ -6,8 +6,8 @@
 // differentiated through a square root; `score` is r again, from the value. A map of the dot product has kDistance =
 // false and dx_i = sum_j g_ij pull_ij y_j. Both are given the value again, which the backward pass has at hand.
 //
-// `exp_flush`, `expm1`, `log1p`, `sqrt` and `select` are those of the backend: include cpu/vector.hpp (or the CUDA one)
-// first.
+// `exp_flush`, `expm1`, `log1p`, `sqrt`, `capped` and `select` are those of the backend: include cpu/vector.hpp (or the
+// CUDA one) first.
 #pragma once
 
 #include <limits>
@@ -246,8 +246,7 @@ struct MaternStep {
   template <class V>
   NEARFAR_FN V root(V s) const {
     constexpr T kFar = 1000;
-    const V t = sqrt(V(s * (a * T(TWICE))));
-    return select(t > kFar, V(V{} + kFar), t);
+    return capped(sqrt(V(s * (a * T(TWICE)))), kFar);
   }
   T a;
 };
@@ -262,6 +261,7 @@ struct RationalQuadraticStep {
   template <class V>
   NEARFAR_FN V value(V s) const {
     if (alpha == T(1) && beyond == T(0)) return T(1) / (s * factor + T(1));
+    if (beyond == T(0)) return exp_flush(V(log1p(V(s * factor)) * -alpha));  // a compare saved
     return exp_flush(V((log1p(V(s * factor)) + lacking(s)) * -alpha));
   }
   template <class V>
