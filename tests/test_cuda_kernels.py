@@ -9,7 +9,7 @@ import references
 import test_cuda
 import torch
 from test_cuda import DEVICE, DTYPES, gpu_only, tensor
-from test_kernel_families import FAMILIES, cosine, gaussian, matern, periodic
+from test_kernel_families import EXTREMES, FAMILIES, cosine, gaussian, matern, periodic
 from test_kernels import EPS
 
 import nearfar as nf
@@ -141,11 +141,23 @@ def test_batches_layouts_and_empty_sets():
     assert not kernel.matmul(y[0], none, v[:0]).any()
 
 
-def test_tiny_and_huge_length_scales():
-    x = tensor(g.points(9, 3), "float32")
-    for make in (k.Gaussian, k.Matern, k.RationalQuadratic, k.Laplacian):
-        torch.testing.assert_close(make(1e-15)(x), torch.eye(9, device=DEVICE), rtol=0, atol=1e-20)
-        assert torch.equal(make(1e30)(x), torch.ones(9, 9, device=DEVICE))
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e30])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_tiny_and_huge_length_scales(name, size):
+    """Values and gradients, beside points that coincide and large weights."""
+    make, formula = EXTREMES[name]
+    for d, dtype in ((3, "float32"), (20, "float32"), (3, "float64")):
+        points = g.points(9, d)
+        points[7] = points[2]
+        least = 1e3 * np.finfo(dtype).tiny  # what underflows is 0
+        for value in (size, size * np.linspace(1, 3, d)):
+            own, wide = leaves(tensor(points, dtype), tensor(1e3 * g.points(9, 2), dtype), value)
+            gram, expected = make(own[2])(own[0]), formula(wide[0], wide[0], wide[2])
+            torch.testing.assert_close(gram.cpu().double(), expected, rtol=1e-5, atol=1e-5)
+            actual = torch.autograd.grad(make(own[2]).matmul(own[0], None, own[1]).sum(), own)
+            wanted = torch.autograd.grad((expected @ wide[1]).sum(), wide)
+            for a, e, floor in zip(actual, wanted, (least, least, least * max(1, 1 / size)), strict=True):
+                assert ((a.cpu().double() - e).abs() <= 2e-4 * e.abs().max() + floor).all()
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------

@@ -218,6 +218,52 @@ def test_low_precision_gram_is_semi_definite(dtype, d, offset):
         assert values[0] > -10 * np.finfo(np.float32).eps * values[-1], kernel
 
 
+SYMMETRIC = (
+    "gaussian", "laplacian", "matern 5/2 ard", "periodic", "linear", "cosine", "one score", "five scores",
+)  # fmt: skip
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("name", SYMMETRIC)
+def test_symmetric_product(name, threads):
+    """From 4096 rows on, one column times K(x, x) takes half the pairs: each serves its row and its column."""
+    for n, d, dtype in ((4096, 3, "float32"), (4097, 20, "float64"), (8209, 3, "float32")):
+        kernel = FAMILIES[name][0](*FAMILIES[name][2](d))
+        x, v = points(n, d, dtype), points(n, 1, dtype, seed=5)
+        rows = np.r_[0:3, 126:130, 2043:2049, n - 3 : n]
+        block = kernel(x[rows].astype("float64"), x.astype("float64"))
+        results = []
+        for count in (1, 2, 3, 7) if n == 4097 else (2,):
+            threads(count)
+            results.append(kernel.matmul(x, None, v))
+        assert all(same_bits(results[0], other) for other in results[1:])
+        error = np.abs(results[0][rows] - block @ v.astype("float64"))
+        # As in test_dense_and_product, whose points have no common centre either.
+        bound = EPS[dtype] * (6 + np.sqrt(d) + np.sqrt(n)) * (4 if name == "periodic" else 1)
+        assert np.all(error <= bound * max(1.0, np.abs(block).max()) * np.abs(v).sum())
+        assert np.allclose(
+            results[0], kernel.matmul(x, x.copy(), v), rtol=0, atol=bound * np.abs(block).max() * np.abs(v).sum()
+        )
+
+
+def test_bad_rows_of_a_symmetric_product():
+    """NaN in a point touches every sum that it enters with a weight; in a weight, every sum; infinity is far from all."""
+    x, v = points(4100, 3, "float32"), points(4100, 1, "float32", seed=1)
+    kernel = k.Matern()
+    expected = kernel.matmul(x, None, v)
+    dirty = x.copy()
+    dirty[[5, 4099]] = np.inf
+    clean = np.setdiff1d(np.arange(4100), [5, 4099])
+    with np.errstate(invalid="ignore"):
+        product = kernel.matmul(dirty, None, v)
+    others = expected - kernel(x, x[[5, 4099]]) @ v[[5, 4099]]
+    assert np.allclose(product[clean], others[clean], atol=1e-3)
+    dirty[[5, 4099]] = np.nan
+    assert np.isnan(kernel.matmul(dirty, None, v)).all()
+    v[17] = np.nan
+    assert np.isnan(kernel.matmul(x, None, v)).all()
+
+
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
@@ -338,18 +384,84 @@ def test_gradients_of_equal_points_are_finite(name):
         assert not dx.any()
 
 
-def test_extreme_length_scales():
-    """The identity and ones, with derivatives that are finite."""
-    x = torch.from_numpy(points(40, 3, "float32"))
-    for make in (k.Gaussian, k.Laplacian, k.Matern, k.RationalQuadratic, lambda s: k.Matern(s, 0.5)):
-        # Below 1e-18 of the distance the argument of Matern 3/2 and 5/2 overflows float32, and they are NaN.
-        for value, expected in ((1e-30 if make is not k.Matern else 1e-15, torch.eye(40)), (1e30, torch.ones(40, 40))):
-            scale = torch.tensor(value, dtype=torch.float64, requires_grad=True)
-            gram = make(scale)(x)
-            assert torch.allclose(gram, expected)
-            (slope,) = torch.autograd.grad(gram.sum(), scale)
-            assert value < 1 or slope.abs() < 1e-20
-            assert np.array_equal(make(value)(x.numpy()), gram.detach().numpy())
+def powers(alpha):
+    return lambda x, y, s: rational_quadratic(x, y, s, alpha)
+
+
+def smooth_matern(nu):
+    """The formula by its series at small distances, where the slope of (1 + t) exp(-t) cancels."""
+
+    def value(x, y, scale):
+        q = 2 * nu * squares(x / scale, y / scale)
+        near = q < 1e-8
+        t = root(torch.where(near, 0.0, q))
+        far = {1.5: 1 + t, 2.5: 1 + t + t * t / 3}[nu] * torch.exp(-t)
+        return torch.where(near, {1.5: 1 - q / 2 + q * root(q) / 3, 2.5: 1 - q / 6 + q * q / 24}[nu], far)
+
+    return value
+
+
+EXTREMES = {
+    "gaussian": (k.Gaussian, gaussian),
+    "laplacian": (k.Laplacian, laplacian),
+    "matern 1/2": (lambda s: k.Matern(s, 0.5), matern(0.5)),
+    "matern 3/2": (lambda s: k.Matern(s, 1.5), smooth_matern(1.5)),
+    "matern 5/2": (k.Matern, smooth_matern(2.5)),
+    "rational quadratic": (k.RationalQuadratic, powers(1.0)),
+    "rational quadratic 0.1": (lambda s: k.RationalQuadratic(s, 0.1), powers(0.1)),  # falls so slowly that 1e-30 counts
+    "rational quadratic 0.001": (lambda s: k.RationalQuadratic(s, 1e-3), powers(1e-3)),
+    "periodic": (lambda s: k.Periodic(s, 2.5), lambda x, y, s: periodic(x, y, s, 2.5)),
+    "two scores": (
+        lambda s: k.Matern(s, 1.5) * k.Laplacian(s) + k.Linear() * k.Gaussian(s),
+        lambda x, y, s: smooth_matern(1.5)(x, y, s) * laplacian(x, y, s) + x @ y.mT * gaussian(x, y, s),
+    ),
+}
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e-15, 1e15, 1e30])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_extreme_length_scales(name, size, dtype):
+    """The identity and ones, or what slow tails leave; gradients too, beside points that coincide and large weights."""
+    make, formula = EXTREMES[name]
+    for d in (3, 20):
+        x = torch.from_numpy(points(23, d, dtype))
+        x[7] = x[2]
+        v = torch.from_numpy(1e3 * points(23, 2, dtype))
+        least = 1e3 * torch.finfo(x.dtype).tiny  # what underflows is 0
+        for value in (size, size * np.linspace(1, 3, d)):
+            scale = torch.tensor(value, dtype=torch.float64)
+            own = [t.clone().requires_grad_() for t in (x, v, scale)]
+            other = [t.double().clone().requires_grad_() for t in (x, v, scale)]
+            gram, expected = make(own[2])(own[0]), formula(other[0], other[0], other[2])
+            assert torch.allclose(gram.double(), expected, rtol=1e-5, atol=1e-5)
+            if name != "two scores":
+                assert (gram.diagonal() == 1).all()
+            assert np.allclose(make(np.float64(value))(x.numpy()), gram.detach().numpy(), rtol=1e-6, atol=0)
+            product = make(own[2]).matmul(own[0], None, own[1])
+            assert torch.allclose(product.double(), expected @ other[1], rtol=1e-5, atol=1e-1)
+            actual = torch.autograd.grad(product.sum() + gram.sum(), own)
+            wanted = torch.autograd.grad((expected @ other[1]).sum() + expected.sum(), other)
+            for a, e, floor in zip(actual, wanted, (least, least, least * max(1, 1 / size)), strict=True):
+                assert ((a.double() - e).abs() <= 2e-4 * e.abs().max() + floor).all(), (value, a, e)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e30])
+@pytest.mark.parametrize("name", EXTREMES)
+def test_second_derivatives_at_extreme_length_scales(name, size, dtype):
+    make, formula = EXTREMES[name]
+    x, y = (torch.from_numpy(points(n, 3, dtype, seed=n)) for n in (5, 4))
+    found = []
+    for exact in (False, True):
+        own = [(t.double() if exact else t).clone().requires_grad_() for t in (x, y)]
+        scale = torch.tensor(size, dtype=torch.float64)
+        gram = formula(*own, scale) if exact else make(scale)(*own)
+        (slope,) = torch.autograd.grad(gram.square().sum(), own[0], create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum() + slope.sum(), own))
+    for a, e in zip(*found, strict=True):
+        assert torch.allclose(a.double(), e, rtol=1e-3, atol=1e-3 * float(e.abs().max()) + 1e-30)
 
 
 def test_learnable_parameters():

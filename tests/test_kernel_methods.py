@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from generators import points, rng
+from references import same_bits
 
 import nearfar as nf
 from nearfar import kernel_methods
@@ -78,6 +79,68 @@ def test_ridge_matches_scikit_learn():
     weights = rng(3).uniform(0, 1, len(x))
     assert ours.score(x, y) == pytest.approx(theirs.score(x, y), abs=1e-7)
     assert ours.score(x, y, weights) == pytest.approx(theirs.score(x, y, weights), abs=1e-7)
+
+
+@pytest.mark.parametrize("solver", ["cg", "cholesky"])
+@pytest.mark.parametrize("preconditioner", ["nystrom", "pivoted_cholesky", None])
+@pytest.mark.parametrize("targets", [None, 2])
+def test_weighted_ridge(solver, preconditioner, targets):
+    """gamma solves (S K S + alpha I) gamma = S y, S = sqrt(w): scikit-learn's numbers."""
+    from sklearn.kernel_ridge import KernelRidge
+
+    x, y = problem(targets=targets)
+    weights = rng(3).uniform(0, 4, len(x)) ** 3
+    weights[::7] = 0
+    ours = nf.KernelRidge("rbf", 0.5, solver, tol=1e-11, preconditioner=preconditioner).fit(x, y, weights)
+    theirs = KernelRidge(kernel="rbf", alpha=0.5).fit(x, y, weights)
+    assert np.allclose(ours.dual_coef_, theirs.dual_coef_, atol=1e-7 * np.abs(theirs.dual_coef_).max())
+    assert not ours.dual_coef_[::7].any()
+    assert np.allclose(ours.predict(x[:9]), theirs.predict(x[:9]), atol=1e-7)
+    root = np.sqrt(weights)
+    weighted = nf.gram(x, kernel="rbf") * root * root[:, None] + 0.5 * np.eye(len(x))
+    gamma = np.linalg.solve(weighted, (root * y.T).T)
+    assert np.allclose(ours.dual_coef_, (root * gamma.T).T, atol=1e-7 * np.abs(gamma).max())
+    assert ours.residuals_[-1] < 1e-10
+
+
+def test_weights_are_repetitions():
+    x, y = problem(120, 3)
+    counts = rng(1).integers(0, 4, 120)
+    once = nf.KernelRidge(k.Gaussian(1.0), 0.1, tol=1e-12).fit(x, y, counts)
+    often = nf.KernelRidge(k.Gaussian(1.0), 0.1, tol=1e-12).fit(x.repeat(counts, 0), y.repeat(counts))
+    assert np.allclose(once.predict(x), often.predict(x), atol=1e-9)
+    plain = nf.KernelRidge(k.Gaussian(1.0), 0.1).fit(x, y)
+    for same in (1, 1.0, np.ones(120), torch.ones(120), None):
+        assert same_bits(nf.KernelRidge(k.Gaussian(1.0), 0.1).fit(x, y, same).dual_coef_, plain.dual_coef_)
+    tensor = nf.KernelRidge(k.Gaussian(1.0), 0.1, tol=1e-12).fit(torch.from_numpy(x), torch.from_numpy(y), counts)
+    assert np.allclose(tensor.dual_coef_.numpy(), once.dual_coef_)
+    single = nf.KernelRidge(k.Gaussian(1.0), 0.1, tol=1e-5).fit(x.astype("f4"), y.astype("f4"), counts)
+    assert single.dual_coef_.dtype == np.float32
+    assert np.allclose(single.predict(x.astype("f4")), once.predict(x), atol=1e-3)
+
+
+def test_preconditioner_knows_the_weights():
+    x, y = problem(600, 2)
+    weights = 10.0 ** rng(2).uniform(-3, 3, 600)
+    steps = [
+        nf.KernelRidge(k.Gaussian(1.0), 1e-2, preconditioner=p, tol=1e-6).fit(x, y, weights).n_iter_
+        for p in ("pivoted_cholesky", None)
+    ]
+    assert steps[0] < 20
+    assert steps[0] < steps[1] / 4
+
+
+def test_bad_weights():
+    x, y = problem(30)
+    for weights, message in (
+        (np.ones(9), r"expected shape \(30,\) to match X, got \(9,\)"),
+        (np.ones((30, 1)), r"expected shape \(30,\) to match X"),
+        (-np.ones(30), "expected finite numbers that are not negative"),
+        (np.full(30, np.nan), "expected finite numbers"),
+        (np.zeros(30), "expected a positive sum"),
+    ):
+        with pytest.raises(ValueError, match=f"^sample_weight: {message}"):
+            nf.KernelRidge().fit(x, y, weights)
 
 
 def test_ridge_of_tensors_and_zero_targets():

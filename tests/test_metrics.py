@@ -237,6 +237,75 @@ def test_mahalanobis_of_a_projection():
     assert torch.autograd.gradcheck(lambda f: nf.cdist(torch.from_numpy(x), y, "mahalanobis", M=("factor", f)), (leaf,))
 
 
+@pytest.mark.parametrize("d", [1, 3, 18])
+@pytest.mark.parametrize("function", ["cdist", "pdist", "knn"])
+def test_gradient_of_the_mahalanobis_matrix(function, d):
+    """sum_ij g_ij z z^T / (2 d_ij), z = x_i - y_j; rows that coincide add nothing."""
+    x, y, m = (torch.from_numpy(a) for a in (points(9, d), points(7, d, seed=1), spd(d) + np.eye(d)))
+    x[4] = x[1]
+    y[2] = x[3]
+
+    def distances(x, y, m):
+        if function == "pdist":
+            return nf.pdist(x, "mahalanobis", M=m)
+        return (
+            nf.cdist(x, y, "mahalanobis", M=m) if function == "cdist" else nf.knn(x, y, 3, metric="mahalanobis", M=m)[0]
+        )
+
+    own = [t.clone().requires_grad_() for t in (x, y, m)]
+    value = distances(*own)
+    weights = torch.from_numpy(rng(d).standard_normal(value.shape))
+    used = own if function != "pdist" else own[::2]
+    actual = torch.autograd.grad((value * weights).sum(), used)
+    other = [t.clone().requires_grad_() for t in (x, y, m)]
+    z = other[0].unsqueeze(1) - (other[0] if function == "pdist" else other[1])
+    square = torch.einsum("ijk,kl,ijl->ij", z, (other[2] + other[2].T) / 2, z)
+    matrix = torch.where(square > 0, torch.where(square > 0, square, 1.0).sqrt(), 0.0)
+    if function == "pdist":
+        matrix = matrix[tuple(torch.triu_indices(9, 9, 1))]
+    elif function == "knn":
+        matrix = matrix.sort(1).values[:, :3]
+    expected = torch.autograd.grad((matrix * weights).sum(), other if function != "pdist" else other[::2])
+    assert torch.allclose(value, matrix, rtol=1e-10, atol=1e-12)
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.allclose(a, e, rtol=1e-8, atol=1e-10)
+    assert torch.allclose(actual[-1], actual[-1].T, rtol=1e-12, atol=1e-14)
+
+
+def test_second_derivatives_of_mahalanobis():
+    x, y, root = (torch.from_numpy(points(n, 3, seed=n)).requires_grad_() for n in (5, 4, 3))
+    weights = torch.from_numpy(rng(1).standard_normal((5, 4)))
+
+    def of_matrix(x, y, root):  # entries of a matrix that stays symmetric
+        return nf.cdist(x, y, "mahalanobis", M=root @ root.T + torch.eye(3, dtype=x.dtype)) * weights
+
+    def of_factor(x, y, root):
+        return nf.cdist(x, y, "mahalanobis", M=("factor", root[:2])) * weights
+
+    m, other = root.detach() @ root.detach().T, x.detach()
+    leaf = m.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(nf.pdist(other, "mahalanobis", M=leaf).sum(), leaf)
+    assert torch.allclose(torch.func.grad(lambda m: nf.pdist(other, "mahalanobis", M=m).sum())(m), expected)
+    for f in (of_matrix, of_factor, lambda x, y, root: nf.pdist(x, "mahalanobis", M=root @ root.T)):
+        assert torch.autograd.gradcheck(f, (x, y, root))
+        assert torch.autograd.gradgradcheck(f, (x, y, root))
+
+
+def test_gradient_of_the_mahalanobis_matrix_in_low_precision():
+    x, y, m = points(60, 5), points(50, 5, seed=1), spd(5) + np.eye(5)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        a, b = (torch.from_numpy(z).to(dtype) for z in (x, y))
+        leaf = torch.from_numpy(m).to(dtype).requires_grad_()
+        exact = leaf.detach().double().requires_grad_()
+        (actual,) = torch.autograd.grad(nf.cdist(a, b, "mahalanobis", M=leaf).square().sum(), leaf)
+        (expected,) = torch.autograd.grad(
+            nf.cdist(a.double(), b.double(), "mahalanobis", M=exact).square().sum(), exact
+        )
+        assert actual.dtype == leaf.dtype
+        name = str(dtype).removeprefix("torch.")
+        assert_gradient(actual, expected, GRADIENT[name], STEP[name])
+
+
 def test_bad_parameters():
     x = points(4, 3)
     for options, error, message in (
@@ -267,8 +336,14 @@ def test_bad_parameters():
             with pytest.raises(error, match=message):
                 function(x, **options)
     m = torch.eye(3, dtype=torch.float64, requires_grad=True)
-    with pytest.raises(ValueError, match="^M: a matrix has no gradient here; pass"):
-        nf.cdist(torch.from_numpy(x), metric="mahalanobis", M=m)
+    singular = torch.ones(3, 3, dtype=torch.float64, requires_grad=True)
+    assert nf.cdist(torch.from_numpy(x), metric="mahalanobis", M=singular.detach()).shape == (4, 4)
+    with pytest.raises(
+        ValueError, match="^M: expected a positive definite matrix, since it requires a gradient, got an"
+    ):
+        nf.cdist(torch.from_numpy(x), metric="mahalanobis", M=singular)
+    with pytest.raises(ValueError, match="^out: not for inputs that require a gradient"):
+        nf.cdist(torch.from_numpy(x), metric="mahalanobis", M=m, out=torch.empty(4, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match="^out: not for inputs that require a gradient"):
         nf.cdist(torch.from_numpy(x), metric="mahalanobis", M=("factor", m), out=torch.empty(4, 4, dtype=torch.float64))
 

@@ -12,6 +12,32 @@
 namespace nearfar {
 namespace {
 
+/// An object for every score of a program, made one after the other.
+template <class Item>
+class PerScore {
+ public:
+  PerScore() = default;
+  ~PerScore() {
+    while (made_ > 0) (*this)[--made_].~Item();
+  }
+  PerScore(const PerScore&) = delete;
+  PerScore& operator=(const PerScore&) = delete;
+
+  template <class... A>
+  Item& add(A&&... arguments) {
+    Item* item = new (memory_ + made_ * sizeof(Item)) Item(static_cast<A&&>(arguments)...);
+    ++made_;
+    return *item;
+  }
+  Item& operator[](int s) const {
+    return *std::launder(reinterpret_cast<Item*>(const_cast<unsigned char*>(memory_) + s * sizeof(Item)));
+  }
+
+ private:
+  int made_ = 0;
+  alignas(64) unsigned char memory_[Program::kScores * sizeof(Item)];
+};
+
 /// The pairs of point sets that a program's scores read, packed. All have the same rows, so the same tiles and chunks.
 template <class T>
 class Scores {
@@ -21,35 +47,24 @@ class Scores {
   /// same: y is x. products: as for Operands.
   Scores(const Program& program, const Rows& x, const Rows& y, bool same, bool products, int threads)
       : count(program.scores), program_(program), same_(same) {
-    int made = 0;
-    try {
-      for (; made < count; ++made) {
-        const ProgramScore& s = program.score[made];
-        new (operands_ + made * sizeof(Operands<T>))
-            Operands<T>(columns_of(x, s), columns_of(y, s), false, s.kind == ScoreKind::sqeuclidean, products, threads,
+    for (int k = 0; k < count; ++k) {
+      const ProgramScore& s = program.score[k];
+      const Operands<T>& made =
+          operands_.add(columns_of(x, s), columns_of(y, s), false, s.kind == ScoreKind::sqeuclidean, products, threads,
                         s.kind == ScoreKind::absolute);
-        depth_ += (*this)[made].d;
-        widest_ = widest_ < (*this)[made].d ? (*this)[made].d : widest_;
-      }
-    } catch (...) {
-      destroy(made);
-      throw;
+      depth_ += made.d;
+      widest_ = widest_ < made.d ? made.d : widest_;
     }
   }
-  ~Scores() { destroy(count); }
-  Scores(const Scores&) = delete;
-  Scores& operator=(const Scores&) = delete;
 
-  Operands<T>& operator[](int s) const {
-    return *std::launder(
-        reinterpret_cast<Operands<T>*>(const_cast<unsigned char*>(operands_) + s * sizeof(Operands<T>)));
-  }
+  Operands<T>& operator[](int s) const { return operands_[s]; }
   const Chunks& chunks() const { return (*this)[0].chunks; }
 
   // Sizes of what `pack` fills for a panel of NR rows of x, and of its workspace.
   int64_t packed() const { return P::NR * depth_; }
   int64_t squares() const { return P::NR * count; }
   int64_t row_buffer() const { return P::NR * padded<T>(widest_); }
+  int64_t widest() const { return widest_; }
 
   void pack(int64_t i0, T* rows, T* panel, T* squares) const {
     for (int s = 0; s < count; ++s) {
@@ -58,15 +73,12 @@ class Scores {
     }
   }
 
-  /// tiles[s] = score s of tiles [t0, t1) against a packed panel; all scores but `except`.
-  void block(int64_t t0, int64_t t1, int64_t i0, const T* panel, const T* squares, T* const* tiles,
-             int except = -1) const {
+  /// tiles[s] = score s of tiles [t0, t1) against a packed panel.
+  void block(int64_t t0, int64_t t1, int64_t i0, const T* panel, const T* squares, T* const* tiles) const {
     for (int s = 0; s < count; ++s) {
       const Operands<T>& o = (*this)[s];
-      if (s != except) {
-        o.block(t0, t1, i0, panel, squares + s * P::NR, tiles[s]);
-        if (same_ && program_.score[s].kind == ScoreKind::unit_dot) mend_diagonal(t0, t1, i0, tiles[s]);
-      }
+      o.block(t0, t1, i0, panel, squares + s * P::NR, tiles[s]);
+      if (same_ && program_.score[s].kind == ScoreKind::unit_dot) mend_diagonal(t0, t1, i0, tiles[s]);
       panel += P::NR * o.d;
     }
   }
@@ -83,14 +95,10 @@ class Scores {
       }
   }
 
-  void destroy(int made) {
-    while (made > 0) (*this)[--made].~Operands<T>();
-  }
-
   const Program& program_;
   const bool same_;
   int64_t depth_ = 0, widest_ = 0;
-  alignas(64) unsigned char operands_[Program::kScores * sizeof(Operands<T>)];
+  PerScore<Operands<T>> operands_;
 };
 
 template <class T>
@@ -114,32 +122,37 @@ class Evaluator {
     }
   }
 
-  /// weights[k] = upstream[k] * d value / d score for one of the scores, as a pull: twice that for squared distances.
-  /// `weights` may be a tile. Adds sum_k upstream[k] * d value / d parameter to `sums`, if that is not null.
-  void reverse(T* const* tiles, const T* upstream, int64_t count, int score, T* weights, double* sums) const {
+  /// tiles[s][k] becomes upstream[k] * d value / d score s, as a pull: twice that for squared distances. Adds
+  /// sum_k upstream[k] * d value / d parameter to `sums`, if that is not null.
+  void reverse(T* const* tiles, const T* upstream, int64_t count, double* sums) const {
     alignas(64) T values[Program::kSteps][kRun];
-    alignas(64) T slopes[Program::kSteps][kRun], pull[kRun];
+    alignas(64) T slopes[Program::kScores + Program::kSteps][kRun];
     const T* registers[Program::kScores + Program::kSteps];
-    const T factor = p_.score[score].kind == ScoreKind::sqeuclidean ? T(2) : T(1);
     for (int64_t k = 0; k < count; k += kRun) {
       const int64_t run = count - k < kRun ? count - k : kRun;
       evaluate(tiles, k, run, values, registers);
-      bool met[Program::kSteps] = {};
-      clear(pull, run);
-      // Where a register's slope is summed; null for the scores that are not asked for.
-      auto target = [&](int r) -> T* {
-        if (r < p_.scores) return r == score ? pull : nullptr;
-        const int own = r - p_.scores;
-        if (!met[own]) clear(slopes[own], run);
-        met[own] = true;
-        return slopes[own];
+      bool met[Program::kScores + Program::kSteps] = {};
+      // Where a register's slope is summed.
+      auto target = [&](int r) {
+        if (!met[r]) clear(slopes[r], run);
+        met[r] = true;
+        return slopes[r];
       };
       for (int s = p_.steps - 1; s >= 0; --s) {
-        const T* from = s == p_.steps - 1 ? upstream + k : slopes[s];
+        const bool last = s == p_.steps - 1;
+        if (!last && !met[p_.scores + s]) continue;  // nothing reads it
+        const T* from = last ? upstream + k : slopes[p_.scores + s];
         step_back(p_.step[s], from, registers, values[s], run, target, sums);
       }
-      if (p_.steps == 0) __builtin_memcpy(pull, upstream + k, run * sizeof(T));
-      for (int64_t i = 0; i < run; i += kLanes<T>) store(weights + k + i, load(pull + i) * splat<T>(factor));
+      for (int s = 0; s < p_.scores; ++s) {
+        const T* slope = p_.steps == 0 ? upstream + k : target(s);
+        const T factor = p_.score[s].kind == ScoreKind::sqeuclidean ? T(2) : T(1);
+        // Where a tiny length scale lets the pull of coincident points overflow, the largest number stands for
+        // infinity: it meets the difference 0. NaN comes through.
+        constexpr T kMost = std::numeric_limits<T>::max();
+        for (int64_t i = 0; i < run; i += kLanes<T>)
+          store(tiles[s] + k + i, vmax(splat<T>(-kMost), vmin(splat<T>(kMost), load(slope + i) * splat<T>(factor))));
+      }
     }
   }
 
@@ -179,19 +192,16 @@ class Evaluator {
     if (step.kind == StepKind::add || step.kind == StepKind::multiply) {
       const bool sum = step.kind == StepKind::add;
       const T* b = registers[step.right];
-      if (to)
-        for (int64_t i = 0; i < run; i += kLanes<T>)
-          store(to + i, load(to + i) + (sum ? load(from + i) : load(from + i) * load(b + i)));
+      for (int64_t i = 0; i < run; i += kLanes<T>)
+        store(to + i, load(to + i) + (sum ? load(from + i) : load(from + i) * load(b + i)));
       T* other = target(step.right);
-      if (other)
-        for (int64_t i = 0; i < run; i += kLanes<T>)
-          store(other + i, load(other + i) + (sum ? load(from + i) : load(from + i) * load(a + i)));
+      for (int64_t i = 0; i < run; i += kLanes<T>)
+        store(other + i, load(other + i) + (sum ? load(from + i) : load(from + i) * load(a + i)));
       return;
     }
     with_step<T>(step, parameter_ + step.right, [&](auto map) {
-      if (to)
-        for (int64_t i = 0; i < run; i += kLanes<T>)
-          store(to + i, load(to + i) + load(from + i) * map.slope(load(a + i), load(value + i)));
+      for (int64_t i = 0; i < run; i += kLanes<T>)
+        store(to + i, load(to + i) + load(from + i) * map.slope(load(a + i), load(value + i)));
       for (int p = 0; sums && p < map.kParameters; ++p) {
         Vec<T> sum = Vec<T>{};
         for (int64_t i = 0; i < run; i += kLanes<T>) sum += load(from + i) * map.by(p, load(a + i), load(value + i));
@@ -204,86 +214,120 @@ class Evaluator {
   T parameter_[Program::kParameters];
 };
 
-/// W = upstream * pull of one of the scores. `upstream(block, panel, out)` fills a tile of the upstream gradient of the
+/// Weights of every score: upstream * pull. `upstream(block, panel, out)` fills a tile of the upstream gradient of the
 /// kernel's values, 0 where there is no pair.
 template <class T, class Upstream>
 struct ProgramGradCell {
   using P = Policy<T>;
   static constexpr bool kScores = true;
 
-  ProgramGradCell(const Scores<T>& scores, const Program& program, int score, const Upstream& upstream, double* sums)
-      : scores_(scores),
+  ProgramGradCell(const Scores<T>& scores, const Program& program, const Upstream& upstream, double* sums)
+      : count_(scores.count),
         evaluator_(program),
-        score_(score),
         parameters_(sums ? program.parameters : 0),
         upstream_(upstream),
         sums_(sums),
-        chunk_sums_(scores.chunks().count * parameters_) {
-    for (int64_t k = 0; k < scores.chunks().count * parameters_; ++k) chunk_sums_[k] = 0;
+        chunks_(scores.chunks().count),
+        chunk_sums_(chunks_ * parameters_) {
+    for (int64_t k = 0; k < chunks_ * parameters_; ++k) chunk_sums_[k] = 0;
   }
 
-  void map(const Block<T>& b) {
+  /// blocks[s]: score s of the same pairs.
+  void map(const Block<T>* blocks) {
+    const Block<T>& b = blocks[0];
     const int64_t size = b.columns * P::NR;
-    Buffer<T> rows(scores_.row_buffer()), panel(scores_.packed()), squares(scores_.squares());
-    Buffer<T> upstream(size), others(scores_.count * size);
+    Buffer<T> upstream(size);
     T* tiles[Program::kScores];
     double* sums = parameters_ ? chunk_sums_.get() + b.chunk * parameters_ : nullptr;
     for (int64_t p = 0; p < b.panels; ++p) {
-      for (int s = 0; s < scores_.count; ++s) tiles[s] = s == score_ ? b.panel(p) : others.get() + s * size;
-      if (scores_.count > 1) {
-        const int64_t row = b.row + p * P::NR;
-        scores_.pack(row, rows.get(), panel.get(), squares.get());
-        scores_.block(b.column / P::MR, (b.column + b.columns) / P::MR, row, panel.get(), squares.get(), tiles, score_);
-      }
+      for (int s = 0; s < count_; ++s) tiles[s] = blocks[s].panel(p);
       upstream_(b, p, upstream.get());
-      evaluator_.reverse(tiles, upstream.get(), size, score_, b.panel(p), sums);
+      evaluator_.reverse(tiles, upstream.get(), size, sums);
     }
   }
-  void close(int64_t, int64_t, int64_t) {}
-  const T* factor(int64_t) const { return nullptr; }
 
   /// Chunks in order, so that the sums do not depend on the number of threads.
   void finish() {
-    for (int64_t c = 0; c < scores_.chunks().count; ++c)
+    for (int64_t c = 0; c < chunks_; ++c)
       for (int k = 0; k < parameters_; ++k) sums_[k] += chunk_sums_[c * parameters_ + k];
   }
 
  private:
-  const Scores<T>& scores_;
+  const int count_;
   const Evaluator<T> evaluator_;
-  const int score_, parameters_;
+  const int parameters_;
   const Upstream& upstream_;
   double* sums_;
+  const int64_t chunks_;
   Buffer<double> chunk_sums_;
 };
 
+/// One-phase strip passes over the same rows and columns, one a score, in step: the cell sees the blocks of all scores
+/// side by side and leaves the weights of each, which has products of its own.
+struct InStep {
+  template <class T, class Cell>
+  static void run(const PerScore<StripPass<T, Cell>>& passes, int count, Cell& cell) {
+    using P = Policy<T>;
+    const StripPass<T, Cell>& first = passes[0];
+    const int threads = first.plan_.threads;
+    const int64_t n = first.n_, chunks = first.o_.chunks.count, groups = first.groups_;
+    for (int64_t row = 0; row < n; row += P::kStripRows) {
+      const int64_t rows = n - row < P::kStripRows ? n - row : P::kStripRows, panels = ceil_div(rows, P::NR);
+      parallel_for(count * panels, threads,
+                   [&](int64_t task, int) { passes[static_cast<int>(task / panels)].pack_rows(row, task % panels); });
+      parallel_for(groups, threads, [&](int64_t group, int worker) {
+        for (int s = 0; first.products_ && s < count; ++s) passes[s].open_group(group, panels);
+        passes[0].for_chunks(group, chunks, [&](int64_t chunk) {
+          Block<T> blocks[Program::kScores];
+          for (int s = 0; s < count; ++s) blocks[s] = passes[s].scores(row, panels, chunk, group, worker);
+          cell.map(blocks);
+          for (int s = 0; first.products_ && s < count; ++s) passes[s].multiply_weights(blocks[s], nullptr, worker);
+        });
+      });
+      for (int s = 0; first.plan_.dx && groups > 0 && s < count; ++s)
+        parallel_for(panels, threads, [&](int64_t p, int) { passes[s].merge(row, rows, p, groups); });
+    }
+    for (int s = 0; first.plan_.dy && s < count; ++s)
+      if (passes[s].o_.distance()) passes[s].finish_columns();
+  }
+};
+
 /// Adds to dx (n, d) and dy (m, d), either of which may be null, the gradient of sum_ij u_ij k(x_i, y_j), and to sums
-/// that of the parameters, null if not wanted. One pass a score: its products need weights of their own.
+/// that of the parameters, null if not wanted.
 template <class T, class Upstream>
 void program_gradient(const Program& program, const Rows& x, const Rows& y, const Upstream& upstream, T* dx, T* dy,
                       double* sums, int threads) {
+  using Cell = ProgramGradCell<T, Upstream>;
   const Scores<T> scores(program, x, y, false, true, threads);
+  Cell cell(scores, program, upstream, sums);
+  Buffer<T> own_dx[Program::kScores], own_dy[Program::kScores];
+  // One score of all columns adds to the results; several, or one of some columns, to memory of their own.
+  const bool whole = scores.count == 1 && scores[0].d == x.d;
+  auto room = [&](T* result, Buffer<T>& own, int64_t size) {
+    if (!result || whole) return result;
+    own = Buffer<T>(size);
+    for (int64_t k = 0; k < size; ++k) own[k] = 0;
+    return own.get();
+  };
+  PerScore<StripPass<T, Cell>> passes;
   for (int s = 0; s < scores.count; ++s) {
-    const Operands<T>& o = scores[s];
-    ProgramGradCell<T, Upstream> cell(scores, program, s, upstream, s == 0 ? sums : nullptr);
     StripPlan<T> plan;
     plan.threads = threads;
-    const bool whole = scores.count == 1 && o.d == x.d;
-    Buffer<T> own_dx(dx && !whole ? x.n * o.d : 0), own_dy(dy && !whole ? y.n * o.d : 0);
-    for (int64_t k = 0; dx && !whole && k < x.n * o.d; ++k) own_dx[k] = 0;
-    for (int64_t k = 0; dy && !whole && k < y.n * o.d; ++k) own_dy[k] = 0;
-    plan.dx = whole || !dx ? dx : own_dx.get();
-    plan.dy = whole || !dy ? dy : own_dy.get();
-    StripPass<T, ProgramGradCell<T, Upstream>>(o, cell, plan).run();
-    cell.finish();
-    if (whole) continue;
+    plan.depth = ceil_div(scores.widest(), Policy<T>::MR) * Policy<T>::MR;
+    plan.dx = room(dx, own_dx[s], x.n * scores[s].d);
+    plan.dy = room(dy, own_dy[s], y.n * scores[s].d);
+    passes.add(scores[s], cell, plan);
+  }
+  InStep::run(passes, scores.count, cell);
+  cell.finish();
+  for (int s = 0; !whole && s < scores.count; ++s) {
+    const int64_t d = scores[s].d, begin = program.score[s].begin;
     auto add = [&](const T* from, T* to, int64_t rows, int64_t width) {
       for (int64_t i = 0; to && i < rows; ++i)
-        for (int64_t k = 0; k < o.d; ++k) to[i * width + program.score[s].begin + k] += from[i * o.d + k];
+        for (int64_t k = 0; k < d; ++k) to[i * width + begin + k] += from[i * d + k];
     };
-    add(own_dx.get(), dx, x.n, x.d);
-    add(own_dy.get(), dy, y.n, y.d);
-    if (!dx && !dy) break;
+    add(own_dx[s].get(), dx, x.n, x.d);
+    add(own_dy[s].get(), dy, y.n, y.d);
   }
 }
 

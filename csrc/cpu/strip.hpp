@@ -40,6 +40,7 @@ struct StripPlan {
   T scale = 1;             // on x, for the scores only
   T* dx = nullptr;         // (n, d) and (m, d), added to; null if not wanted. For dot products dy may be dx (y is x);
   T* dy = nullptr;         // for distances it may not, because dy turns its sign at the end
+  int64_t depth = 0;       // of the widest of passes that go in step, if there are others
   int threads = 1;
 };
 
@@ -57,7 +58,8 @@ class StripPass {
     depth_panels_ = ceil_div(d_, NR);
     // Groups bound the partials of dX to about 8 MB.
     const int64_t partial = P::kStripRows * depth_;
-    int64_t most = (int64_t(8) << 20) / (partial * static_cast<int64_t>(sizeof(T)) + 1);
+    const int64_t widest = depth_ < plan.depth ? plan.depth : depth_;
+    int64_t most = (int64_t(8) << 20) / (P::kStripRows * widest * static_cast<int64_t>(sizeof(T)) + 1);
     most = most < 4 ? 4 : most > 64 ? 64 : most;
     chunks_each_ = c.count ? ceil_div(c.count, most) : 1;
     groups_ = ceil_div(c.count, chunks_each_);
@@ -90,6 +92,8 @@ class StripPass {
   }
 
  private:
+  friend struct InStep;
+
   void strip(int64_t row) {
     const int64_t rows = n_ - row < P::kStripRows ? n_ - row : P::kStripRows;
     const int64_t panels = ceil_div(rows, NR);

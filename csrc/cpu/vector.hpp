@@ -155,6 +155,10 @@ NEARFAR_INLINE V vmin(V a, V b) {
 }
 #endif
 
+// At most `most`; a NaN comes through.
+NEARFAR_INLINE Vec<float> capped(Vec<float> v, float most) { return vmin(splat<float>(most), v); }
+NEARFAR_INLINE Vec<double> capped(Vec<double> v, double most) { return vmin(splat<double>(most), v); }
+
 #if defined(__AVX512F__)
 NEARFAR_INLINE Vec<float> sqrt(Vec<float> v) { return _mm512_maskz_sqrt_ps(-1, v); }
 NEARFAR_INLINE Vec<double> sqrt(Vec<double> v) { return _mm512_maskz_sqrt_pd(-1, v); }

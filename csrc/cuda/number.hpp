@@ -15,6 +15,11 @@ template <class T>
 NEARFAR_DEVICE T select(bool condition, T yes, T no) {
   return condition ? yes : no;
 }
+/// NaN comes through.
+template <class T>
+NEARFAR_DEVICE T capped(T v, T most) {
+  return v > most ? most : v;
+}
 template <class T>
 NEARFAR_DEVICE T scaled(T v, double p) {
   return v * static_cast<T>(p);

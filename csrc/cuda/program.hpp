@@ -27,6 +27,14 @@ struct PutParameters {
   }
 };
 
+/// The largest number in place of infinity; NaN stays. The pull of a tiny length scale overflows where two points
+/// coincide, and meets a difference of 0 there.
+template <class T>
+NEARFAR_DEVICE T finite(T v) {
+  constexpr T kMost = std::numeric_limits<T>::max();
+  return v > kMost ? kMost : v < -kMost ? -kMost : v;
+}
+
 /// A program as kernels hold it.
 template <class T>
 struct DeviceProgram {
@@ -125,7 +133,7 @@ struct PutGaussianPull {
     GaussianStep<T> step;
     const Weights<T>& upstream;
     NEARFAR_DEVICE void operator()(T& place, int64_t i, int64_t j, T score) const {
-      place = upstream.at(i, j) * (2 * step.slope(score, step.value(score)));
+      place = finite(upstream.at(i, j) * (2 * step.slope(score, step.value(score))));
     }
   };
   NEARFAR_DEVICE Put begin() const { return {GaussianStep<T>(parameter), upstream}; }
@@ -231,7 +239,7 @@ struct ReversePairs {
         program.reverse(registers, upstream.at(i, j), slopes, parts ? sums : nullptr);
       }
       for (int s = 0; s < program.scores; ++s)
-        score[s].at(i, j) = !inside ? T(0) : program.square[s] ? 2 * slopes[s] : slopes[s];
+        score[s].at(i, j) = !inside ? T(0) : finite(program.square[s] ? 2 * slopes[s] : slopes[s]);
     });
     for (int p = 0; parts && p < program.parameters; ++p) {
       const double sum = block_sum(sums[p]);

@@ -6,8 +6,8 @@
 // differentiated through a square root; `score` is r again, from the value. A map of the dot product has kDistance =
 // false and dx_i = sum_j g_ij pull_ij y_j. Both are given the value again, which the backward pass has at hand.
 //
-// `exp_flush`, `expm1`, `log1p`, `sqrt` and `select` are those of the backend: include cpu/vector.hpp (or the CUDA one)
-// first.
+// `exp_flush`, `expm1`, `log1p`, `sqrt`, `capped` and `select` are those of the backend: include cpu/vector.hpp (or the
+// CUDA one) first.
 #pragma once
 
 #include <limits>
@@ -165,15 +165,16 @@ inline void with_map(PairMap name, F f) {
 //
 // value(s), and slope(s, value) = d value / d s beside it; by(p, s, value) = d value / d parameter p. s is the operand:
 // for the radial kernels a squared distance (laplacian: an L1 distance) that the first parameter a multiplies, a being
-// one over the squared length scale (over the length scale). The pull of a squared distance is twice its slope, so none
-// of them is differentiated through a square root; where the slope at distance 0 is infinite (matern12) it is 0.
+// one over the squared length scale (laplacian, matern12: over the length scale). The pull of a squared distance is
+// twice its slope, so none of them is differentiated through a square root; where the slope at distance 0 is infinite
+// (matern12) it is 0.
 
 /// A parameter as steps compute with it: finite, with room for the factors of a map. The kernel of a tiny length scale
 /// is 1 at distance 0, not inf * 0.
-template <class T>
-NEARFAR_FN T parameter_of(double p) {
-  const double most = static_cast<double>(std::numeric_limits<T>::max()) / 16;
-  return static_cast<T>(p > most ? most : p < -most ? -most : p);
+template <class T, class P>
+NEARFAR_FN T parameter_of(P p) {
+  constexpr P kMost = static_cast<P>(std::numeric_limits<T>::max()) / 16;
+  return static_cast<T>(p > kMost ? kMost : p < -kMost ? -kMost : p);
 }
 
 /// exp(-a s / 2)
@@ -196,22 +197,41 @@ struct GaussianStep {
   T half;
 };
 
-/// Matern of smoothness nu = TWICE / 2 with t = sqrt(TWICE a s): exp(-t) times 1, 1 + t, 1 + t + t^2 / 3.
+/// exp(-b sqrt(s)): Matern of smoothness 1/2, of one over the length scale, whose square leaves the range of T sooner.
+template <class T>
+struct Matern12Step {
+  static constexpr int kParameters = 1;
+  NEARFAR_FN explicit Matern12Step(const T* p) : b(p[0]) {}
+  template <class V>
+  NEARFAR_FN V value(V s) const {
+    return exp_flush(V(sqrt(s) * -b));
+  }
+  template <class V>
+  NEARFAR_FN V slope(V s, V value) const {
+    return select(s > V{}, value / sqrt(s), V{}) * (b * T(-0.5));
+  }
+  template <class V>
+  NEARFAR_FN V by(int, V s, V value) const {
+    return -sqrt(s) * value;
+  }
+  T b;
+};
+
+/// Matern of smoothness nu = TWICE / 2 with t = sqrt(TWICE a s): exp(-t) times 1 + t, 1 + t + t^2 / 3. Beyond kFar,
+/// where exp(-t) is 0, t stays there: it may be infinite.
 template <class T, int TWICE>
 struct MaternStep {
   static constexpr int kParameters = 1;
   NEARFAR_FN explicit MaternStep(const T* p) : a(p[0]) {}
   template <class V>
   NEARFAR_FN V value(V s) const {
-    const V t = sqrt(V(s * (a * T(TWICE)))), e = exp_flush(V(-t));
-    if constexpr (TWICE == 1) return e;
+    const V t = root(s), e = exp_flush(V(-t));
     if constexpr (TWICE == 3) return e + t * e;
     return e + t * e * (t * T(1.0 / 3) + T(1));
   }
   template <class V>
   NEARFAR_FN V slope_over_a(V s) const {
-    const V t = sqrt(V(s * (a * T(TWICE)))), e = exp_flush(V(-t));
-    if constexpr (TWICE == 1) return select(t > V{}, e / t, V{}) * T(-0.5);
+    const V t = root(s), e = exp_flush(V(-t));
     if constexpr (TWICE == 3) return e * T(-1.5);
     return (e + t * e) * T(-5.0 / 6);
   }
@@ -223,18 +243,26 @@ struct MaternStep {
   NEARFAR_FN V by(int, V s, V) const {
     return slope_over_a(s) * s;
   }
+  template <class V>
+  NEARFAR_FN V root(V s) const {
+    constexpr T kFar = 1000;
+    return capped(sqrt(V(s * (a * T(TWICE)))), kFar);
+  }
   T a;
 };
 
-/// (1 + a s / (2 alpha))^-alpha
+/// (1 + a s / (2 alpha))^-alpha. It falls so slowly that a small alpha feels an a beyond the range of T: `beyond` is
+/// the logarithm of what a lacks. There 1 is nothing beside a s / (2 alpha), but at distance 0.
 template <class T>
 struct RationalQuadraticStep {
-  static constexpr int kParameters = 2;
-  NEARFAR_FN explicit RationalQuadraticStep(const T* p) : a(p[0]), alpha(p[1]), factor(a / (2 * alpha)) {}
+  static constexpr int kParameters = 3;
+  NEARFAR_FN explicit RationalQuadraticStep(const T* p)
+      : a(p[0]), alpha(p[1]), beyond(p[2]), factor(parameter_of<T>(a / (2 * alpha))) {}
   template <class V>
   NEARFAR_FN V value(V s) const {
-    if (alpha == T(1)) return T(1) / (s * factor + T(1));
-    return exp_flush(V(log1p(V(s * factor)) * -alpha));
+    if (alpha == T(1) && beyond == T(0)) return T(1) / (s * factor + T(1));
+    if (beyond == T(0)) return exp_flush(V(log1p(V(s * factor)) * -alpha));  // a compare saved
+    return exp_flush(V((log1p(V(s * factor)) + lacking(s)) * -alpha));
   }
   template <class V>
   NEARFAR_FN V slope(V s, V value) const {
@@ -242,16 +270,21 @@ struct RationalQuadraticStep {
   }
   template <class V>
   NEARFAR_FN V by(int p, V s, V value) const {
+    if (p == 2) return beyond == T(0) ? V{} : select(s > V{}, V(value * -alpha), V{});
     const V z = s * factor, u = z / (z + T(1));
     if (p == 0) return value * s * T(-0.5) / (z + T(1));
     // u - log(1 + z) = u + log(1 - u): its series where that cancels.
     V series = u * T(1.0 / 9) + T(1.0 / 8);
 #pragma GCC unroll 6
     for (int k = 7; k >= 2; --k) series = series * u + T(1) / T(k);
-    return value * select(u < T(kSeries), -series * u * u, u - log1p(z));
+    return value * (select(u < T(kSeries), -series * u * u, u - log1p(z)) - lacking(s));
+  }
+  template <class V>
+  NEARFAR_FN V lacking(V s) const {
+    return select(s > V{}, V(V{} + beyond), V{});
   }
   static constexpr double kSeries = sizeof(T) == 8 ? 0.01 : 0.1;
-  T a, alpha, factor;
+  T a, alpha, beyond, factor;
 };
 
 /// exp(-a s)
@@ -372,7 +405,7 @@ NEARFAR_FN void with_step(const ProgramStep& step, const T* parameters, F f) {
     case StepKind::gaussian:
       return f(GaussianStep<T>(parameters));
     case StepKind::matern12:
-      return f(MaternStep<T, 1>(parameters));
+      return f(Matern12Step<T>(parameters));
     case StepKind::matern32:
       return f(MaternStep<T, 3>(parameters));
     case StepKind::matern52:

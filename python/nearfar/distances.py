@@ -88,9 +88,7 @@ def mahalanobis_factor(M: Any, like: Array) -> Array:
         raise ValueError(f"M: expected shape {shape} to match x, got {tuple(array.shape)}")
     if given:
         return cast(array, dtype)
-    if is_torch(array) and array.requires_grad:
-        raise ValueError("M: a matrix has no gradient here; pass ('factor', L) with M = L^T L, which has")
-    wide = to_numpy(cast(array, "float64"))
+    wide = _values_of(array)
     size = float(np.abs(wide).max(initial=0.0))
     rounding = 8 * float(np.finfo(dtype).eps) * columns * size
     if not np.isfinite(size) or np.abs(wide - wide.T).max(initial=0.0) > rounding:
@@ -98,7 +96,29 @@ def mahalanobis_factor(M: Any, like: Array) -> Array:
     values, vectors = np.linalg.eigh((wide + wide.T) / 2)
     if values[0] < -rounding:
         raise ValueError(f"M: expected a positive semi-definite matrix, got an eigenvalue {values[0]:.6g}")
+    if is_torch(array) and array.requires_grad:
+        if values[0] <= rounding:
+            raise ValueError(
+                "M: expected a positive definite matrix, since it requires a gradient, got an eigenvalue "
+                f"{values[0]:.3g}; pass ('factor', L) with M = L^T L"
+            )
+        import torch
+
+        double = cast(array, "float64")
+        return cast(torch.linalg.cholesky((double + double.T) / 2).T, dtype)
     return of_kind((np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T).astype(dtype), array)
+
+
+def _values_of(array: Array) -> np.ndarray[Any, Any]:
+    """In float64, also under `torch.func.grad`."""
+    if not is_torch(array):
+        return to_numpy(cast(array, "float64"))
+    import torch
+
+    while torch._C._functorch.is_gradtrackingtensor(array):
+        array = torch._C._functorch.get_unwrapped(array)
+    with torch._C._DisableFuncTorch():
+        return to_numpy(cast(array.detach(), "float64"))
 
 
 def check_set(array: Array, name: str) -> None:
@@ -166,7 +186,9 @@ def cdist(
         Of the Minkowski metric, positive; 1, 2 and inf are "cityblock", "euclidean" and "chebyshev". Below 1 it is no
         metric. The sum of powers must be within the range of the compute dtype.
     M : array (D, D) or ("factor", array (R, D)), optional
-        Of the Mahalanobis metric: positive semi-definite, or L with ``M = L^T L``, which may require a gradient.
+        Of the Mahalanobis metric: positive semi-definite, or L with ``M = L^T L``. Either may require a gradient, the
+        matrix where it is positive definite: its gradient is ``sum_ij g_ij z z^T / (2 d_ij)``, ``z = x_i - y_j``,
+        symmetric; first and second order.
     out : array (..., N, M), optional
         C-contiguous, of the result's dtype; is filled and returned. Not for inputs that require a gradient.
 

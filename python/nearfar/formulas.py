@@ -43,8 +43,8 @@ class _Matern(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, twice_nu: int) -> Tensor:
         ctx.save_for_backward(q)
         ctx.twice_nu = twice_nu
-        t = q.sqrt()
-        factor = {1: torch.ones_like(t), 3: 1 + t, 5: 1 + t + q / 3}[twice_nu]
+        t = q.sqrt().clamp(max=1000)  # where exp(-t) is 0, t may be infinite
+        factor = {1: torch.ones_like(t), 3: 1 + t, 5: 1 + t + t * t / 3}[twice_nu]
         return factor * torch.exp(-t)
 
     @staticmethod
@@ -60,10 +60,12 @@ class _Matern(torch.autograd.Function):
 # step -> f(operand, its parameters and those after them); csrc/pairwise/map.hpp has the formulas.
 _STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gaussian": lambda s, p: torch.exp(-p[0] * s / 2),
-    "matern12": lambda s, p: _Matern.apply(p[0] * s, 1),  # type: ignore[no-untyped-call]
+    "matern12": lambda s, p: _Matern.apply(p[0] * p[0] * s, 1),  # type: ignore[no-untyped-call]
     "matern32": lambda s, p: _Matern.apply(3 * p[0] * s, 3),  # type: ignore[no-untyped-call]
     "matern52": lambda s, p: _Matern.apply(5 * p[0] * s, 5),  # type: ignore[no-untyped-call]
-    "rational_quadratic": lambda s, p: torch.exp(-p[1] * torch.log1p(s * (p[0] / (2 * p[1])))),
+    "rational_quadratic": lambda s, p: torch.exp(
+        -p[1] * (torch.log1p(s * (p[0] / (2 * p[1]))) + torch.where(s > 0, p[2], 0.0))
+    ),
     "laplacian": lambda s, p: torch.exp(-p[0] * s),
     "affine": lambda s, p: s * p[0] + p[1],
     "tanh": lambda s, p: torch.tanh(s),
@@ -72,17 +74,22 @@ _STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def apply_program(program: str, x: Tensor, y: Tensor, parameters: Tensor) -> Tensor:
-    """The matrix of a kernel given as a program (`nearfar.kernels.program`)."""
+    """The matrix of a kernel given as a program (`nearfar.kernels.program`).
+
+    Maps are in double precision: slopes of a tiny length scale, times each other, overflow float32.
+    """
     registers: list[Tensor] = []
+    most = torch.finfo(x.dtype).max / 16  # as `parameter_of` in csrc/pairwise/map.hpp
+    parameters = parameters.clamp(-most, most)
     for line in program.split(";"):
         name, *operands = line.split()
         left, right = map(int, operands)
         if name in ("dot", "unit_dot", "sqeuclidean", "absolute"):
             a, b = (z[..., left : None if right < 0 else right] for z in (x, y))
             if name == "absolute":
-                registers.append((a.unsqueeze(-2) - b.unsqueeze(-3)).abs().sum(-1))
+                registers.append((a.unsqueeze(-2) - b.unsqueeze(-3)).abs().sum(-1).double())
             else:
-                registers.append(apply_map(name.removeprefix("unit_"), a, b))
+                registers.append(apply_map(name.removeprefix("unit_"), a, b).double())
         elif name == "power":
             registers.append(registers[left] ** right)
         elif name in ("add", "multiply"):
@@ -90,7 +97,7 @@ def apply_program(program: str, x: Tensor, y: Tensor, parameters: Tensor) -> Ten
             registers.append(combine(registers[left], registers[right]))
         else:
             registers.append(_STEPS[name](registers[left], parameters[right:]))
-    return registers[-1]
+    return registers[-1].to(x.dtype)
 
 
 def coordinate_map(map: str, difference: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .arrays import Array, cast, integer, is_torch, number, of_kind, to_numpy
-from .estimator import Estimator, convergence_warning, floating
+from .estimator import Estimator, convergence_warning, floating, weights_of
 from .implicit import ImplicitGram
 from .kernels.named import resolve
 from .lanczos import BlockLanczos
@@ -63,10 +63,35 @@ class _KernelEstimator(Estimator):
 # ---- ridge regression ------------------------------------------------------------------------------------------------
 
 
+class _WeightedGram:
+    """``S K S``, S the diagonal matrix of `root` (n, 1)."""
+
+    def __init__(self, gram: ImplicitGram, root: NDArray[np.float64]) -> None:
+        self.gram, self.root = gram, root
+        self.kernel, self.x, self.n, self.dtype = gram.kernel, gram.x, gram.n, gram.dtype
+
+    def weighted(self, rows: Numbers) -> Numbers:
+        """``S rows``."""
+        return np.asarray(self.root * rows, rows.dtype)
+
+    def matmul(self, v: Numbers) -> Numbers:
+        return self.weighted(self.gram.matmul(self.weighted(v)))
+
+    def dense(self) -> Numbers:
+        matrix = self.gram.block(slice(None))
+        matrix *= self.root.astype(self.dtype)
+        matrix *= self.root.T.astype(self.dtype)
+        return matrix
+
+
 class KernelRidge(_KernelEstimator):
     r"""Kernel ridge regression.
 
     .. math:: f(x) = \sum_j \beta_j k(x, x_j), \quad (K + \alpha I) \beta = y
+
+    With weights of the points f minimises :math:`\sum_i w_i (y_i - f(x_i))^2 + \alpha \|f\|^2`: with
+    :math:`S = \mathrm{diag}(\sqrt{w})`, :math:`\beta = S \gamma` and
+    :math:`(S K S + \alpha I) \gamma = S y`.
 
     Parameters
     ----------
@@ -98,7 +123,7 @@ class KernelRidge(_KernelEstimator):
     X_fit_ : array (N, D)
     residuals_ : list of float
         Of "cg": the largest relative residual after every step, by recursion; the last is computed anew. One for
-        "cholesky".
+        "cholesky". With weights of the system for gamma.
     n_iter_ : int
     n_features_in_ : int
 
@@ -153,7 +178,7 @@ class KernelRidge(_KernelEstimator):
         tags.target_tags.multi_output = True
         return tags
 
-    def fit(self, X: Any, y: Any) -> KernelRidge:
+    def fit(self, X: Any, y: Any, sample_weight: Any = None) -> KernelRidge:
         """Solve for `dual_coef_`.
 
         Parameters
@@ -161,6 +186,8 @@ class KernelRidge(_KernelEstimator):
         X : array (N, D)
         y : array (N,) or (N, T)
             T targets are solved together.
+        sample_weight : array (N,) or number, optional
+            Of the squared errors; not negative. A point of weight 2 is that point twice, one of weight 0 is left out.
         """
         alpha, tol = number(self.alpha, "alpha"), number(self.tol, "tol")
         if not 0 < alpha < math.inf:
@@ -169,12 +196,15 @@ class KernelRidge(_KernelEstimator):
             raise ValueError(f"tol: expected a positive number, got {tol}")
         if self.solver not in ("cg", "cholesky"):
             raise ValueError(f"solver: expected 'cg' or 'cholesky', got {self.solver!r}")
-        gram = self._gram(X)
-        targets, flat = self._targets(y, gram)
+        plain = self._gram(X)
+        targets, flat = self._targets(y, plain)
+        weights = weights_of(sample_weight, plain.x)
+        root = np.ones((plain.n, 1)) if weights is None else np.sqrt(weights.astype(np.float64))[:, None]
+        gram = _WeightedGram(plain, root)
         if self.solver == "cg":
-            beta = self._conjugate_gradients(gram, targets, alpha, tol)
+            beta = root * self._conjugate_gradients(gram, root * targets, alpha, tol)
         else:
-            beta = self._factorise(gram, targets, alpha)
+            beta = root * self._factorise(gram, root * targets, alpha)
         beta = beta.astype(gram.dtype)
         self.dual_coef_ = of_kind(beta[:, 0] if flat else beta, gram.x)
         return self
@@ -208,8 +238,8 @@ class KernelRidge(_KernelEstimator):
             raise ValueError("y: expected finite numbers, got NaN or inf")
         return targets.reshape(gram.n, -1), targets.ndim == 1
 
-    def _factorise(self, gram: ImplicitGram, targets: NDArray[np.float64], alpha: float) -> Numbers:
-        matrix = gram.block(slice(None))
+    def _factorise(self, gram: _WeightedGram, targets: NDArray[np.float64], alpha: float) -> Numbers:
+        matrix = gram.dense()
         matrix[np.diag_indices(gram.n)] += gram.dtype.type(alpha)
         try:
             from scipy.linalg import cho_factor, cho_solve
@@ -226,7 +256,7 @@ class KernelRidge(_KernelEstimator):
         return beta
 
     def _note(
-        self, gram: ImplicitGram, beta: Numbers, targets: Numbers, alpha: float, history: list[float]
+        self, gram: _WeightedGram, beta: Numbers, targets: Numbers, alpha: float, history: list[float]
     ) -> NDArray[np.float64]:
         """Close the history with the residual itself."""
         residual: NDArray[np.float64] = targets - gram.matmul(beta).astype(np.float64) - alpha * beta
@@ -235,7 +265,7 @@ class KernelRidge(_KernelEstimator):
         self.residuals_ = [*history, float(ratio.max(initial=0.0))]
         return residual
 
-    def _preconditioner(self, gram: ImplicitGram, alpha: float) -> Any:
+    def _preconditioner(self, gram: _WeightedGram, alpha: float) -> Any:
         """``(L L^T + alpha I)^-1`` by Woodbury's formula, in float64 but for products with L."""
         if self.preconditioner is None:
             return lambda r: r / alpha
@@ -248,7 +278,7 @@ class KernelRidge(_KernelEstimator):
         rank = math.ceil(4 * math.sqrt(gram.n)) if self.rank is None else integer(self.rank, "rank")
         if rank < 1:
             raise ValueError(f"rank: expected at least 1, got {rank}")
-        factor = to_numpy(makers[self.preconditioner](min(rank, gram.n)).factor)
+        factor = gram.weighted(to_numpy(makers[self.preconditioner](min(rank, gram.n)).factor))
         # Eigenvectors of L^T L rather than its inverse: alpha may be below its round-off.
         values, vectors = np.linalg.eigh((factor.T @ factor).astype(np.float64))
         weights = 1 / (np.maximum(values, 0) + alpha)
@@ -260,7 +290,7 @@ class KernelRidge(_KernelEstimator):
         return apply
 
     def _conjugate_gradients(
-        self, gram: ImplicitGram, targets: NDArray[np.float64], alpha: float, tol: float
+        self, gram: _WeightedGram, targets: NDArray[np.float64], alpha: float, tol: float
     ) -> NDArray[np.float64]:
         """All targets at once, each with its own coefficients of the recursion."""
         most = integer(self.max_iter, "max_iter")

@@ -12,6 +12,7 @@ class Matmul {
   using P = Policy<T>;
   static constexpr int NR = P::NR;
   static constexpr int kWide = P::MR;  // columns of v taken together
+  static constexpr int64_t kSymmetricRows = 32 * P::kStripRows;
 
  public:
   explicit Matmul(const MatmulParams<T>& params)
@@ -21,10 +22,12 @@ class Matmul {
         r(p.v.d),
         scores_(*p.program, p.x, p.y, p.same, false, p.threads),
         evaluator_(*p.program),
-        chunks_(scores_.chunks()) {}
+        chunks_(scores_.chunks()),
+        rows_(chunks_.tiles * P::MR + NR) {}
 
   void run() {
     pack_v();
+    if (p.same && r == 1 && n >= kSymmetricRows) return run_symmetric();
     const int64_t strips = ceil_div(n, P::kStripRows), chunks = chunks_.count;
     // Few rows: cut the columns too, by the shape alone, and add the parts in order.
     splits_ = chunks_.parts(strips);
@@ -48,7 +51,7 @@ class Matmul {
  private:
   /// v in groups of kWide columns: [group][row][kWide], zero past the end in both directions.
   void pack_v() {
-    const int64_t rows = chunks_.tiles * P::MR;
+    const int64_t rows = rows_;
     width_ = r == 1 ? 1 : kWide;
     groups_ = ceil_div(r, width_);
     v_ = Buffer<T>(groups_ * rows * width_);
@@ -64,33 +67,56 @@ class Matmul {
     });
   }
 
+  /// A strip of rows, packed, and the kernel's values of a panel of it against the columns of a chunk.
+  class Strip {
+   public:
+    Strip(const Matmul& own, int64_t row)
+        : row(row),
+          count(own.n - row < P::kStripRows ? own.n - row : P::kStripRows),
+          panels(ceil_div(count, NR)),
+          own_(own),
+          packed_(panels * own.scores_.packed()),
+          squares_(panels * own.scores_.squares()) {
+      const Scores<T>& scores = own.scores_;
+      const int64_t size = own.chunks_.tiles_each * P::MR * NR;
+      blocks_ = Buffer<T>(scores.count * size);
+      for (int k = 0; k < scores.count; ++k) tiles_[k] = blocks_.get() + k * size;
+      Buffer<T> rows(scores.row_buffer());
+      for (int64_t q = 0; q < panels; ++q)
+        scores.pack(row + q * NR, rows.get(), packed_.get() + q * scores.packed(),
+                    squares_.get() + q * scores.squares());
+    }
+    T* values(int64_t chunk, int64_t q) {
+      const Scores<T>& scores = own_.scores_;
+      const int64_t t0 = own_.chunks_.tile_begin(chunk), t1 = own_.chunks_.tile_end(chunk);
+      scores.block(t0, t1, row + q * NR, packed_.get() + q * scores.packed(), squares_.get() + q * scores.squares(),
+                   tiles_);
+      own_.evaluator_.forward(tiles_, (t1 - t0) * P::MR * NR, tiles_[0]);
+      return tiles_[0];
+    }
+    const int64_t row, count, panels;
+
+   private:
+    const Matmul& own_;
+    Buffer<T> packed_, squares_, blocks_;
+    T* tiles_[Program::kScores];
+  };
+
   /// One strip of rows against chunks [first, last): out[column of v][row of the strip].
   void strip(int64_t s, int64_t first, int64_t last, T* out) {
-    const int64_t row = s * P::kStripRows, rows_total = chunks_.tiles * P::MR;
-    const int64_t panels = ceil_div(n - row < P::kStripRows ? n - row : P::kStripRows, NR);
-    const int64_t size = chunks_.tiles_each * P::MR * NR;
-    Buffer<T> rows(scores_.row_buffer()), packed(panels * scores_.packed()), squares(panels * scores_.squares());
-    Buffer<T> blocks(scores_.count * size);
-    T* tiles[Program::kScores];
-    for (int k = 0; k < scores_.count; ++k) tiles[k] = blocks.get() + k * size;
-    T* block = tiles[0];
-    for (int64_t q = 0; q < panels; ++q)
-      scores_.pack(row + q * NR, rows.get(), packed.get() + q * scores_.packed(),
-                   squares.get() + q * scores_.squares());
+    Strip strip(*this, s * P::kStripRows);
     for (int64_t k = 0; k < r * P::kStripRows; ++k) out[k] = 0;
     for (int64_t chunk = first; chunk < last; ++chunk) {
       const int64_t t0 = chunks_.tile_begin(chunk), t1 = chunks_.tile_end(chunk);
       const int64_t column = t0 * P::MR, columns = (t1 - t0) * P::MR;
-      for (int64_t q = 0; q < panels; ++q) {
-        scores_.block(t0, t1, row + q * NR, packed.get() + q * scores_.packed(), squares.get() + q * scores_.squares(),
-                      tiles);
-        evaluator_.forward(tiles, columns * NR, block);
+      for (int64_t q = 0; q < strip.panels; ++q) {
+        const T* block = strip.values(chunk, q);
         if (width_ == 1) {
           one_column(block, columns, v_.get() + column, out + q * NR);
           continue;
         }
         for (int64_t g = 0; g < groups_; ++g) {
-          const T* v = v_.get() + (g * rows_total + column) * kWide;
+          const T* v = v_.get() + (g * rows_ + column) * kWide;
           T* to = out + g * kWide * P::kStripRows + q * NR;
           const int64_t valid = r - g * kWide;
           if (valid > 2 * kWide / 3)
@@ -102,6 +128,62 @@ class Matmul {
         }
       }
     }
+  }
+
+  /// y is x and v one column: a pair i > j serves row i and row j. Strips go to groups by the shape alone; a group adds
+  /// to a vector of its own, and the vectors are added in order.
+  void run_symmetric() {
+    constexpr int64_t kGroups = 64;
+    const int64_t strips = ceil_div(n, P::kStripRows), groups = strips < kGroups ? strips : kGroups;
+    parts_ = Buffer<T>(groups * rows_);
+    for (int64_t last = strips - 1; last >= 0; last -= groups)  // the longest first
+      parallel_for(groups < last + 1 ? groups : last + 1, p.threads, [&](int64_t group, int) {
+        T* out = parts_.get() + group * rows_;
+        for (int64_t i = 0; last == strips - 1 && i < rows_; ++i) out[i] = 0;
+        triangle((last - group) * P::kStripRows, out);
+      });
+    parallel_for(strips, p.threads, [&](int64_t s, int) {
+      for (int64_t i = s * P::kStripRows; i < (s + 1) * P::kStripRows && i < n; ++i) {
+        T sum = 0;
+        for (int64_t group = 0; group < groups; ++group) sum += parts_[group * rows_ + i];
+        p.out[i] = sum;
+      }
+    });
+  }
+
+  /// The pairs of a strip of rows with the columns before them.
+  void triangle(int64_t row, T* out) {
+    constexpr int L = kLanes<T>;
+    Strip strip(*this, row);
+    Buffer<T> down(chunks_.tiles_each * P::MR * L);
+    alignas(64) T across[P::kStripRows] = {};
+    for (int64_t chunk = 0; chunk < chunks_.count && chunks_.tile_begin(chunk) * P::MR < row + strip.count; ++chunk) {
+      const int64_t column = chunks_.tile_begin(chunk) * P::MR, columns = chunks_.tile_end(chunk) * P::MR - column;
+      for (int64_t k = 0; k < columns * L; ++k) down[k] = 0;
+      for (int64_t q = 0; q < strip.panels; ++q) {
+        const int64_t first = row + q * NR;
+        T* block = strip.values(chunk, q);
+        // Pairs past the diagonal, and rows past the last one.
+        const bool edge = column + columns > first || first + NR > n;
+        for (int64_t j = 0; edge && j < columns; ++j)
+          for (int64_t i = 0; i < NR; ++i)
+            if (column + j > first + i || first + i >= n) block[j * NR + i] = 0;
+        one_column(block, columns, v_.get() + column, across + q * NR);
+        for (int64_t i = 0; edge && i < NR; ++i)  // the diagonal has served
+          if (const int64_t j = first + i - column; j >= 0 && j < columns) block[j * NR + i] = 0;
+        Vec<T> v[P::kVectors];
+#pragma GCC unroll 2
+        for (int k = 0; k < P::kVectors; ++k) v[k] = load(v_.get() + first + k * L);
+        for (int64_t j = 0; j < columns; ++j) {
+          Vec<T> sum = load(down.get() + j * L);
+#pragma GCC unroll 2
+          for (int k = 0; k < P::kVectors; ++k) sum += load(block + j * NR + k * L) * v[k];
+          store(down.get() + j * L, sum);
+        }
+      }
+      for (int64_t j = 0; j < columns; ++j) out[column + j] += hsum<T>(load(down.get() + j * L));
+    }
+    for (int64_t i = 0; i < strip.count; ++i) out[row + i] += across[i];
   }
 
   /// Two sums a vector, or each addition would wait for the one before. columns is a multiple of MR, which is even.
@@ -138,6 +220,7 @@ class Matmul {
   const Scores<T> scores_;
   const Evaluator<T> evaluator_;
   const Chunks& chunks_;
+  const int64_t rows_;  // of v, packed: zeros behind the last tile and the last panel
   int64_t splits_ = 1, width_ = 1, groups_ = 1;
   Buffer<T> v_, parts_;
 };

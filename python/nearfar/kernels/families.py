@@ -9,7 +9,7 @@ import numpy as np
 
 from ..arrays import Array, cast, common_center, compute_dtype, is_torch
 from .base import Kernel, plain, scalar
-from .program import Builder, Register
+from .program import LEAST_SCALE, Builder, Register
 
 
 def _check_lengthscale(value: Any) -> Any:
@@ -44,6 +44,7 @@ class _Stationary(Kernel):
 
     _distance = "sqeuclidean"
     _map = ""
+    _power = 2  # of one over the length scale, in the map's parameter
 
     def __init__(self, lengthscale: Any = 1.0) -> None:
         self.lengthscale = _check_lengthscale(lengthscale)
@@ -62,29 +63,38 @@ class _Stationary(Kernel):
         """The distance, and what it must be multiplied by."""
         scale, shape = self.lengthscale, _shape(self.lengthscale)
         if shape in ((), (1,)):
-            square = self._distance == "sqeuclidean"
-
-            def inverse() -> Any:
-                if isinstance(scale, (int, float)):
-                    value: Any = 1.0 / scale
-                else:
-                    value = 1.0 / program.array(scale, "lengthscale", "float64").reshape(())
-                return value * value if square else value
-
-            return program.score(self._distance), program.derived((square, program.key(scale)), inverse)
+            return program.score(self._distance), self._inverse(program, scale)
         if shape != (program.d,):
             raise ValueError(f"lengthscale: expected a number or shape ({program.d},) to match x, got {shape}")
-        divisor = program.array(scale, "lengthscale", compute_dtype(program.x))
+        unit, divisor = program.units(scale, "lengthscale")
         center = common_center(program.x)
-        return program.score(self._distance, ("over", program.key(scale)), lambda x: (x - center) / divisor), 1.0
+        score = program.score(self._distance, ("over", program.key(scale)), lambda x: (x - center) / divisor)
+        return score, self._inverse(program, unit)
+
+    def _inverse(self, program: Builder, scale: Any) -> Any:
+        """What a distance is multiplied by in the unit of one length scale."""
+
+        def inverse() -> Any:
+            if is_torch(scale):
+                import torch
+
+                value = program.array(scale, "lengthscale", "float64").reshape(())
+                value = 1.0 / torch.where(value.abs() <= LEAST_SCALE, LEAST_SCALE, value)
+            else:
+                value = 1.0 / max(
+                    float(scale if isinstance(scale, (int, float)) else np.reshape(scale, ())), LEAST_SCALE
+                )
+            return value * value if self._power == 2 else value
+
+        return program.derived((self._power, program.key(scale)), inverse)
 
     def _build(self, program: Builder) -> Register:
         score, factor = self._score(program)
-        return program.step(self._map, score, program.parameters(factor, *self._more()))
+        return program.step(self._map, score, self._parameters(program, factor))
 
-    def _more(self) -> tuple[Any, ...]:
-        """Further parameters of the map."""
-        return ()
+    def _parameters(self, program: Builder, factor: Any) -> int:
+        """Those of the map, of which the factor of the distance is the first."""
+        return program.parameters(factor)
 
 
 class Gaussian(_Stationary):
@@ -148,6 +158,7 @@ class Laplacian(_Stationary):
 
     _distance = "absolute"
     _map = "laplacian"
+    _power = 1
 
 
 class Matern(_Stationary):
@@ -187,6 +198,10 @@ class Matern(_Stationary):
     def _map(self) -> str:  # type: ignore[override]
         return f"matern{round(2 * self.nu)}2"
 
+    @property
+    def _power(self) -> int:  # type: ignore[override]
+        return 1 if self.nu == 0.5 else 2
+
     def __repr__(self) -> str:
         return f"Matern(lengthscale={self.lengthscale!r}, nu={self.nu!r})"
 
@@ -217,8 +232,17 @@ class RationalQuadratic(_Stationary):
         super().__init__(lengthscale)
         self.alpha = scalar(alpha, "alpha", positive=True)
 
-    def _more(self) -> tuple[Any, ...]:
-        return (self.alpha,)
+    def _parameters(self, program: Builder, factor: Any) -> int:
+        # In the dtype that computes, the factor takes two thirds of the exponents and leaves the rest to the distances.
+        most = float(np.finfo(compute_dtype(program.x)).max) ** (2 / 3)
+
+        def cut() -> tuple[Any, Any]:
+            if not is_torch(factor):
+                return min(float(factor), most), math.log(max(float(factor) / most, 1.0))
+            return factor.clamp(max=most), (factor / most).clamp(min=1).log()
+
+        within, beyond = program.derived(("cut", program.key(factor)), cut)
+        return program.parameters(within, self.alpha, beyond)
 
     def __repr__(self) -> str:
         return f"RationalQuadratic(lengthscale={self.lengthscale!r}, alpha={self.alpha!r})"
@@ -270,7 +294,7 @@ class Periodic(Kernel):
                 raise ValueError(f"{name}: expected a number or shape ({program.d},) to match x, got {_shape(value)}")
         dtype = compute_dtype(program.x)
         center = common_center(program.x)
-        scale = program.array(self.lengthscale, "lengthscale", dtype)
+        unit, scale = program.units(self.lengthscale, "lengthscale")
         # In double precision up to the angle, which many turns would round.
         period = program.array(self.period, "period", "float64")
 
@@ -283,7 +307,8 @@ class Periodic(Kernel):
             return np.concatenate([np.cos(angle).astype(dtype) / scale, np.sin(angle).astype(dtype) / scale], -1)
 
         key = ("circle", program.key(self.lengthscale), program.key(self.period))
-        return program.step("gaussian", program.score("sqeuclidean", key, bend), program.parameters(1.0))
+        factor = program.derived(("circle", program.key(unit)), lambda: 1.0 / (unit * unit))
+        return program.step("gaussian", program.score("sqeuclidean", key, bend), program.parameters(factor))
 
     def __repr__(self) -> str:
         return f"Periodic(lengthscale={self.lengthscale!r}, period={self.period!r})"

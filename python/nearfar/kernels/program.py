@@ -19,6 +19,7 @@ array, so gradients of whatever prepared them are PyTorch's own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -28,6 +29,9 @@ from ..arrays import Array, cast, compute_dtype, is_torch
 
 # As in csrc/pairwise/program.hpp.
 MAX_SCORES, MAX_STEPS, MAX_PARAMETERS = 8, 64, 64
+
+# Of a length scale: the square of its inverse, and the derivative of that, are finite in double precision.
+LEAST_SCALE = 2.0**-330
 
 Register = tuple[str, int]  # ("score", k) or ("step", k)
 
@@ -104,6 +108,26 @@ class Builder:
         if is_torch(value):
             raise TypeError(f"{name}: a torch.Tensor, but the points are a NumPy array")
         return np.asarray(value, dtype)
+
+    def units(self, scale: Any, name: str) -> tuple[Any, Array]:
+        """A unit near the least of the length scales, and what is left of each for the points to be divided by.
+
+        The unit is a parameter of the map: points divided by a tiny length scale would overflow. It is a power of two,
+        so no digit changes.
+        """
+        array = self.array(scale, name, "float64")
+
+        def unit() -> Any:
+            if is_torch(scale):
+                import torch
+
+                least = array.detach().abs().amin().clamp(min=LEAST_SCALE)
+                return least / torch.frexp(least).mantissa
+            number = max(float(scale if isinstance(scale, (int, float)) else np.min(scale)), LEAST_SCALE)
+            return number / math.frexp(number)[0]
+
+        one = self.derived(("unit", self.key(scale)), unit)
+        return one, cast(array / one, compute_dtype(self.x))
 
     def finish(self) -> tuple[Array, Array | None, Array, str]:
         """Both point sets, the parameters (float64) and the text."""

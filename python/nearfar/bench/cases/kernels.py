@@ -63,7 +63,7 @@ GAUSSIAN_GRAM = Case(
 # ---- Gram matrix times vectors ---------------------------------------------------------------------------------------
 
 # name -> (kernel of a length scale, values of KeOps' squared distance over that of the scale, the same in NumPy)
-_KERNELS: dict[str, tuple[Callable[[float], Any], Callable[[Any], Any], Callable[[Array], Array]]] = {
+_KERNELS: dict[str, tuple[Callable[[Any], Any], Callable[[Any], Any], Callable[[Array], Array]]] = {
     "gaussian": (
         nf.kernels.Gaussian,
         lambda r: (-r / 2).exp(),
@@ -173,26 +173,32 @@ COMPOSED_MATMUL = _matmul_case(
 # ---- its gradient ----------------------------------------------------------------------------------------------------
 
 
-def _matmul_gradient(problem: Problem) -> Step:
+def _in_x(problem: Problem, kernel: Any) -> Step:
     torch = load("torch")
-    kernel = _kernel(problem, ("gaussian",))
     x = torch.from_numpy(problem["x"]).requires_grad_()
     y, v = x.detach().clone(), torch.from_numpy(problem["v"])
     return lambda: (torch.autograd.grad(kernel.matmul(x, y, v).sum(), x)[0].numpy(),)
 
 
-def _keops_gradient(problem: Problem) -> Step:
+def _keops_in_x(problem: Problem, product: Callable[..., Any]) -> Step:
+    """Of product(LazyTensor, x, y, v)."""
     torch, pykeops = load("torch"), load("pykeops")
     pykeops.set_verbose(False)
     lazy = load("pykeops.torch").LazyTensor
     x = torch.from_numpy(problem["x"]).requires_grad_()
     y, v = x.detach().clone(), torch.from_numpy(problem["v"])
+    return lambda: (torch.autograd.grad(product(lazy, x, y, v).sum(), x)[0].numpy(),)
 
-    def step() -> tuple[Any, ...]:
-        total = _keops_product(lazy, x, y, v, _lengthscale(problem), ("gaussian",)).sum()
-        return (torch.autograd.grad(total, x)[0].numpy(),)
 
-    return step
+def _matmul_gradient(problem: Problem) -> Step:
+    return _in_x(problem, _kernel(problem, ("gaussian",)))
+
+
+def _keops_gradient(problem: Problem) -> Step:
+    def product(lazy: Any, x: Any, y: Any, v: Any) -> Any:
+        return _keops_product(lazy, x, y, v, _lengthscale(problem), ("gaussian",))
+
+    return _keops_in_x(problem, product)
 
 
 def _gradient_rows(problem: Problem) -> tuple[Array, ...]:
@@ -211,5 +217,61 @@ GAUSSIAN_MATMUL_GRADIENT = Case(
     peers={"KeOps": _keops_gradient},
     reference=_gradient_rows,
     flops=lambda s: 2 * s["n"] ** 2 * (3 * s["d"] + 2),
+    view=first_rows,
+)
+
+
+# ---- the gradient of a sum of kernels with length scales of their own ------------------------------------------------
+
+# Term -> its least and largest length scale, over sqrt(D); d value / d (squared distance over length scales).
+_ARD = (("gaussian", 0.8, 1.2), ("gaussian", 1.0, 2.0), ("matern", 0.5, 1.5))
+_SLOPES: dict[str, Callable[[Array], Array]] = {
+    "gaussian": lambda r: np.exp(-r / 2) / -2,
+    "matern": lambda r: (1 + np.sqrt(5 * r)) * np.exp(-np.sqrt(5 * r)) * (-5 / 6),
+}
+
+
+def _ard_scales(problem: Problem) -> list[Array]:
+    return [_lengthscale(problem) * np.linspace(least, most, problem.shape["d"]) for _, least, most in _ARD]
+
+
+def _ard_gradient(problem: Problem) -> Step:
+    first, *more = (_KERNELS[term][0](s) for (term, _, _), s in zip(_ARD, _ard_scales(problem), strict=True))
+    return _in_x(problem, sum(more, start=first))
+
+
+def _keops_ard_gradient(problem: Problem) -> Step:
+    torch = load("torch")
+    scales = [torch.from_numpy(s.astype(np.float32)) for s in _ard_scales(problem)]
+
+    def product(lazy: Any, x: Any, y: Any, v: Any) -> Any:
+        first, *more = (
+            _KERNELS[term][1](((lazy((x / s)[:, None, :]) - lazy((y / s)[None, :, :])) ** 2).sum(-1))
+            for (term, _, _), s in zip(_ARD, scales, strict=True)
+        )
+        return sum(more, start=first) @ v
+
+    return _keops_in_x(problem, product)
+
+
+def _ard_gradient_rows(problem: Problem) -> tuple[Array, ...]:
+    x, v = problem["x"].astype(np.float64), problem["v"].sum(1)
+    total = np.zeros_like(x[:CHECKED_ROWS])
+    for (term, _, _), s in zip(_ARD, _ard_scales(problem), strict=True):
+        weights = 2 * _SLOPES[term](reference.square_distances(x[:CHECKED_ROWS] / s, x / s)) * v
+        total += (weights.sum(1, keepdims=True) * x[:CHECKED_ROWS] - weights @ x) / s**2
+    return (total,)
+
+
+COMPOSED_MATMUL_GRADIENT = Case(
+    name="composed_matmul_gradient",
+    what="matmul of a sum of two Gaussians and a Matern, each with length scales of its own: value and gradient in x",
+    shapes=({"n": 4000, "d": 8, "columns": 1},),
+    quick={"n": 300, "d": 3, "columns": 1},
+    make=_points_and_vectors,
+    ours=_ard_gradient,
+    peers={"KeOps": _keops_ard_gradient},
+    reference=_ard_gradient_rows,
+    flops=lambda s: 3 * 2 * s["n"] ** 2 * (3 * s["d"] + 2),
     view=first_rows,
 )
