@@ -29,6 +29,7 @@ struct Policy {
   static constexpr int kTilesPerChunk = 240 / MR;  // a chunk of 240 columns: its block of scores fits in L1
 };
 
+/// Values in a line of the caches.
 template <class T>
 constexpr int kCacheLine = 64 / static_cast<int>(sizeof(T));
 
@@ -109,7 +110,7 @@ void product_dx(int64_t k0, int64_t tiles, const T* y_tiles, int64_t tile_stride
   clear<T>(acc);
   for (int64_t t = 0; t < tiles; ++t) {
     const T* tile = y_tiles + t * tile_stride + k0 * P::MR;
-    // What the next call reads of this tile: pieces so short and far apart that no prefetcher of the CPU follows them.
+    // What the next call reads of this tile: pieces so short and far apart that the CPU does not foresee them.
     for (int u = 0; u < P::MR * P::MR; u += kCacheLine<T>) __builtin_prefetch(tile + P::MR * P::MR + u);
     multiply<Dot, T, M, P::kVectors, P::MR, 1>(P::MR, tile, weights + t * P::MR * P::NR, acc);
   }
@@ -131,6 +132,7 @@ void product_dy(int64_t panels, const T* weights, int64_t panel_stride, const T*
   using P = Policy<T>;
   Vec<T> acc[P::MR][V];
   clear<T>(acc);
+  // Rows of out lie far apart too, and are needed only after the product.
   for (int64_t r = 0; r < P::MR && r < rows_valid; ++r)
     for (int v = 0; v < P::NR; v += kCacheLine<T>) __builtin_prefetch(out + r * out_stride + v, 1);
   for (int64_t p = 0; p < panels; ++p)
