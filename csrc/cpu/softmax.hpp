@@ -52,8 +52,8 @@ struct LseCell {
     for (int64_t p = 0; p < b.panels; ++p) {
       T* s = b.panel(p);
       for (int v = 0; v < P::kVectors; ++v, s += kLanes<T>) {
-        Vec<T> top = splat<T>(static_cast<T>(-kInfinity)), total = Vec<T>{};
-        for (int64_t j = 0; j < b.columns; ++j) top = vmax(load(s + j * P::NR), top);
+        Vec<T> top = splat<T>(common > 0 ? common : static_cast<T>(-kInfinity)), total = Vec<T>{};
+        for (int64_t j = 0; !(common > 0) && j < b.columns; ++j) top = vmax(load(s + j * P::NR), top);
         const Vec<T> base = finite_or_zero<T>(top);
         if (keep) {
           for (int64_t j = 0; j < b.columns; ++j) {

@@ -106,7 +106,6 @@ class StripPass {
 
     parallel_for(panels, plan_.threads, [&](int64_t p, int) { pack_rows(row, p); });
     parallel_for(groups, plan_.threads, [&](int64_t group, int worker) {
-      if (products_ && !plan_.two_phase) open_group(group, panels);
       for_chunks(group, count, [&](int64_t chunk) {
         const Block<T> block = scores(row, panels, chunk, group, worker);
         cell_.map(block);
@@ -116,7 +115,6 @@ class StripPass {
     cell_.close(row, rows, count);
     if (plan_.two_phase && products_)
       parallel_for(groups, plan_.threads, [&](int64_t group, int worker) {
-        open_group(group, panels);
         for_chunks(group, count, [&](int64_t chunk) {
           multiply_weights(view(row, panels, chunk, group, worker), cell_.factor(chunk), worker);
         });
@@ -163,16 +161,23 @@ class StripPass {
     return block;
   }
 
-  void open_group(int64_t group, int64_t panels) {
-    T* partial = partial_.get() + group * P::kStripRows * depth_;
-    for (int64_t k = 0; k < panels * NR * depth_; ++k) partial[k] = 0;
-    if (o_.distance())
-      for (int64_t k = 0; k < P::kStripRows; ++k) row_sums_[group * P::kStripRows + k] = 0;
+  /// The partial of a group, before its first chunk adds to it.
+  void clear_partial(const Block<T>& w) {
+    T* partial = partial_.get() + w.group * P::kStripRows * depth_;
+    for (int64_t k = 0; k < w.panels * NR * depth_; ++k) partial[k] = 0;
   }
 
   /// Both products of one block of weights.
   void multiply_weights(const Block<T>& w, const T* factor, int worker) {
-    if (w.near && w.near->count) take_near(w);
+    // The first product of a group writes its partial, the others add to it.
+    bool add = w.chunk % chunks_each_ != 0;
+    if (o_.distance() && !add)
+      for (int64_t k = 0; k < P::kStripRows; ++k) row_sums_[w.group * P::kStripRows + k] = 0;
+    if (const bool near = w.near && w.near->count; near || o_.absolute()) {
+      if (!add) clear_partial(w);
+      add = true;
+      if (near) take_near(w);
+    }
     if (o_.absolute()) return multiply_signs(w);
     const int64_t t0 = w.column / P::MR, tiles = w.columns / P::MR;
     for (int64_t p = 0; plan_.dx && p < w.panels; ++p) {
@@ -180,11 +185,11 @@ class StripPass {
       const T* lanes = factor ? factor + p * NR : nullptr;
       int64_t k = 0;
       for (; d_ - k > 2 * P::MR / 3; k += P::MR)
-        product_dx<T, P::MR>(k, tiles, o_.tile(t0), o_.tile_stride, w.panel(p), lanes, out + k * NR);
+        product_dx<T, P::MR>(k, tiles, o_.tile(t0), o_.tile_stride, w.panel(p), lanes, add, out + k * NR);
       if (d_ - k > P::MR / 3)
-        product_dx<T, 2 * P::MR / 3>(k, tiles, o_.tile(t0), o_.tile_stride, w.panel(p), lanes, out + k * NR);
+        product_dx<T, 2 * P::MR / 3>(k, tiles, o_.tile(t0), o_.tile_stride, w.panel(p), lanes, add, out + k * NR);
       else if (d_ > k)
-        product_dx<T, P::MR / 3>(k, tiles, o_.tile(t0), o_.tile_stride, w.panel(p), lanes, out + k * NR);
+        product_dx<T, P::MR / 3>(k, tiles, o_.tile(t0), o_.tile_stride, w.panel(p), lanes, add, out + k * NR);
     }
     if (!plan_.dy) {
       if (o_.distance()) add_sums(w);
@@ -287,7 +292,7 @@ class StripPass {
   /// dX of one panel: the groups' partials in order, from lanes to rows.
   void merge(int64_t row, int64_t rows, int64_t p, int64_t groups) {
     T* sum = partial_.get() + p * NR * depth_;
-    const int64_t size = NR * depth_;
+    const int64_t size = NR * d_;
     for (int64_t g = 1; g < groups; ++g) {
       const T* other = partial_.get() + (g * P::kStripRows + p * NR) * depth_;
       for (int64_t k = 0; k < size; ++k) sum[k] += other[k];

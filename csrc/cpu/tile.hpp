@@ -29,6 +29,10 @@ struct Policy {
   static constexpr int kTilesPerChunk = 240 / MR;  // a chunk of 240 columns: its block of scores fits in L1
 };
 
+/// Values in a line of the caches.
+template <class T>
+constexpr int kCacheLine = 64 / static_cast<int>(sizeof(T));
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // ---- micro-kernel
@@ -97,23 +101,26 @@ void score_block(int64_t d, int64_t tiles, const T* y_tiles, int64_t tile_stride
     score_tiles<true>(depth_from(k0), tiles, y_tiles + k0 * P::MR, tile_stride, x_panel + k0 * P::NR, scores, score);
 }
 
-/// out[M][NR] += y^T W over the columns of a chunk, for the M coordinates from k0 on. `factor` scales lanes.
+/// out[M][NR] (+)= y^T W over the columns of a chunk, for the M coordinates from k0 on. `factor` scales lanes.
 template <class T, int M>
 void product_dx(int64_t k0, int64_t tiles, const T* y_tiles, int64_t tile_stride, const T* weights, const T* factor,
-                T* out) {
+                bool add, T* out) {
   using P = Policy<T>;
   Vec<T> acc[M][P::kVectors];
   clear<T>(acc);
-  for (int64_t t = 0; t < tiles; ++t)
-    multiply<Dot, T, M, P::kVectors, P::MR, 1>(P::MR, y_tiles + t * tile_stride + k0 * P::MR,
-                                               weights + t * P::MR * P::NR, acc);
+  for (int64_t t = 0; t < tiles; ++t) {
+    const T* tile = y_tiles + t * tile_stride + k0 * P::MR;
+    // What the next call reads of this tile: pieces so short and far apart that the CPU does not foresee them.
+    for (int u = 0; u < P::MR * P::MR; u += kCacheLine<T>) __builtin_prefetch(tile + P::MR * P::MR + u);
+    multiply<Dot, T, M, P::kVectors, P::MR, 1>(P::MR, tile, weights + t * P::MR * P::NR, acc);
+  }
 #pragma GCC unroll 2
   for (int v = 0; v < P::kVectors; ++v) {
     const Vec<T> scale = factor ? load(factor + v * kLanes<T>) : splat<T>(T(1));
 #pragma GCC unroll 12
     for (int r = 0; r < M; ++r) {
       T* place = out + r * P::NR + v * kLanes<T>;
-      store(place, load(place) + acc[r][v] * scale);
+      store(place, add ? load(place) + acc[r][v] * scale : acc[r][v] * scale);
     }
   }
 }
@@ -125,6 +132,9 @@ void product_dy(int64_t panels, const T* weights, int64_t panel_stride, const T*
   using P = Policy<T>;
   Vec<T> acc[P::MR][V];
   clear<T>(acc);
+  // Rows of out lie far apart too, and are needed only after the product.
+  for (int64_t r = 0; r < P::MR && r < rows_valid; ++r)
+    for (int v = 0; v < P::NR; v += kCacheLine<T>) __builtin_prefetch(out + r * out_stride + v, 1);
   for (int64_t p = 0; p < panels; ++p)
     multiply<Dot, T, P::MR, V, P::NR, 1>(P::NR, weights + p * panel_stride, x_rows + p * P::NR * P::NR, acc);
   if (rows_valid >= P::MR && lanes_valid >= V * kLanes<T>) {

@@ -110,7 +110,7 @@ class Softmax {
 
   template <bool COLUMNS>
   void lse_pass(bool keep) {
-    LseCell<T, COLUMNS> cell(o, mask, keep, COLUMNS ? common_base(p.scale, p.normalize) : 0);
+    LseCell<T, COLUMNS> cell(o, mask, keep, common_base(p.scale, p.normalize));
     cell.rows_state = states_.get();
     cell.positive = p.positive_in_sum ? positive_score_.get() : nullptr;
     cell.weights = p.weights;
