@@ -276,7 +276,6 @@ struct InStep {
       parallel_for(count * panels, threads,
                    [&](int64_t task, int) { passes[static_cast<int>(task / panels)].pack_rows(row, task % panels); });
       parallel_for(groups, threads, [&](int64_t group, int worker) {
-        for (int s = 0; first.products_ && s < count; ++s) passes[s].open_group(group, panels);
         passes[0].for_chunks(group, chunks, [&](int64_t chunk) {
           Block<T> blocks[Program::kScores];
           for (int s = 0; s < count; ++s) blocks[s] = passes[s].scores(row, panels, chunk, group, worker);
