@@ -32,9 +32,7 @@ def table(report: dict[str, Any]) -> str:
         f"FMA peak {_digits(rates['fma_gflops'])} GFLOP/s; fresh pages written at {write['huge']:.2f} GB/s (huge), "
         f"{write['plain']:.2f} GB/s (plain)",
     ]
-    if report["options"]["quick"]:
-        head.append("--quick: sizes too small to judge speed by")
-    head += _disturbance(report)
+    head += _warnings(report)
     lines: list[tuple[str, ...]] = [_HEADER]
     for result in report["results"]:
         lines += _lines(result)
@@ -50,13 +48,14 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(text) + "\n"
 
 
-def _disturbance(report: dict[str, Any]) -> list[str]:
-    """A warning where other processes took part in the run; it goes on the picture too."""
+def _warnings(report: dict[str, Any]) -> list[str]:
+    """What forbids to quote the run: small sizes, or other processes that took part. On the picture too."""
+    quick = ["--quick: sizes too small to judge speed by"] if report["options"]["quick"] else []
     results = [*report["results"], *report.get("sweeps", [])]
     others, worst = max((r["others_processors"] or 0, r["case"]) for r in results)
     if others <= _QUIET:
-        return []
-    return [f"NOT QUIET: others kept {others:.1f} processors busy during {worst}; do not quote these figures"]
+        return quick
+    return [*quick, f"NOT QUIET: others kept {others:.1f} processors busy during {worst}; do not quote these figures"]
 
 
 def _title(report: dict[str, Any]) -> str:
@@ -175,7 +174,7 @@ def plot(report: dict[str, Any], path: str | Path) -> None:
     height = max(0.22 * len(bars) + 1, 2.4 * len(sweeps), 2)
     figure = Figure(figsize=(13 if sweeps else 9, height), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle("\n".join([_title(report), *_disturbance(report)]), fontsize=9)
+    figure.suptitle("\n".join([_title(report), *_warnings(report)]), fontsize=9)
     parts: Any = figure.subfigures(1, 2, width_ratios=(2, 1)) if sweeps else (figure,)
     left, *right = parts
     _draw_ratios(left.add_subplot(), bars, colours)
