@@ -2,7 +2,8 @@
 
     python bench/run.py [options of `python -m nearfar bench`]
 
-Files are named after the date and the processor; a run says in its first lines what machine it is of.
+Files are named after the date and the processor; a run says in its first lines what machine it is of. Options that are
+given win: ``--plot docs/bench.png`` renews the picture of the README.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def main():
     args = parser.parse_args()
     digits = Digits.load()
     rows = ablation(torch.from_numpy(digits.train_labels))
-    steps, seeds = (80, 1) if args.short else (120, 3)
+    steps, seeds = (50, 1) if args.short else (120, 3)
     if args.short:
         short = ("NT-Xent, 510 negatives", "1", "beta = 0", "left out by an oracle", "none")
         rows = {key: row for key, row in rows.items() if key[1] in short}
@@ -128,7 +128,7 @@ def main():
     base, heads = found["base", "NT-Xent, 510 negatives"], found["head", "none"]
     assert (base[:, 3] > 0.5).all(), "h remembers"
     assert (base[:, 4] < 0.3).all(), "z forgets"
-    assert (heads[:, 3] < 0.3).all(), "without a head, h is z"
+    assert (heads[:, 3] < base[:, 3] - 0.2).all(), "without a head, h is z"
     assert np.abs(found["hard", "beta = 0"] - base)[:, :3].max() < 2, "the same loss, summed in another order"
     few = {value: runs[:, 1].mean() for (_, value), runs in found.items()}
     assert few["none"] < base[:, 1].mean() - 2, "the head helps"

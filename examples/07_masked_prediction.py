@@ -131,7 +131,7 @@ def main():
     digits = Digits.load()
     linear(digits.train)
     names = list(OBJECTIVES)[: 2 if args.short else None]
-    few, shown = compare(digits, names, *((1, 500) if args.short else (2, 1000)))
+    few, shown = compare(digits, names, *((1, 300) if args.short else (2, 1000)))
     copied = {name: value for name, value in few.items() if name.startswith("copy")}
     assert few["masked pixels, 25 %"] > max(copied.values()) + 0.5, "prediction beats copying"
     if not args.short:

@@ -29,7 +29,7 @@ from sklearn.preprocessing import StandardScaler
 import nearfar as nf
 from nearfar.demo import augment
 
-PER_CLASS, TEST, POOL, PROBES = 6, 100, 800, 100  # labels for adaptation; digits of the test and for pre-training
+PER_CLASS, TEST, POOL = 6, 100, 800  # labels for adaptation; digits of the test and for pre-training
 
 
 def pretrained(images, labels=None, steps=80):
@@ -50,7 +50,7 @@ def nearest(x, labels, other):
     return labels[nf.knn(np.ascontiguousarray(other), np.ascontiguousarray(x), k=1)[1][:, 0]]
 
 
-def digits(seed, steps):
+def digits(seed, steps, probes):
     """{protocol: (claimed, true)} accuracies in % of one split into pool, test and the world outside."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -75,7 +75,7 @@ def digits(seed, steps):
     found["scored on its own labels"] = [model.score(scaled[rows], y[rows]) for rows in (few, world)]
 
     best = [0.0, 0.0]  # of probes that see a quarter of the features, the one that the test likes most
-    for _ in range(PROBES):
+    for _ in range(probes):
         columns = rng.choice(64, 16, replace=False)
         model = LogisticRegression(C=10 ** rng.uniform(-2, 2)).fit(scaled[np.ix_(few, columns)], y[few])
         scores = [model.score(scaled[np.ix_(rows, columns)], y[rows]) for rows in (test, world)]
@@ -114,8 +114,8 @@ def main():
     parser.add_argument("--short", action="store_true", help="fewer seeds and steps")
     parser.add_argument("--output", default="10_pretrain_adapt_test.png", help="the picture")
     args = parser.parse_args()
-    seeds, steps = (3, 40) if args.short else (12, 100)
-    rows = [digits(seed, steps) for seed in range(seeds)]
+    seeds, steps, probes = (3, 20, 10) if args.short else (12, 100, 100)
+    rows = [digits(seed, steps, probes) for seed in range(seeds)]
     chance = [noise(seed) for seed in range(10 if args.short else 40)]
     at_most = 1 - binom.cdf(np.arange(50), 50, 0.5) ** 100  # P(max > k), whose sum is E max
     published = {"noise: columns chosen before": 97.0, "noise: best of 100 guesses": 100 * at_most.sum() / 50}

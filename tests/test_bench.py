@@ -8,7 +8,7 @@ import pytest
 
 import nearfar as nf
 from nearfar import bench
-from nearfar.bench import machine, measure, memory, report
+from nearfar.bench import machine, measure, memory, report, sweep
 from nearfar.bench.case import Case, label, normal
 from nearfar.bench.cases import CASES, select
 
@@ -47,6 +47,7 @@ def toy():
         reference=lambda problem: (problem["x"].astype(np.float64).sum(1),),
         flops=lambda shape: shape["n"] * shape["d"],
         writes=lambda shape: 4 * shape["n"],
+        sweep=(10, 20, 40),
     )
 
 
@@ -192,6 +193,100 @@ def test_only_ours(toy):
     assert line["peers"][0]["status"] == "not installed"
 
 
+# ---- time over n -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.sweep], ids=lambda case: case.name)
+def test_sizes_of_sweeps(case):
+    full, quick = sweep.shapes(case), sweep.shapes(case, quick=True)
+    assert [shape["n"] for shape in full] == sorted(set(case.sweep))
+    assert {**full[0], "n": 0} == {**case.shapes[0], "n": 0}
+    assert quick == [{**case.quick, "n": case.quick["n"] // 2}, case.quick]
+    floors = [case.flops(shape) for shape in full]
+    assert floors == sorted(floors)
+
+
+def test_sweep(toy):
+    result = bench.benchmark([toy], 1, 0.0, with_memory=False)
+    bench.add_sweeps(result, [toy, select("cdist")[0]], 1, 0.0)
+    (swept,) = result["sweeps"]  # a case without sizes has none
+    assert (swept["case"], swept["what"]) == ("toy", "sums")
+    assert [(p["shape"], p["floor_flops"]) for p in swept["points"]] == [({"n": n, "d": 3}, 3 * n) for n in toy.sweep]
+    for point in swept["points"]:
+        lines = point["lines"]
+        assert {name: line["status"] for name, line in lines.items()} == {
+            "nearfar": "ok",
+            "numpy": "ok",
+            "nobody": "not installed",
+            "broken": "failed",
+        }
+        assert all(len(lines[name]["seconds"]["samples"]) >= measure.LEAST_PAIRS for name in ("nearfar", "numpy"))
+        assert lines["nobody"]["seconds"] is lines["broken"]["seconds"] is None
+        assert lines["broken"]["detail"] == "RuntimeError: no compiler\nand more"
+    assert json.loads(json.dumps(result)) == result
+    lines = report.table(result).splitlines()
+    start = lines.index("toy over n, d = 3, ms")
+    assert lines[start + 1].split() == ["n", "floor", "nearfar", "numpy", "nobody", "broken"]
+    assert [line.split()[0] for line in lines[start + 2 :]] == ["10", "20", "40"]
+
+
+def test_sweep_needs_ours(toy):
+    reversed_roles = Case(**{**vars(toy), "ours": toy.peers["broken"], "peers": {}})
+    with pytest.raises(RuntimeError, match="no compiler"):
+        sweep.run(reversed_roles, sweep.shapes(reversed_roles), 1, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "detail"), [("MOST_SECONDS", 0.0, "would take 0 s"), ("MOST_BYTES", -1, "would take 0 GiB")]
+)
+def test_sweep_leaves_out_who_takes_too_much(toy, monkeypatch, limit, value, detail):
+    """Foretold from the size before, so never at the first; ours goes on."""
+    monkeypatch.setattr(sweep, limit, value)
+    first, *others = sweep.run(toy, sweep.shapes(toy), 1, 0.0)["points"]
+    assert first["lines"]["numpy"]["status"] == "ok"
+    for point in others:
+        assert point["lines"]["numpy"] == {"status": "left out", "detail": detail, "seconds": None, "extra_bytes": None}
+        assert point["lines"]["nearfar"]["seconds"]["min"] > 0
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peaks are exact on Linux only")
+def test_sweep_measures_memory(toy, monkeypatch):
+    """A matrix of all pairs is seen, and the next one, 16 times as large, foretold."""
+
+    def square(problem):
+        return lambda: (np.ones((problem.shape["n"],) * 2, np.float32).sum(1),)
+
+    dense = {**vars(toy), "peers": {"dense": square}, "sweep": (4096, 16384), "flops": lambda shape: shape["n"] ** 2}
+    monkeypatch.setattr(sweep, "MOST_BYTES", 900 << 20)
+    small, large = sweep.run(Case(**dense), sweep.shapes(Case(**dense)), 1, 0.0)["points"]
+    assert 60 << 20 < small["lines"]["dense"]["extra_bytes"] < 100 << 20
+    assert large["lines"]["dense"]["status"] == "left out"
+    assert large["lines"]["dense"]["detail"] == "would take 1 GiB"
+
+
+def test_picture(toy, tmp_path, monkeypatch):
+    """Bars and panels: every peer that was timed, the floor, and where somebody was left out."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    kept = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: kept.append(figure))
+    result = bench.benchmark([toy], 1, 0.0, with_memory=False)
+    report.plot(result, tmp_path / "bars.png")
+    monkeypatch.setattr(sweep, "MOST_SECONDS", 0.0)
+    bench.add_sweeps(result, [toy], 1, 0.0)
+    report.plot(result, tmp_path / "both.png")
+    (alone,), (bars, panel) = (figure.axes for figure in kept)
+    for axes in (alone, bars):
+        assert [text.get_text() for text in axes.get_yticklabels()] == ["toy  20 x 3  vs numpy"]
+    ours, numpy, floor = panel.get_lines()
+    assert ours.get_label() == "nearfar"
+    assert list(ours.get_xdata()) == list(floor.get_xdata()) == list(toy.sweep)
+    assert numpy.get_label() == "numpy; n = 20 would take 0 s"
+    assert list(numpy.get_xdata()) == [10]
+    assert floor.get_ydata() == pytest.approx([3e-6 * n / result["rates"]["fma_gflops"] for n in toy.sweep])
+
+
 def test_command(tmp_path, capsys):
     target, picture = tmp_path / "out.json", tmp_path / "out.png"
     arguments = ["--quick", "--ops", "kmeans_assign", "--threads", "1", "--budget", "0", "--json", str(target)]
@@ -209,6 +304,8 @@ def test_command(tmp_path, capsys):
     assert result["schema"] == bench.SCHEMA
     assert [label(line["shape"]) for line in result["results"]] == ["1000 x 64 x 64"]
     if "--plot" in arguments:
+        assert [swept["case"] for swept in result["sweeps"]] == ["kmeans_assign"]
+        assert "kmeans_assign over n, k = 64, d = 64, ms" in output
         assert picture.read_bytes().startswith(b"\x89PNG")
 
 

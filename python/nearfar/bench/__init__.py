@@ -14,11 +14,12 @@ from typing import Any
 
 import nearfar as nf
 
-from . import gpu, machine, measure, memory, report
-from .case import Case, Shape, label
+from ..cli import picture_file
+from . import gpu, machine, measure, memory, report, sweep
+from .case import Case, Shape, label, load
 from .cases import CASES, select
 
-__all__ = ["CASES", "add_arguments", "benchmark", "main", "run"]
+__all__ = ["CASES", "add_arguments", "add_sweeps", "benchmark", "main", "run"]
 
 SCHEMA = 1
 
@@ -32,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", type=float, metavar="S", help="seconds for each pair (default: 4; quick: 0.2)")
     parser.add_argument("--no-memory", action="store_true", help="do not measure memory (a process for each call)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the ratios (needs matplotlib)")
+    parser.add_argument(
+        "--plot", type=picture_file, metavar="FILE", help="draw ratios, and time over n (needs matplotlib)"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,10 +56,14 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"nearfar bench: {error}", file=sys.stderr)
         return 2
+    if args.plot is not None:
+        load("matplotlib")  # where it is missing, say so before the work
     threads = nf.get_num_threads() if args.threads is None else args.threads
     budget = args.budget if args.budget is not None else 0.2 if args.quick else 4.0
     # The quick sizes are those that memory is warmed up with: nothing would be left to measure.
     result = benchmark(cases, threads, budget, quick=args.quick, with_memory=not (args.no_memory or args.quick))
+    if args.plot is not None:
+        add_sweeps(result, cases, threads, budget / 4)
     print(report.table(result), end="")
     if args.json is not None:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -111,6 +118,19 @@ def benchmark(
         "rates": rates,
         "results": results,
     }
+
+
+def add_sweeps(result: dict[str, Any], cases: list[Case], threads: int, budget: float) -> None:
+    """Add ``sweeps`` to what `benchmark` returned: time over n for the cases that have one (`sweep.run`)."""
+    result["sweeps"] = []
+    for case in cases:
+        sizes = sweep.shapes(case, quick=result["options"]["quick"])
+        if not sizes:
+            continue
+        print(f"[over n] {case.name}", file=sys.stderr, flush=True)
+        others = machine.Others()
+        result["sweeps"].append(sweep.run(case, sizes, threads, budget))
+        result["sweeps"][-1]["others_processors"] = others.processors()
 
 
 def _measure(case: Case, shape: Shape, threads: int, budget: float, with_memory: bool) -> dict[str, Any]:

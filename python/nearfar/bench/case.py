@@ -76,6 +76,8 @@ class Case:
         ``(problem, result) -> arrays`` that are compared with the reference, output by output.
     timed : bool
         False: memory only.
+    sweep : tuple of int
+        Values of n, rising, at which the first shape is timed for a picture of time over n; empty: none.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Case:
     writes: Callable[[Shape], float] | None = None
     view: Callable[[Problem, tuple[Any, ...]], tuple[Array, ...]] = field(default=as_numpy)
     timed: bool = True
+    sweep: tuple[int, ...] = ()
 
     def problem(self, shape: Shape) -> Problem:
         """Data for a shape: always the same."""

@@ -7,7 +7,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,30 +41,35 @@ class Times:
 
 
 def paired(ours: Step, peer: Step, budget: float) -> tuple[Times, Times]:
-    """Time ours, peer, ours, peer, ... for about `budget` seconds.
-
-    Interleaving makes a busy neighbour or a falling clock hit both alike. The two are called once before.
-    Both leave caches as they leave them; the order changes from pair to pair.
-    """
+    """Time ours, peer, ours, peer, ... for about `budget` seconds, after one call of each."""
     ours()
     peer()
-    steps = {"ours": ours, "peer": peer}
-    samples: dict[str, list[float]] = {"ours": [], "peer": []}
+    times = in_turns({"ours": ours, "peer": peer}, budget)
+    return times["ours"], times["peer"]
+
+
+def in_turns(steps: Mapping[str, Step], budget: float) -> dict[str, Times]:
+    """Time steps one after the other, round by round, for about `budget` seconds.
+
+    Interleaving makes a busy neighbour or a falling clock hit all alike. They leave caches as they leave them; the
+    order changes from round to round.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in steps}
     order = list(steps)
     begin = time.perf_counter()
     # A garbage collection in the middle of a call would be charged to whoever runs.
     gc.collect()
     gc.disable()
     try:
-        for pair in range(MOST_PAIRS):
+        for done in range(1, MOST_PAIRS + 1):
             for name in order:
                 samples[name].append(_seconds(steps[name]))
             order.reverse()
-            if pair + 1 >= LEAST_PAIRS and time.perf_counter() - begin > budget:
+            if done >= LEAST_PAIRS and time.perf_counter() - begin > budget:
                 break
     finally:
         gc.enable()
-    return Times(samples["ours"]), Times(samples["peer"])
+    return {name: Times(taken) for name, taken in samples.items()}
 
 
 def alone(step: Step, budget: float) -> Times:

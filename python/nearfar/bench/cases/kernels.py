@@ -127,7 +127,14 @@ def _product_rows(problem: Problem, terms: tuple[str, ...]) -> tuple[Array, ...]
     return (sum(_KERNELS[name][2](squared) for name in terms) @ problem["v"],)
 
 
-def _matmul_case(name: str, what: str, terms: tuple[str, ...], shapes: tuple[Shape, ...], **peers: Builder) -> Case:
+def _matmul_case(
+    name: str,
+    what: str,
+    terms: tuple[str, ...],
+    shapes: tuple[Shape, ...],
+    sweep: tuple[int, ...] = (),
+    **peers: Builder,
+) -> Case:
     def ours(problem: Problem) -> Step:
         kernel, x, v = _kernel(problem, terms), problem["x"], problem["v"]
         return lambda: (kernel.matmul(x, x, v),)
@@ -143,6 +150,7 @@ def _matmul_case(name: str, what: str, terms: tuple[str, ...], shapes: tuple[Sha
         reference=lambda problem: _product_rows(problem, terms),
         flops=lambda s: 2 * s["n"] ** 2 * (s["d"] + s["columns"]),  # at small D the map is the floor, not these
         view=first_rows,
+        sweep=sweep,
     )
 
 
@@ -151,6 +159,7 @@ GAUSSIAN_MATMUL = _matmul_case(
     "kernels.Gaussian.matmul",
     ("gaussian",),
     tuple({"n": 20000, "d": d, "columns": columns} for d in (3, 16, 64, 256) for columns in (1, 16)),
+    (2500, 5000, 10000, 20000, 40000, 80000),
     **{"torch chunked": _torch_chunked},
 )
 MATERN_MATMUL = _matmul_case(

@@ -58,6 +58,7 @@ INFO_NCE = Case(
     peers={"torch dense": _info_nce_dense},
     reference=_info_nce_reference,
     flops=_pairs(3),
+    sweep=(1024, 2048, 4096, 8192, 16384),
 )
 
 # Larger than is comfortable to time densely (over 2 GB): what matters here is memory.
@@ -67,6 +68,7 @@ INFO_NCE_MEMORY = dataclasses.replace(
     what="info_nce_loss, value and gradient: peak extra memory",
     shapes=({"n": 16384, "d": 128},),
     timed=False,
+    sweep=(),
 )
 
 

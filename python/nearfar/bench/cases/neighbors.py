@@ -79,6 +79,7 @@ KMEANS_ASSIGN = Case(
     reference=_assign_reference,
     flops=lambda s: 2 * s["n"] * s["k"] * s["d"],
     view=_assign_view,
+    sweep=(3000, 10000, 30000, 100000, 300000),
 )
 
 
@@ -137,6 +138,7 @@ KNN = Case(
     reference=_knn_reference,
     flops=lambda s: 2 * s["n"] ** 2 * s["d"],
     view=_knn_view,
+    sweep=(1250, 2500, 5000, 10000, 20000),
 )
 
 
@@ -147,4 +149,5 @@ KNN_FEW = dataclasses.replace(
     shapes=({"n": 100, "m": 1000000, "d": 96, "k": 10},),
     quick={"n": 20, "m": 5000, "d": 96, "k": 10},
     flops=lambda s: 2 * s["n"] * s["m"] * s["d"],
+    sweep=(),
 )
