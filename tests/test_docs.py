@@ -26,6 +26,7 @@ def names():
     encoder = torch.nn.Linear(128, 16)
     return {
         "nf": nf,
+        "np": np,
         "q": q,
         "k": k,
         "z": z1.clone(),
