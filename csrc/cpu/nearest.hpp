@@ -87,7 +87,7 @@ class Nearest {
           screen_->pack_panel(rows_.get(), q, rounded_);
           for (int64_t lane = q * NR; lane < (q + 1) * NR; ++lane)
             squares_[lane] = rounded_.norm[lane] * rounded_.norm[lane];
-          if (screen_->covers_all(rounded_, q)) continue;
+          if (rounded_.covered[q]) continue;
         }
       o_.pack_panel(row + q * NR, T(1), rows_.get(), packed_.get() + q * NR * d, squares_ + q * NR);
     }
@@ -109,14 +109,11 @@ class Nearest {
  private:
   void compute(int64_t chunk, int64_t q) {
     if constexpr (kScreens)
-      if (screened(chunk, q)) return screen_->block(chunk, rounded_, q, block_.get());
+      if (screened(q)) return screen_->block(chunk, rounded_, q, block_.get());
     o_.raw_block(o_.chunks.tile_begin(chunk), o_.chunks.tile_end(chunk), packed_.get() + q * NR * o_.d, block_.get());
   }
 
-  bool screened(int64_t chunk, int64_t q) const {
-    if constexpr (kScreens) return screen_ && screen_->covers(chunk, rounded_, q);
-    return false;
-  }
+  bool screened(int64_t q) const { return screen_ && rounded_.covered[q]; }
 
   int64_t column_begin(int64_t chunk) const { return o_.chunks.tile_begin(chunk) * P::MR; }
   int64_t column_end(int64_t chunk) const {
@@ -125,10 +122,10 @@ class Nearest {
   }
 
   /// What is maximised.
-  NEARFAR_INLINE Vec<T> rank(const T* scores, int64_t j) const {
-    const Vec<T> s = load(scores);
+  template <class V>
+  NEARFAR_INLINE V rank(V s, int64_t j) const {
     if (KEY == Key::direct) return -s;
-    if (KEY == Key::expanded) return T(2) * s - splat<T>(*o_.squares(j));
+    if (KEY == Key::expanded) return T(2) * s - *o_.squares(j);
     return s;
   }
 
@@ -141,7 +138,7 @@ class Nearest {
     const Vec<T> squares = KEY == Key::cosine ? splat<T>(T(2)) : load(squares_ + at) + o_.largest_square();
     Vec<T> out = squares * (kUnit * static_cast<T>(o_.d + 16));
     if constexpr (kScreens)
-      if (screened(chunk, q)) out += screen_->bound(chunk, rounded_, at) * T(KEY == Key::expanded ? 2 : 1);
+      if (screened(q)) out += screen_->bound(chunk, rounded_, at) * T(KEY == Key::expanded ? 2 : 1);
     return out;
   }
 
@@ -160,7 +157,7 @@ class Nearest {
 #pragma GCC unroll 2
       for (int v = 0; v < P::kVectors; ++v) {
         // A NaN is not better than anything and leaves both states as they are.
-        const Vec<T> value = rank(s + v * kLanes<T>, j);
+        const Vec<T> value = rank(load(s + v * kLanes<T>), j);
         where[v] = select(value > best[v], here, where[v]);
         if (kSettles) second[v] = vmax(vmin(best[v], value), second[v]);
         best[v] = vmax(value, best[v]);
@@ -195,7 +192,7 @@ class Nearest {
     T smallest[NR];
     for (int64_t c = 0; c < count; ++c) smallest[open[c]] = std::numeric_limits<T>::infinity();
     for (int64_t chunk = first; chunk < last; ++chunk) {
-      const bool alone = screened(chunk, q);
+      const bool alone = screened(q);
       if (!alone) compute(chunk, q);
       alignas(64) T errors[NR];
       for (int v = 0; v < P::kVectors; ++v) store(errors + v * kLanes<T>, error(chunk, q, v));
@@ -207,8 +204,7 @@ class Nearest {
         const T* s = block_.get() + (alone ? 0 : lane);
         const T least = low_[q * NR + lane] - errors[lane];
         for (int64_t j = begin; j < end; ++j) {
-          const T score = s[(j - begin) * stride];
-          if (!((KEY == Key::expanded ? 2 * score - *o_.squares(j) : score) >= least)) continue;
+          if (!(rank(s[(j - begin) * stride], j) >= least)) continue;
           const T value = measure(row + lane, j, rows_.get());
           if (value < smallest[lane]) smallest[lane] = value, index[lane] = j;
         }

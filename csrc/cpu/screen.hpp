@@ -21,7 +21,7 @@
 namespace nearfar {
 namespace {
 
-using PairVec = IVec<float>;  // two 16-bit integers a lane: coordinates 2 k and 2 k + 1
+using PairVec = IVec<float>;  // two 16-bit integers a lane
 
 /// sum + a0 b0 + a1 b1.
 NEARFAR_INLINE PairVec multiply_pairs(PairVec sum, PairVec a, PairVec b) {
@@ -39,10 +39,7 @@ NEARFAR_INLINE PairVec multiply_pairs(PairVec sum, PairVec a, PairVec b) {
 }
 
 /// Two integers of 16 bits in one of 32.
-template <class I>
-NEARFAR_INLINE I pair_of(I low, I high) {
-  return (low & 0xffff) | high << 16;
-}
+NEARFAR_INLINE PairVec pair_of(PairVec low, PairVec high) { return (low & 0xffff) | high << 16; }
 
 NEARFAR_INLINE Vec<float> to_float(PairVec v) { return __builtin_convertvector(v, Vec<float>); }
 
@@ -129,7 +126,7 @@ class Screen {
   struct Strip {
     Buffer<int32_t> pairs;
     alignas(64) T scale[P::kStripRows], norm[P::kStripRows], lost[P::kStripRows];
-    bool covered[P::kPanels];
+    bool covered[P::kPanels];  // whether the bound holds: not for infinite rows, NaN, and norms whose squares overflow
   };
   /// Room for W rows of `read_rows`, and a vector more.
   int64_t room(int64_t w) const { return w * padded<T>(o_.d) + kLanes<T>; }
@@ -139,15 +136,9 @@ class Screen {
   void pack_panel(const T* rows, int64_t q, Strip& strip) const {
     const int64_t at = q * NR;
     round<NR>(rows, strip.pairs.get() + at * steps_, strip.scale + at, strip.norm + at, strip.lost + at);
-    strip.covered[q] = true;
+    strip.covered[q] = covers_columns();
     for (int64_t lane = at; lane < at + NR; ++lane) strip.covered[q] &= strip.norm[lane] < kMostNorm;
   }
-
-  /// Whether the bound holds for a chunk and a panel: not for infinite rows, NaN, and norms whose squares overflow.
-  bool covers(int64_t chunk, const Strip& strip, int64_t q) const {
-    return strip.covered[q] && norm_[chunk] < kMostNorm;
-  }
-  bool covers_all(const Strip& strip, int64_t q) const { return strip.covered[q] && largest_norm_ < kMostNorm; }
 
   /// Approximate dot products S[columns][NR] of a chunk.
   void block(int64_t chunk, const Strip& strip, int64_t q, T* scores) const {
@@ -219,7 +210,8 @@ class Screen {
   /// Screening that decides too little is given up. It costs the time of half a product: whoever screens says how much
   /// of the work had to be done all the same. Answers do not depend on it.
   bool helps() const {
-    return 8 * __atomic_load_n(&open_, __ATOMIC_RELAXED) <= __atomic_load_n(&seen_, __ATOMIC_RELAXED);
+    return covers_columns() &&
+           8 * __atomic_load_n(&open_, __ATOMIC_RELAXED) <= __atomic_load_n(&seen_, __ATOMIC_RELAXED);
   }
   void report(int64_t open, int64_t seen) const {
     __atomic_fetch_add(&open_, open, __ATOMIC_RELAXED);
@@ -227,6 +219,8 @@ class Screen {
   }
 
  private:
+  bool covers_columns() const { return largest_norm_ < kMostNorm; }
+
   // |q| after rounding stays below 2^15.5 = 46340, entries below 2^15.
   static constexpr T kNorm = 45000, kEntry = 32766, kMagic = 0x1.8p23f;
   static constexpr T kLeastNorm = 0x1p-100f, kMostNorm = 0x1p60f;

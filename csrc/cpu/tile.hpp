@@ -165,18 +165,25 @@ int64_t padded(int64_t d) {
   return ceil_div(d, kLanes<T>) * kLanes<T>;
 }
 
-template <int W, class T>
-void read_rows(const Source<T>& source, int64_t i0, T* rows) {
+/// W rows, zeros where index(r) is not one of them.
+template <int W, class T, class F>
+void read_rows_at(const Source<T>& source, F index, T* rows) {
   const int64_t d = source.d(), stride = padded<T>(d);
   for (int64_t r = 0; r < W; ++r) {
     T* row = rows + r * stride;
     int64_t k = 0;
-    if (i0 + r < source.n()) {
-      source.get_packed(i0 + r, row);
+    if (const int64_t i = index(r); i < source.n()) {
+      source.get_packed(i, row);
       k = d;
     }
     for (; k < stride; ++k) row[k] = 0;
   }
+}
+
+/// W rows from i0 on.
+template <int W, class T>
+void read_rows(const Source<T>& source, int64_t i0, T* rows) {
+  read_rows_at<W>(source, [i0](int64_t r) { return i0 + r; }, rows);
 }
 
 /// W rows side by side: out[k][W] = row(r, k), a vector of values from k on, for k < d. E: any type of the size of T.

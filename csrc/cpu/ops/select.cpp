@@ -142,7 +142,7 @@ class Select {
     for (int64_t q = 0; q < panels; ++q) {
       read_rows<NR>(o.x, row + q * NR, rows.get());
       screen_->pack_panel(rows.get(), q, rounded);
-      open[q] = !screen_->covers_all(rounded, q);
+      open[q] = !rounded.covered[q];
     }
     alignas(64) T error[P::kStripRows] = {};
     for (int64_t chunk = 0; chunk < o.chunks.count; ++chunk)
@@ -179,17 +179,14 @@ class Select {
   /// The k best of a row's candidates by the keys that `score` would have given them: the same multiply-adds, with the
   /// candidates along the lanes.
   void settle(const Panel& panel, int64_t lane, T* rows) const {
-    const int64_t *candidates = panel.index + lane * panel.width, i = panel.row + lane, stride = padded<T>(o.d);
-    T* kept = kept_.get() + i * k;
-    int64_t *index = index_.get() + i * k, count = 0;
-    Buffer<T> packed(NR * o.d), pair(2 * o.d);
-    for (int64_t first = 0; first < panel.width && candidates[first] >= 0; first += NR) {
-      int64_t together = 0;
-      for (; together < NR && first + together < panel.width && candidates[first + together] >= 0; ++together) {
-        o.y.get_packed(candidates[first + together], rows + together * stride);
-        for (int64_t c = o.d; c < stride; ++c) rows[together * stride + c] = 0;
-      }
-      for (int64_t c = together * stride; c < NR * stride; ++c) rows[c] = 0;
+    const int64_t *candidates = panel.index + lane * panel.width, i = panel.row + lane;
+    int64_t listed = 0, count = 0;
+    while (listed < panel.width && candidates[listed] >= 0) ++listed;
+    Buffer<T> packed(NR * o.d), pair(2 * o.d), value(panel.width);
+    Buffer<int64_t> index(panel.width);
+    for (int64_t first = 0; first < listed; first += NR) {
+      // Past the last candidate, rows of zeros.
+      read_rows_at<NR>(o.y, [&](int64_t c) { return first + c < listed ? candidates[first + c] : m; }, rows);
       pack<NR>(rows, o.d, T(1), packed.get());
       Vec<T> sum[P::kVectors] = {};
       for (int64_t c = 0; c < o.d; ++c)
@@ -198,20 +195,28 @@ class Select {
           Dot::accumulate(sum[v], splat<T>(panel.packed[c * NR + lane]), load(packed.get() + c * NR + v * kLanes<T>));
       alignas(64) T scores[NR];
       for (int v = 0; v < P::kVectors; ++v) store(scores + v * kLanes<T>, sum[v]);
-      for (int64_t c = 0; c < together; ++c) {
+      for (int64_t c = 0; c < NR && first + c < listed; ++c) {
         const int64_t j = candidates[first + c];
         const T own = KEY == Key::expanded ? panel.squares[lane] : T(0);
         bool near = false;
-        T value = key(scores[c], own, KEY == Key::expanded ? panel.columns[j] : T(0), near);
-        if (near) value = measure.near(i, j, pair.get());
-        if (!(value < static_cast<T>(kInfinity))) continue;
-        int64_t at = count < k ? count++ : k;
-        for (; at > 0 && (kept[at - 1] > value || (kept[at - 1] == value && index[at - 1] > j)); --at)
-          if (at < k) kept[at] = kept[at - 1], index[at] = index[at - 1];
-        if (at < k) kept[at] = value, index[at] = j;
+        const T plain = key(scores[c], own, KEY == Key::expanded ? panel.columns[j] : T(0), near);
+        add_sorted(near ? measure.near(i, j, pair.get()) : plain, j, value.get(), index.get(), count);
       }
     }
-    for (; count < k; ++count) kept[count] = static_cast<T>(kInfinity), index[count] = -1;
+    for (int64_t c = 0; c < k; ++c) {
+      kept_[i * k + c] = c < count ? value[c] : static_cast<T>(kInfinity);
+      index_[i * k + c] = c < count ? index[c] : -1;
+    }
+  }
+
+  /// Adds to a list sorted by (value, index) what is below infinity.
+  static void add_sorted(T own, int64_t j, T* value, int64_t* index, int64_t& count) {
+    if (!(own < static_cast<T>(kInfinity))) return;
+    int64_t place = count++;
+    for (; place > 0 && (value[place - 1] > own || (value[place - 1] == own && index[place - 1] > j)); --place)
+      value[place] = value[place - 1], index[place] = index[place - 1];
+    value[place] = own;
+    index[place] = j;
   }
 
   /// A part of the columns, packed a chunk at a time, against all rows.
@@ -324,13 +329,7 @@ class Select {
         const int64_t at = (part * strips_ * P::kStripRows + i) * k;
         for (int64_t c = 0; c < k && index_[at + c] >= 0; ++c) {
           const int64_t j = index_[at + c];
-          const T own = measure(i, j, rows.get());
-          if (!(own < static_cast<T>(kInfinity))) continue;
-          int64_t place = count++;
-          for (; place > 0 && (value[place - 1] > own || (value[place - 1] == own && index[place - 1] > j)); --place)
-            value[place] = value[place - 1], index[place] = index[place - 1];
-          value[place] = own;
-          index[place] = j;
+          add_sorted(measure(i, j, rows.get()), j, value.get(), index.get(), count);
         }
       }
       for (int64_t c = 0; c < k; ++c) {
