@@ -28,9 +28,11 @@ def main() -> int:
     stem = RESULTS / f"{day}-{processor}"
     text = io.StringIO()
     RESULTS.mkdir(exist_ok=True)
-    with contextlib.redirect_stdout(text):
-        status = bench.main(["--json", f"{stem}.json", "--plot", f"{stem}.png", *sys.argv[1:]])
-    print(text.getvalue(), end="")
+    try:
+        with contextlib.redirect_stdout(text):
+            status = bench.main(["--json", f"{stem}.json", "--plot", f"{stem}.png", *sys.argv[1:]])
+    finally:
+        print(text.getvalue(), end="")  # also of --help, which leaves by an exception
     if status == 0:
         Path(f"{stem}.txt").write_text(text.getvalue(), encoding="utf-8")
     return status

@@ -314,6 +314,8 @@ def test_command(tmp_path, capsys):
     [
         (["--ops", "nothing"], "ops: expected some of"),
         (["--threads", "0"], "threads: expected a positive number, got 0"),
+        (["--device", "cuda", "--threads", "2"], "--threads: only on the CPU"),
+        (["--device", "cuda", "--no-memory"], "--no-memory: only on the CPU"),
         (["--device", "cuda"], "--device cuda needs a GPU and a build with CUDA"),
     ],
 )

@@ -48,6 +48,10 @@ def main(argv: list[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Run the benchmark from parsed options; the exit status."""
     if args.device == "cuda":
+        for option, given in (("--threads", args.threads), ("--no-memory", args.no_memory), ("--plot", args.plot)):
+            if given:
+                print(f"nearfar bench: {option}: only on the CPU", file=sys.stderr)
+                return 2
         return gpu.run(args)
     try:
         cases = select(args.ops)

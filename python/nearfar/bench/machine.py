@@ -37,6 +37,7 @@ def describe(threads: int) -> dict[str, Any]:
         "threads": threads,
         "nearfar": nf.build_info(),
         "versions": versions,
+        "cxxflags": os.environ.get("CXXFLAGS"),  # peers that compile their kernels when called take them from there
     }
 
 

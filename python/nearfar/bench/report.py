@@ -32,6 +32,8 @@ def table(report: dict[str, Any]) -> str:
         f"FMA peak {_digits(rates['fma_gflops'])} GFLOP/s; fresh pages written at {write['huge']:.2f} GB/s (huge), "
         f"{write['plain']:.2f} GB/s (plain)",
     ]
+    if flags := report["machine"].get("cxxflags"):
+        head.append(f"KeOps compiled with {flags}")
     head += _warnings(report)
     lines: list[tuple[str, ...]] = [_HEADER]
     for result in report["results"]:
