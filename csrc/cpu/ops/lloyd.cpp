@@ -58,7 +58,7 @@ class Lloyd {
     int64_t index[P::kStripRows];
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t row = strip * P::kStripRows, last = row + P::kStripRows < n ? row + P::kStripRows : n;
-      nearest.strip(row, 0, o.chunks.count, index);
+      nearest.strip(row, index);
       for (int64_t i = row; i < last; ++i) {
         int64_t j = index[i - row];
         const double weight = p.weights ? static_cast<double>(p.weights[i]) : 1.0;
@@ -112,7 +112,7 @@ template <class T>
 void run(LloydParams<T>& p) {
   const Operands<T> o(p.x, p.centroids, p.normalize, true, false, p.threads);
   if constexpr (std::is_same_v<T, float>)
-    if (o.expanded() && screens(p.screening, o.d)) {
+    if (o.expanded() && screens(p.screening, p.centroids.n, o.d)) {
       const Screen screen(o, p.threads);
       return Lloyd<T, Key::expanded>(p, o, &screen).run();
     }
