@@ -71,10 +71,9 @@ class Nearest {
         screen_(kScreens ? screen : nullptr),
         rows_(o_.row_buffer() + kLanes<T>),
         packed_(P::kStripRows * o_.d),
-        block_((screen_ ? most_of(screen_->run_room(), chunk_room()) : chunk_room()) * NR),
-        found_(screen_ ? screen_->run_room() + 1 : 0) {
+        block_(o_.chunks.tiles_each * P::MR * NR) {
     constexpr int64_t kWidth = 32;
-    if (screen_) screen_->open(rounded_), list_.open(P::kStripRows, kWidth);
+    if (screen_) screen_->open(rounded_, ranks_), list_.open(P::kStripRows, kWidth);
   }
 
   /// For the strip from `row` on: index[lane], -1 for a row that is near to nothing.
@@ -122,7 +121,7 @@ class Nearest {
     for (int64_t run = 0; run < screen_->runs(); ++run)
       for (int64_t q = 0; q < panels; ++q) {
         if (open[q]) continue;
-        screen_->template block<true>(run, rounded_, q, block_.get(), low_ + q * NR);
+        screen_->template block<true>(run, rounded_, q, ranks_, low_ + q * NR);
         open[q] = !list(run, q);
       }
     int64_t measured = 0;
@@ -141,48 +140,41 @@ class Nearest {
 
   /// Lists the columns of a run that could be the best; false where there are too many.
   bool list(int64_t run, int64_t q) {
-    Vec<T> bars[P::kVectors];
-    for (int v = 0; v < P::kVectors; ++v) {
-      const int64_t at = q * NR + v * kLanes<T>;
-      bars[v] = load(low_ + at) - T(2) * load(rounded_.slack + at);
-    }
-    const int64_t begin = screen_->run_begin(run), columns = screen_->run_end(run) - begin;
-    const T* upper = block_.get();
-    int64_t count = 0;
-    for (int64_t c = 0; c < columns; ++c) {
-      unsigned lanes = 0;
-      for (int v = 0; v < P::kVectors; ++v)
-        lanes |= lanes_set(load(upper + c * NR + v * kLanes<T>) >= bars[v]) << (v * kLanes<T>);
-      found_[count] = {static_cast<int32_t>(c), lanes};
-      count += lanes != 0;  // without a branch that nothing foresees
-    }
+    alignas(64) T bars[NR];
+    for (int64_t lane = 0; lane < NR; ++lane) bars[lane] = bar(q * NR + lane);
+    const int64_t begin = screen_->run_begin(run), count = ranks_.find(screen_->run_end(run) - begin, bars);
     for (int64_t f = 0; f < count; ++f)
-      for (unsigned lanes = found_[f].lanes; lanes; lanes &= lanes - 1) {
+      for (unsigned lanes = ranks_.found[f].lanes; lanes; lanes &= lanes - 1) {
         const int lane = __builtin_ctz(lanes);
-        const int64_t c = found_[f].column, i = q * NR + lane;
-        if (!list_.add(i, {upper[c * NR + lane], static_cast<int32_t>(begin + c)}, bar(i))) return false;
+        const int64_t c = ranks_.found[f].column;
+        if (!list_.add(q * NR + lane, {ranks_.upper[c * NR + lane], static_cast<int32_t>(begin + c)}, bars[lane]))
+          return false;
       }
     return true;
   }
 
-  /// Measures what is listed for a row, unless that is one column; how many were measured.
+  /// Measures what is listed for a row, unless that is one column; how many were measured. The one that can have the
+  /// highest rank comes first: its exact rank rules out most of the others.
   int64_t settle_listed(int64_t row, int64_t lane, int64_t& index) {
     list_.keep(lane, bar(lane));
-    const int64_t count = list_.count(lane);
-    index = list_.column(lane, 0);
-    if (count == 1) return 0;
+    index = list_.highest(lane);
+    if (list_.count(lane) == 1) return 0;
     const Measure<T, KEY> measure{o_};
-    T smallest = std::numeric_limits<T>::infinity();
-    for (int64_t c = 0; c < count; ++c) {
+    const int64_t first = index;
+    T smallest = measure(row, first, rows_.get());
+    const T exact = (KEY == Key::expanded ? rounded_.square[lane] : T(1)) - smallest;
+    list_.keep(lane, exact - 2 * rounded_.slack[lane]);
+    int64_t measured = 1;
+    for (int64_t c = 0; c < list_.count(lane); ++c) {
       const int64_t j = list_.column(lane, c);
+      if (j == first) continue;
       const T value = measure(row, j, rows_.get());
-      if (value < smallest) smallest = value, index = j;
+      ++measured;
+      if (value < smallest || (value == smallest && j < index)) smallest = value, index = j;
     }
-    return count;
+    return measured;
   }
 
-  int64_t chunk_room() const { return o_.chunks.tiles_each * P::MR; }
-  static int64_t most_of(int64_t a, int64_t b) { return a > b ? a : b; }
   int64_t column_begin(int64_t chunk) const { return o_.chunks.tile_begin(chunk) * P::MR; }
   int64_t column_end(int64_t chunk) const {
     const int64_t end = o_.chunks.tile_end(chunk) * P::MR;
@@ -271,16 +263,11 @@ class Nearest {
     }
   }
 
-  struct Found {
-    int32_t column;
-    unsigned lanes;
-  };
-
   const Operands<T>& o_;
   const Screen* screen_;
   Buffer<T> rows_, packed_, block_;
-  Buffer<Found> found_;
   Screen::Strip rounded_;
+  Screen::Ranks ranks_;
   Shortlist list_;
   alignas(64) T squares_[P::kStripRows];
   // Bounds of the best rank, and the highest that any other column can have.

@@ -154,11 +154,11 @@ class Screen {
     }
   }
 
-  /// The panels of a strip of x, rounded; per lane s, and what a rank may differ by from the exact one and from the
+  /// The panels of a strip of x, rounded; per lane s, |x|^2, and what a rank may differ by from the exact one and from the
   /// engine's: `reach` times the norm of the column, and `slack`.
   struct Strip {
     Buffer<int32_t> quads;
-    alignas(64) T scale[P::kStripRows], reach[P::kStripRows], slack[P::kStripRows];
+    alignas(64) T scale[P::kStripRows], square[P::kStripRows], reach[P::kStripRows], slack[P::kStripRows];
     bool covered[P::kPanels];  // whether that holds: not for rows of infinite numbers, NaN, and of extreme norms
   };
   /// Columns go by in runs, whose ranks fit in L1.
@@ -168,17 +168,45 @@ class Screen {
     const int64_t end = run_begin(run + 1);
     return end < o_.chunks.columns ? end : o_.chunks.columns;
   }
-  int64_t run_room() const { return tiles_each_ * P::MR; }
+
+  /// Ranks of the columns of a run for a panel, and which of them matter.
+  struct Ranks {
+    struct Found {
+      int32_t column;
+      unsigned lanes;
+    };
+    Buffer<T> upper;  // [column][NR]
+    Buffer<Found> found;
+
+    /// Finds the columns that reach the bar of a lane; how many.
+    int64_t find(int64_t columns, const T* bars) const {
+      Vec<T> bar[P::kVectors];
+      for (int v = 0; v < P::kVectors; ++v) bar[v] = load(bars + v * kLanes<T>);
+      int64_t count = 0;
+      for (int64_t c = 0; c < columns; ++c) {
+        unsigned lanes = 0;
+        for (int v = 0; v < P::kVectors; ++v)
+          lanes |= lanes_set(load(upper.get() + c * NR + v * kLanes<T>) >= bar[v]) << (v * kLanes<T>);
+        found[count] = {static_cast<int32_t>(c), lanes};
+        count += lanes != 0;  // no branch: nothing could foresee it
+      }
+      return count;
+    }
+  };
 
   /// Room for W rows of `read_rows`, and a vector more.
   int64_t room(int64_t w) const { return w * padded<T>(o_.d) + kLanes<T>; }
-  void open(Strip& strip) const { strip.quads = Buffer<int32_t>(P::kPanels * steps_ * NR); }
+  void open(Strip& strip, Ranks& ranks) const {
+    strip.quads = Buffer<int32_t>(P::kPanels * steps_ * NR);
+    ranks.upper = Buffer<T>(tiles_each_ * P::MR * NR);
+    ranks.found = Buffer<Ranks::Found>(tiles_each_ * P::MR + 1);
+  }
 
   /// Rounds panel q of a strip from rows as `read_rows` leaves them.
   void pack_panel(const T* rows, int64_t q, Strip& strip) const {
     const int64_t at = q * NR;
     T norm[NR], lost[NR];
-    round<NR, true>(rows, strip.quads.get() + at * steps_, strip.scale + at, norm, lost);
+    round<NR, true>(rows, strip.quads.get() + at * steps_, strip.scale + at, strip.square + at, norm, lost);
     strip.covered[q] = covers_columns();
     for (int r = 0; r < NR; ++r) {
       strip.covered[q] &= covers(norm[r]);
@@ -188,49 +216,13 @@ class Screen {
     }
   }
 
-  /// The highest rank that each column of a run can have, upper[columns][NR]; ranks are 2 <x, y> - |y|^2 for
-  /// distances, else <x, y>. `LOWEST` raises lowest[NR] to the lowest that the best column can have.
+  /// The highest rank that each column of a run can have; ranks are 2 <x, y> - |y|^2 for distances, else <x, y>.
+  /// `LOWEST` raises lowest[NR] to the lowest that the best column can have.
   template <bool LOWEST>
-  void block(int64_t run, const Strip& strip, int64_t q, T* upper, T* lowest) const {
-    const int32_t* quads = strip.quads.get() + q * steps_ * NR;
-    alignas(64) int32_t before[P::MR * NR] = {};
-    Vec<T> least[P::kVectors] = {};
-    if (LOWEST)
-      for (int v = 0; v < P::kVectors; ++v) least[v] = load(lowest + v * kLanes<T>);
-    const int64_t end = (run + 1) * tiles_each_ < o_.chunks.tiles ? (run + 1) * tiles_each_ : o_.chunks.tiles;
-    for (int64_t t = run * tiles_each_; t < end; ++t, upper += P::MR * NR) {
-      const int32_t* tile = tiles_.get() + t * steps_ * P::MR;
-      const int32_t* start = starts_.get() + t * blocks_ * P::MR;
-      Quads sum[P::MR][P::kVectors];
-      for (int64_t b = 0; b + 1 < blocks_; ++b) {
-        multiply(b * block_steps_, (b + 1) * block_steps_, tile, quads, start + b * P::MR, sum);
-#pragma GCC unroll 12
-        for (int r = 0; r < P::MR; ++r)
-#pragma GCC unroll 2
-          for (int v = 0; v < P::kVectors; ++v) {
-            int32_t* place = before + r * NR + v * kLanes<T>;
-            const Quads total = widened(sum[r][v]) + (b ? iload(place) : Quads{});
-            std::memcpy(place, &total, sizeof total);
-          }
-      }
-      multiply((blocks_ - 1) * block_steps_, steps_, tile, quads, start + (blocks_ - 1) * P::MR, sum);
-#pragma GCC unroll 12
-      for (int r = 0; r < P::MR; ++r) {
-        const int64_t j = t * P::MR + r;
-        const Vec<T> factor = splat<T>(factor_[j]), square = splat<T>(square_[j]), norm = splat<T>(norm_[j]);
-#pragma GCC unroll 2
-        for (int v = 0; v < P::kVectors; ++v) {
-          const int64_t at = q * NR + v * kLanes<T>;
-          const Quads total = widened(sum[r][v]) + iload(before + r * NR + v * kLanes<T>);
-          // One factor after the other: their product may be too small.
-          const Vec<T> rank = to_float(total) * load(strip.scale + at) * factor - square, reach = load(strip.reach + at);
-          store(upper + r * NR + v * kLanes<T>, rank + reach * norm);
-          if (LOWEST) least[v] = vmax(rank - reach * norm, least[v]);
-        }
-      }
-    }
-    if (LOWEST)
-      for (int v = 0; v < P::kVectors; ++v) store(lowest + v * kLanes<T>, least[v]);
+  void block(int64_t run, const Strip& strip, int64_t q, const Ranks& ranks, T* lowest) const {
+    // Deeper rows have sums that are kept aside; one that decides inside would take longer for all.
+    if (blocks_ == 1) return block_of<LOWEST, 1>(run, strip, q, ranks, lowest);
+    block_of<LOWEST, 2>(run, strip, q, ranks, lowest);
   }
 
   /// The lowest rank of a column from the highest.
@@ -284,11 +276,58 @@ class Screen {
     }
   }
 
+  /// BLOCKS: 1, or 2 for any number more.
+  template <bool LOWEST, int BLOCKS>
+  void block_of(int64_t run, const Strip& strip, int64_t q, const Ranks& ranks, T* lowest) const {
+    const int32_t* quads = strip.quads.get() + q * steps_ * NR;
+    alignas(64) int32_t before[BLOCKS > 1 ? P::MR * NR : 1] = {};
+    Vec<T> least[P::kVectors] = {};
+    if (LOWEST)
+      for (int v = 0; v < P::kVectors; ++v) least[v] = load(lowest + v * kLanes<T>);
+    T* upper = ranks.upper.get();
+    const int64_t end = (run + 1) * tiles_each_ < o_.chunks.tiles ? (run + 1) * tiles_each_ : o_.chunks.tiles;
+    for (int64_t t = run * tiles_each_; t < end; ++t, upper += P::MR * NR) {
+      const int32_t* tile = tiles_.get() + t * steps_ * P::MR;
+      const int32_t* start = starts_.get() + t * blocks_ * P::MR;
+      Quads sum[P::MR][P::kVectors];
+      for (int64_t b = 0; BLOCKS > 1 && b + 1 < blocks_; ++b) {
+        multiply(b * block_steps_, (b + 1) * block_steps_, tile, quads, start + b * P::MR, sum);
+#pragma GCC unroll 12
+        for (int r = 0; r < P::MR; ++r)
+#pragma GCC unroll 2
+          for (int v = 0; v < P::kVectors; ++v) {
+            int32_t* place = before + r * NR + v * kLanes<T>;
+            const Quads total = widened(sum[r][v]) + (b ? iload(place) : Quads{});
+            std::memcpy(place, &total, sizeof total);
+          }
+      }
+      const int64_t last = BLOCKS > 1 ? blocks_ - 1 : 0;
+      multiply(last * block_steps_, steps_, tile, quads, start + last * P::MR, sum);
+#pragma GCC unroll 12
+      for (int r = 0; r < P::MR; ++r) {
+        const int64_t j = t * P::MR + r;
+        const Vec<T> factor = splat<T>(factor_[j]), square = splat<T>(square_[j]), norm = splat<T>(norm_[j]);
+#pragma GCC unroll 2
+        for (int v = 0; v < P::kVectors; ++v) {
+          const int64_t at = q * NR + v * kLanes<T>;
+          Quads total = widened(sum[r][v]);
+          if (BLOCKS > 1) total += iload(before + r * NR + v * kLanes<T>);
+          // One factor after the other: their product may be too small.
+          const Vec<T> rank = to_float(total) * load(strip.scale + at) * factor - square, reach = load(strip.reach + at);
+          store(upper + r * NR + v * kLanes<T>, rank + reach * norm);
+          if (LOWEST) least[v] = vmax(rank - reach * norm, least[v]);
+        }
+      }
+    }
+    if (LOWEST)
+      for (int v = 0; v < P::kVectors; ++v) store(lowest + v * kLanes<T>, least[v]);
+  }
+
   void pack_tile(int64_t t, T* rows, T& most_norm, T& most_part) {
-    T scale[P::MR], norm[P::MR], lost[P::MR];
+    T scale[P::MR], square[P::MR], norm[P::MR], lost[P::MR];
     int32_t* tile = tiles_.get() + t * steps_ * P::MR;
     read_rows<P::MR>(o_.y, t * P::MR, rows);
-    round<P::MR, false>(rows, tile, scale, norm, lost);
+    round<P::MR, false>(rows, tile, scale, square, norm, lost);
     for (int r = 0; r < P::MR; ++r) {
       const int64_t j = t * P::MR + r;
       const bool is_column = j < o_.chunks.columns;  // others rank below every column
@@ -314,11 +353,11 @@ class Screen {
       }
   }
 
-  /// W rows, rounded and side by side: quads[step][W], and s, |x| and |x - x'| of each; a zero row has s = 0. Which
+  /// W rows, rounded and side by side: quads[step][W], and s, |x|^2, |x| and |x - x'| of each; a zero row has s = 0. Which
   /// coordinates make a quad does not matter as long as it is the same for x and y: a lane of four vectors one behind
   /// the other, or, of a last part of r coordinates, of the quarters of it.
   template <int W, bool ROWS>
-  void round(const T* rows, int32_t* quads, T* scales, T* norms, T* losts) const {
+  void round(const T* rows, int32_t* quads, T* scales, T* squares, T* norms, T* losts) const {
     constexpr int L = kLanes<T>;
     constexpr T kEntry = ROWS ? 63 : 127, kNorm = ROWS ? 132 : 239, kShift = ROWS ? kMagic + 64 : kMagic;
     const int64_t stride = padded<T>(o_.d);
@@ -349,6 +388,7 @@ class Screen {
         widest = wider > widest ? wider : widest;
       }
       rest[r] = Vec<T>{};
+      squares[r] = square;
       const T entry = hmax<T>(most);
       norms[r] = entry > 0 || square != square ? std::sqrt(square) * safe_ + 0x1p-60f : T(0);
       const T by_norm = kWideSums ? T(0) : std::sqrt(widest) * (safe_ / kNorm), by_entry = entry * (1 / kEntry);
@@ -377,7 +417,8 @@ class Screen {
   Buffer<int32_t> tiles_, starts_;
   Buffer<T> factor_, square_, norm_;
   T most_norm_ = 0, most_part_ = 0;
-  mutable int64_t open_ = 0, seen_ = 0;
+  // As if some strips had been seen and decided, or the first rows would decide alone.
+  mutable int64_t open_ = 0, seen_ = 16 * P::kStripRows * o_.chunks.columns;
 };
 
 /// Columns that the rows of a strip may still want, each with the highest rank that it can have.
@@ -420,6 +461,14 @@ class Shortlist {
   }
 
   int64_t count(int64_t row) const { return count_[row]; }
+  /// The column that can have the highest rank.
+  int64_t highest(int64_t row) const {
+    const Candidate* list = list_.get() + row * width_;
+    int64_t best = 0;
+    for (int64_t c = 1; c < count_[row]; ++c)
+      if (list[c].upper > list[best].upper) best = c;
+    return list[best].column;
+  }
   int64_t column(int64_t row, int64_t c) const { return list_[row * width_ + c].column; }
 
  private:

@@ -55,7 +55,8 @@ class Lloyd {
     }
     Nearest<T, KEY> nearest(o, screen_);
     Buffer<T> rows(2 * d);
-    int64_t index[P::kStripRows];
+    int64_t index[P::kStripRows], changed = 0;
+    double inertia = 0;
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t row = strip * P::kStripRows, last = row + P::kStripRows < n ? row + P::kStripRows : n;
       nearest.strip(row, index);
@@ -66,15 +67,17 @@ class Lloyd {
           T distance = j >= 0 ? measure(i, j, rows.get()) : std::numeric_limits<T>::quiet_NaN();
           if (!std::isfinite(distance)) j = -1, distance = std::numeric_limits<T>::quiet_NaN();
           p.distances[i] = distance;
-          inertia_[block] += weight * static_cast<double>(distance);
+          inertia += weight * static_cast<double>(distance);
         }
-        changed_[block] += p.labels[i] != j;
+        changed += p.labels[i] != j;
         p.labels[i] = j;
         if (!sums || j < 0) continue;
         add(o.x.view(i, rows.get()), weight, sums + j * d);
         counts[j] += weight;
       }
     }
+    inertia_[block] += inertia;
+    changed_[block] += changed;
   }
 
   void add(const T* __restrict row, double weight, double* __restrict sum) const {

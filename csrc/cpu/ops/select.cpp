@@ -51,42 +51,41 @@ class Select {
     const T* squares;
     const T* columns;  // squares of all columns, by column
     T* worst;          // per lane: what a candidate must beat
-    T* kept;           // [lane][width], sorted
+    T* kept;           // [lane][k], sorted
     int64_t* index;
-    int64_t width;
   };
 
   /// The panels of some rows, ready for columns to go by.
   struct Opened {
     Buffer<T> packed, squares, worst;
 
-    Opened(const Operands<T>& o, int64_t row, int64_t panels, int64_t width, T* kept, int64_t* index)
+    Opened(const Operands<T>& o, int64_t row, int64_t panels, int64_t k, T* kept, int64_t* index)
         : packed(panels * NR * o.d),
           squares(panels * NR),
           worst(panels * NR),
           row_(row),
           kept_(kept),
           index_(index),
-          width_(width) {
+          k_(k) {
       Buffer<T> rows(o.row_buffer());
       for (int64_t q = 0; q < panels; ++q)
         o.pack_panel(row + q * NR, T(1), rows.get(), packed.get() + q * NR * o.d, squares.get() + q * NR);
       // Lanes without a row look for nothing.
       for (int64_t i = 0; i < panels * NR; ++i) worst[i] = static_cast<T>(row + i < o.x.n() ? kInfinity : -kInfinity);
-      for (int64_t at = 0; at < panels * NR * width; ++at) kept[at] = static_cast<T>(kInfinity), index[at] = -1;
+      for (int64_t at = 0; at < panels * NR * k; ++at) kept[at] = static_cast<T>(kInfinity), index[at] = -1;
     }
 
     Panel panel(int64_t q, int64_t d, const T* columns) const {
       const int64_t lane = q * NR;
       return {row_ + lane,        packed.get() + lane * d, squares.get() + lane,   columns,
-              worst.get() + lane, kept_ + lane * width_,   index_ + lane * width_, width_};
+              worst.get() + lane, kept_ + lane * k_,       index_ + lane * k_};
     }
 
    private:
     const int64_t row_;
     T* kept_;
     int64_t* index_;
-    const int64_t width_;
+    const int64_t k_;
   };
 
   int64_t column_begin(int64_t chunk) const { return o.chunks.tile_begin(chunk) * P::MR; }
@@ -115,12 +114,11 @@ class Select {
       if (k == 1 && !p.exclude_self && !(screen_ && KEY == Key::negative_dot))
         return Nearest<T, KEY>(o, screen_).strip(row, index);
     const int64_t panels = ceil_div(n - row < P::kStripRows ? n - row : P::kStripRows, NR);
-    const int64_t room = o.chunks.tiles_each * P::MR, run_room = kScreens && screen_ ? screen_->run_room() : 0;
-    Buffer<T> block((room > run_room ? room : run_room) * NR);
+    Buffer<T> block(o.chunks.tiles_each * P::MR * NR);
     bool open[P::kPanels];
     for (int64_t q = 0; q < panels; ++q) open[q] = true;
     if constexpr (kScreens)
-      if (screen_ && screen_->helps()) screened(row, panels, block.get(), open);
+      if (screen_ && screen_->helps()) screened(row, panels, open);
     for (int64_t first = 0, last; first < panels; first = last) {
       for (last = first + 1; last < panels && open[last] == open[first];) ++last;
       if (!open[first]) continue;
@@ -133,13 +131,14 @@ class Select {
 
   /// The same by the ranks that columns can have: a column is wanted while its highest rank reaches the k-th best of
   /// the lowest. Panels with a row that no bound covers, or that wants too many, stay open.
-  void screened(int64_t row, int64_t panels, T* block, bool* open) const {
-    const int64_t width = 2 * k + 256 < m ? 2 * k + 256 : m, end = n - row;
+  void screened(int64_t row, int64_t panels, bool* open) const {
+    const int64_t width = 4 * k + 1024 < m ? 4 * k + 1024 : m, end = n - row;
     Shortlist list;
     list.open(panels * NR, width);
     Buffer<T> rows(screen_->room(NR)), lowest(panels * NR * k), bars(panels * NR);
     Screen::Strip rounded;
-    screen_->open(rounded);
+    Screen::Ranks ranks;
+    screen_->open(rounded, ranks);
     for (int64_t q = 0; q < panels; ++q) {
       read_rows<NR>(o.x, row + q * NR, rows.get());
       screen_->pack_panel(rows.get(), q, rounded);
@@ -151,8 +150,8 @@ class Select {
     for (int64_t run = 0; run < screen_->runs(); ++run)
       for (int64_t q = 0; q < panels; ++q) {
         if (open[q]) continue;
-        screen_->template block<false>(run, rounded, q, block, nullptr);
-        open[q] = !want(block, run, row, q, rounded, list, lowest.get(), bars.get());
+        screen_->template block<false>(run, rounded, q, ranks, nullptr);
+        open[q] = !want(ranks, run, row, q, rounded, list, lowest.get(), bars.get());
       }
     int64_t scored = 0;
     for (int64_t q = 0; q < panels; ++q) {
@@ -163,8 +162,14 @@ class Select {
       }
       Buffer<T> packed(NR * o.d), squares(NR);
       o.pack_panel(row + q * NR, T(1), rows.get(), packed.get(), squares.get());
+      // The rows of y that the next row of x wants arrive meanwhile.
+      const auto keep = [&](int64_t i) {
+        list.keep(i, bars[i]);
+        for (int64_t c = 0; c < list.count(i); ++c) o.y.prefetch(list.column(i, c));
+      };
+      keep(q * NR);
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        list.keep(q * NR + lane, bars[q * NR + lane]);
+        if (lane + 1 < lanes) keep(q * NR + lane + 1);
         scored += list.count(q * NR + lane);
         settle(row + q * NR, lane, packed.get(), squares.get(), list, q * NR + lane, rows.get());
       }
@@ -173,38 +178,24 @@ class Select {
   }
 
   /// Lists what a panel wants of a run; false where a row wants too many.
-  bool want(const T* upper, int64_t run, int64_t row, int64_t q, const Screen::Strip& rounded, Shortlist& list,
-            T* lowest, T* bars) const {
-    constexpr int64_t kAtOnce = 8;
-    const int64_t begin = screen_->run_begin(run), end = screen_->run_end(run);
-    for (int64_t j0 = begin; j0 < end; j0 += kAtOnce) {
-      const int64_t j1 = j0 + kAtOnce < end ? j0 + kAtOnce : end;
-      const T* own = upper + (j0 - begin) * NR;
-      IVec<T> look = IVec<T>{};
-      for (int v = 0; v < P::kVectors; ++v) {
-        Vec<T> most = load(own + v * kLanes<T>);
-        for (int64_t j = j0 + 1; j < j1; ++j) most = vmax(load(own + (j - j0) * NR + v * kLanes<T>), most);
-        look |= most >= load(bars + q * NR + v * kLanes<T>);
+  bool want(const Screen::Ranks& ranks, int64_t run, int64_t row, int64_t q, const Screen::Strip& rounded,
+            Shortlist& list, T* lowest, T* bars) const {
+    const int64_t begin = screen_->run_begin(run), count = ranks.find(screen_->run_end(run) - begin, bars + q * NR);
+    for (int64_t f = 0; f < count; ++f)
+      for (unsigned lanes = ranks.found[f].lanes; lanes; lanes &= lanes - 1) {
+        const int lane = __builtin_ctz(lanes);
+        const int64_t c = ranks.found[f].column, j = begin + c, i = q * NR + lane;
+        const T upper = ranks.upper[c * NR + lane];
+        if (!(upper >= bars[i]) || (p.exclude_self && row + i == j)) continue;  // the bar may have risen
+        if (!list.add(i, {upper, static_cast<int32_t>(j)}, bars[i])) return false;
+        const T low = screen_->lower(upper, rounded, i, j);
+        T* best = lowest + i * k;
+        if (!(low > best[k - 1])) continue;
+        int64_t at = k - 1;
+        for (; at > 0 && best[at - 1] < low; --at) best[at] = best[at - 1];
+        best[at] = low;
+        bars[i] = best[k - 1] - 2 * rounded.slack[i];
       }
-      if (!any(look)) continue;
-      for (int64_t j = j0; j < j1; ++j, own += NR) {
-        unsigned lanes = 0;
-        for (int v = 0; v < P::kVectors; ++v)
-          lanes |= lanes_set(load(own + v * kLanes<T>) >= load(bars + q * NR + v * kLanes<T>)) << (v * kLanes<T>);
-        for (; lanes; lanes &= lanes - 1) {
-          const int64_t lane = __builtin_ctz(lanes), i = q * NR + lane;
-          if (p.exclude_self && row + i == j) continue;
-          if (!list.add(i, {own[lane], static_cast<int32_t>(j)}, bars[i])) return false;
-          const T low = screen_->lower(own[lane], rounded, i, j);
-          T* best = lowest + i * k;
-          if (!(low > best[k - 1])) continue;
-          int64_t at = k - 1;
-          for (; at > 0 && best[at - 1] < low; --at) best[at] = best[at - 1];
-          best[at] = low;
-          bars[i] = best[k - 1] - 2 * rounded.slack[i];
-        }
-      }
-    }
     return true;
   }
 
@@ -214,8 +205,8 @@ class Select {
               T* rows) const {
     const int64_t i = row + lane, listed = list.count(listed_as);
     int64_t count = 0;
-    Buffer<T> packed(NR * o.d), pair(2 * o.d), value(listed);
-    Buffer<int64_t> index(listed);
+    Buffer<T> packed(NR * o.d), pair(2 * o.d), value(k);
+    Buffer<int64_t> index(k);
     for (int64_t first = 0; first < listed; first += NR) {
       // Past the last column, rows of zeros.
       read_rows_at<NR>(o.y, [&](int64_t c) { return first + c < listed ? list.column(listed_as, first + c) : m; }, rows);
@@ -241,12 +232,12 @@ class Select {
     }
   }
 
-  /// Adds to a list sorted by (value, index) what is below infinity.
-  static void add_sorted(T own, int64_t j, T* value, int64_t* index, int64_t& count) {
-    if (!(own < static_cast<T>(kInfinity))) return;
-    int64_t place = count++;
-    for (; place > 0 && (value[place - 1] > own || (value[place - 1] == own && index[place - 1] > j)); --place)
-      value[place] = value[place - 1], index[place] = index[place - 1];
+  /// Adds what is below infinity to a list of the k best, sorted by (value, index).
+  void add_sorted(T own, int64_t j, T* value, int64_t* index, int64_t& count) const {
+    const auto after = [&](int64_t c) { return value[c] > own || (value[c] == own && index[c] > j); };
+    if (!(own < static_cast<T>(kInfinity)) || (count == k && !after(k - 1))) return;
+    int64_t place = count < k ? count++ : k - 1;
+    for (; place > 0 && after(place - 1); --place) value[place] = value[place - 1], index[place] = index[place - 1];
     value[place] = own;
     index[place] = j;
   }
@@ -338,21 +329,21 @@ class Select {
       for (int u = 0; u < kLanes<T>; ++u) {
         const int64_t lane = v * kLanes<T> + u;
         if (!better[u] || panel.row + lane >= n || (p.exclude_self && panel.row + lane == j)) continue;
-        T* own = panel.kept + lane * panel.width;
-        int64_t* own_index = panel.index + lane * panel.width;
-        int64_t at = panel.width - 1;
+        T* own = panel.kept + lane * k;
+        int64_t* own_index = panel.index + lane * k;
+        int64_t at = k - 1;
         for (; at > 0 && own[at - 1] > keys[lane]; --at) own[at] = own[at - 1], own_index[at] = own_index[at - 1];
         own[at] = keys[lane];
         own_index[at] = j;
-        panel.worst[lane] = own[panel.width - 1];
+        panel.worst[lane] = own[k - 1];
       }
     }
   }
 
   /// Merge the parts, measure again, sort.
   void finish(int64_t s) const {
-    Buffer<T> rows(2 * o.d), value(parts_ * k);
-    Buffer<int64_t> index(parts_ * k);
+    Buffer<T> rows(2 * o.d), value(k);
+    Buffer<int64_t> index(k);
     for (int64_t i = s * P::kStripRows; i < (s + 1) * P::kStripRows && i < n; ++i) {
       int64_t count = 0;
       for (int64_t part = 0; part < parts_; ++part) {
