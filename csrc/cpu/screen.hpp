@@ -276,9 +276,9 @@ class Screen {
     }
   }
 
-  /// BLOCKS: 1, or 2 for any number more.
+  /// BLOCKS: 1, or 2 for any number more. Not inlined, or what is around it takes registers from the sums.
   template <bool LOWEST, int BLOCKS>
-  void block_of(int64_t run, const Strip& strip, int64_t q, const Ranks& ranks, T* lowest) const {
+  __attribute__((noinline)) void block_of(int64_t run, const Strip& strip, int64_t q, const Ranks& ranks, T* lowest) const {
     const int32_t* quads = strip.quads.get() + q * steps_ * NR;
     alignas(64) int32_t before[BLOCKS > 1 ? P::MR * NR : 1] = {};
     Vec<T> least[P::kVectors] = {};
@@ -357,7 +357,7 @@ class Screen {
   /// coordinates make a quad does not matter as long as it is the same for x and y: a lane of four vectors one behind
   /// the other, or, of a last part of r coordinates, of the quarters of it.
   template <int W, bool ROWS>
-  void round(const T* rows, int32_t* quads, T* scales, T* squares, T* norms, T* losts) const {
+  __attribute__((noinline)) void round(const T* rows, int32_t* quads, T* scales, T* squares, T* norms, T* losts) const {
     constexpr int L = kLanes<T>;
     constexpr T kEntry = ROWS ? 63 : 127, kNorm = ROWS ? 132 : 239, kShift = ROWS ? kMagic + 64 : kMagic;
     const int64_t stride = padded<T>(o_.d);
