@@ -114,8 +114,9 @@ inline bool screening_pays() {
 /// Whether a search among columns of d dimensions is screened.
 inline bool screens(Screening mode, int64_t columns, int64_t d) {
   constexpr int64_t kLeastDims = 32, kMostDims = 1 << 18;  // fewer leave little to save; of more, sums may overflow
-  return d >= kLeastDims && d <= kMostDims && columns <= std::numeric_limits<int32_t>::max() &&
-         (mode == Screening::always || (mode == Screening::automatic && screening_pays()));
+  constexpr int64_t kLeastColumns = 32;                    // fewer do not pay for rounding a row
+  if (d < kLeastDims || d > kMostDims || columns > std::numeric_limits<int32_t>::max()) return false;
+  return mode == Screening::always || (mode == Screening::automatic && columns >= kLeastColumns && screening_pays());
 }
 
 class Screen {
