@@ -93,6 +93,14 @@ def test_rows_with_one_entry(screened):
     check(screened, y[::-1] * np.float32(1.5), np.repeat(y, 3, axis=0))
 
 
+@pytest.mark.parametrize("d", [32, 64, 200])
+def test_rows_of_equal_entries(screened, d):
+    """The largest sums of 16 bits."""
+    y = np.ones((300, d), np.float32)
+    y[rng(2).random(y.shape) < 0.05] = -1
+    check(screened, np.concatenate([y[:40], -y[40:80], np.ones((1, d), np.float32)]), y)
+
+
 def test_ties_go_to_the_lower_index(screened):
     y = np.repeat(points(40, 64, "float32"), 12, axis=0)
     check(screened, y[::7].copy(), y)

@@ -72,7 +72,7 @@ class Nearest {
         rows_(o_.row_buffer() + kLanes<T>),
         packed_(P::kStripRows * o_.d),
         block_(o_.chunks.tiles_each * P::MR * NR) {
-    constexpr int64_t kWidth = 32;
+    constexpr int64_t kWidth = 120;  // an odd number of cache lines, so that lists do not share places in L1
     if (screen_) screen_->open(rounded_, ranks_), list_.open(P::kStripRows, kWidth);
   }
 
@@ -90,8 +90,7 @@ class Nearest {
     if constexpr (kScreens)
       if (screen_) screened(row, rows, index, open);
     for (int64_t q = 0; q < panels; ++q)
-      if (open[q])
-        o_.pack_panel(row + q * NR, T(1), rows_.get(), packed_.get() + q * NR * o_.d, squares_ + q * NR);
+      if (open[q]) o_.pack_panel(row + q * NR, T(1), rows_.get(), packed_.get() + q * NR * o_.d, squares_ + q * NR);
     for (int64_t chunk = 0; chunk < o_.chunks.count; ++chunk)
       for (int64_t q = 0; q < panels; ++q) {
         if (!open[q]) continue;
@@ -242,7 +241,8 @@ class Nearest {
     if (count) settle_lanes(row, q, open, count, index);
   }
 
-  __attribute__((noinline)) void settle_lanes(int64_t row, int64_t q, const int64_t* open, int64_t count, int64_t* index) {
+  __attribute__((noinline)) void settle_lanes(int64_t row, int64_t q, const int64_t* open, int64_t count,
+                                              int64_t* index) {
     const Measure<T, KEY> measure{o_};
     T smallest[NR];
     for (int64_t c = 0; c < count; ++c) smallest[open[c]] = std::numeric_limits<T>::infinity();

@@ -155,8 +155,8 @@ class Screen {
     }
   }
 
-  /// The panels of a strip of x, rounded; per lane s, |x|^2, and what a rank may differ by from the exact one and from the
-  /// engine's: `reach` times the norm of the column, and `slack`.
+  /// The panels of a strip of x, rounded; per lane s, |x|^2, and what a rank may differ by from the exact one and from
+  /// the engine's: `reach` times the norm of the column, and `slack`.
   struct Strip {
     Buffer<int32_t> quads;
     alignas(64) T scale[P::kStripRows], square[P::kStripRows], reach[P::kStripRows], slack[P::kStripRows];
@@ -245,7 +245,8 @@ class Screen {
  private:
   static constexpr int64_t kBlockSteps = 16, kRunColumns = 288;
   // Of a row of x integers up to 63, and 64 more so that none is negative; of y up to 127. Half a step goes into one
-  // sum of 16 bits: over a block norms stay below 135 and 242, for which they are rounded from numbers a little smaller.
+  // sum of 16 bits: over a block norms stay below 135 and 242, for which they are rounded from numbers a little
+  // smaller.
   static constexpr T kMagic = 0x1.8p23f;
   static constexpr T kLeastNorm = 0x1p-30f, kMostNorm = 0x1p60f;  // squares of what is lost are normal numbers
 
@@ -279,7 +280,8 @@ class Screen {
 
   /// BLOCKS: 1, or 2 for any number more. Not inlined, or what is around it takes registers from the sums.
   template <bool LOWEST, int BLOCKS>
-  __attribute__((noinline)) void block_of(int64_t run, const Strip& strip, int64_t q, const Ranks& ranks, T* lowest) const {
+  __attribute__((noinline)) void block_of(int64_t run, const Strip& strip, int64_t q, const Ranks& ranks,
+                                          T* lowest) const {
     const int32_t* quads = strip.quads.get() + q * steps_ * NR;
     alignas(64) int32_t before[BLOCKS > 1 ? P::MR * NR : 1] = {};
     Vec<T> least[P::kVectors] = {};
@@ -314,7 +316,8 @@ class Screen {
           Quads total = widened(sum[r][v]);
           if (BLOCKS > 1) total += iload(before + r * NR + v * kLanes<T>);
           // One factor after the other: their product may be too small.
-          const Vec<T> rank = to_float(total) * load(strip.scale + at) * factor - square, reach = load(strip.reach + at);
+          const Vec<T> rank = to_float(total) * load(strip.scale + at) * factor - square,
+                       reach = load(strip.reach + at);
           store(upper + r * NR + v * kLanes<T>, rank + reach * norm);
           if (LOWEST) least[v] = vmax(rank - reach * norm, least[v]);
         }
@@ -349,14 +352,15 @@ class Screen {
         for (int u = 0; u < kLanes<T> && v * kLanes<T> + u < P::MR; ++u) {
           const int32_t own = sum[u];
           starts_[(t * blocks_ + b) * P::MR + v * kLanes<T> + u] =
-              kWideSums ? -own : (-own & 0xffff) | static_cast<int32_t>(-static_cast<uint32_t>(own >> 16 & 0xffff) << 16);
+              kWideSums ? -own
+                        : (-own & 0xffff) | static_cast<int32_t>(-static_cast<uint32_t>(own >> 16 & 0xffff) << 16);
         }
       }
   }
 
-  /// W rows, rounded and side by side: quads[step][W], and s, |x|^2, |x| and |x - x'| of each; a zero row has s = 0. Which
-  /// coordinates make a quad does not matter as long as it is the same for x and y: a lane of four vectors one behind
-  /// the other, or, of a last part of r coordinates, of the quarters of it.
+  /// W rows, rounded and side by side: quads[step][W], and s, |x|^2, |x| and |x - x'| of each; a zero row has s = 0.
+  /// Which coordinates make a quad does not matter as long as it is the same for x and y: a lane of four vectors one
+  /// behind the other, or, of a last part of r coordinates, of the quarters of it.
   template <int W, bool ROWS>
   __attribute__((noinline)) void round(const T* rows, int32_t* quads, T* scales, T* squares, T* norms, T* losts) const {
     constexpr int L = kLanes<T>;

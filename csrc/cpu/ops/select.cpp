@@ -77,7 +77,7 @@ class Select {
 
     Panel panel(int64_t q, int64_t d, const T* columns) const {
       const int64_t lane = q * NR;
-      return {row_ + lane,        packed.get() + lane * d, squares.get() + lane,   columns,
+      return {row_ + lane,        packed.get() + lane * d, squares.get() + lane, columns,
               worst.get() + lane, kept_ + lane * k_,       index_ + lane * k_};
     }
 
@@ -209,7 +209,8 @@ class Select {
     Buffer<int64_t> index(k);
     for (int64_t first = 0; first < listed; first += NR) {
       // Past the last column, rows of zeros.
-      read_rows_at<NR>(o.y, [&](int64_t c) { return first + c < listed ? list.column(listed_as, first + c) : m; }, rows);
+      read_rows_at<NR>(
+          o.y, [&](int64_t c) { return first + c < listed ? list.column(listed_as, first + c) : m; }, rows);
       pack<NR>(rows, o.d, T(1), packed.get());
       Vec<T> sum[P::kVectors] = {};
       for (int64_t c = 0; c < o.d; ++c)
