@@ -246,7 +246,6 @@ struct MatmulGradParams {
   int threads;
 };
 
-/// Whether columns are screened with bfloat16 products first (cpu/screen.hpp): time, never results.
 /// Whether a search first scores its columns with 8-bit integers, which does not change what it finds: where that is
 /// faster, or as the tests want it.
 enum class Screening : int { automatic, always, never };
