@@ -1,4 +1,4 @@
-"""Screening with 16-bit integers must not change a bit of any search, whatever the CPU gains from it."""
+"""Screening with 8-bit integers must not change a bit of any search, whatever the CPU gains from it."""
 
 import numpy as np
 import pytest
@@ -60,12 +60,25 @@ def test_scales(screened, scale):
     check(screened, points(60, 64, "float32") * np.float32(scale), points(500, 64, "float32", 1) * np.float32(scale))
 
 
-def test_columns_closer_than_16_bits_resolve(screened):
+def test_columns_closer_than_8_bits_resolve(screened):
     """Columns that round to nearly the same integers: only float32 can tell them apart."""
     base = points(1, 96, "float32")
     for spread in (1e-3, 1e-5, 1e-7):
         y = base * (1 + spread * rng(3).standard_normal((600, 96))).astype("float32")
         check(screened, (base * (1 + spread * rng(4).standard_normal((270, 96)))).astype("float32"), y)
+
+
+def test_more_columns_than_a_row_may_list(screened):
+    y = np.repeat(points(3, 64, "float32"), 700, axis=0) * (1 + 1e-6 * rng(3).standard_normal((2100, 1)))
+    y = y.astype("float32")
+    check(screened, np.concatenate([y[::300], points(300, 64, "float32", 1)]), y)
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e-20, 1e-15, 1e-9, 1e9, 1e15])
+def test_rows_of_another_scale_than_columns(screened, scale):
+    x, y = points(70, 64, "float32") * np.float32(scale), points(500, 64, "float32", seed=1)
+    check(screened, x, y)
+    check(screened, y[:70], np.concatenate([y[70:], x]))
 
 
 def test_columns_of_very_different_norms(screened):
@@ -78,6 +91,14 @@ def test_rows_with_one_entry(screened):
     """The largest integers: all of the norm in one coordinate."""
     y = np.concatenate([np.eye(64, dtype="float32"), -3 * np.eye(64, dtype="float32")])
     check(screened, y[::-1] * np.float32(1.5), np.repeat(y, 3, axis=0))
+
+
+@pytest.mark.parametrize("d", [32, 64, 200])
+def test_rows_of_equal_entries(screened, d):
+    """The largest sums of 16 bits."""
+    y = np.ones((300, d), np.float32)
+    y[rng(2).random(y.shape) < 0.05] = -1
+    check(screened, np.concatenate([y[:40], -y[40:80], np.ones((1, d), np.float32)]), y)
 
 
 def test_ties_go_to_the_lower_index(screened):

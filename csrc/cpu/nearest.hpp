@@ -3,8 +3,8 @@
 // Columns are compared by t = 2 <x, y> - |y|^2 (the expansion without |x|^2, which is the same for all of them), and
 // the best and the second-best t are kept, each with how far rounding may have moved it. Where the two cannot be told
 // apart, such rows are scanned again and every column that could be the best is measured from the rows as given. So the
-// answer is that of the measured values, ties go to the lower index, and the scan costs six operations a pair. Where
-// the scores come from a `Screen` the distance that they may have been moved is larger, and nothing else changes.
+// answer is that of the measured values, ties go to the lower index, and the scan costs six operations a pair. Behind a
+// `Screen` the columns that could be the best are listed as they go by, and measured where there is more than one.
 #pragma once
 
 #include <limits>
@@ -72,48 +72,107 @@ class Nearest {
         rows_(o_.row_buffer() + kLanes<T>),
         packed_(P::kStripRows * o_.d),
         block_(o_.chunks.tiles_each * P::MR * NR) {
-    if (screen_) screen_->open(rounded_);
+    constexpr int64_t kWidth = 120;  // an odd number of cache lines, so that lists do not share places in L1
+    if (screen_) screen_->open(rounded_, ranks_), list_.open(P::kStripRows, kWidth);
   }
 
-  /// Columns of chunks [first, last) for the strip from `row` on: index[lane], -1 for a row that is near to nothing.
-  void strip(int64_t row, int64_t first, int64_t last, int64_t* index) {
-    const int64_t n = o_.x.n(), d = o_.d, rows = n - row < P::kStripRows ? n - row : P::kStripRows;
+  /// For the strip from `row` on: index[lane], -1 for a row that is near to nothing.
+  void strip(int64_t row, int64_t* index) {
+    const int64_t n = o_.x.n(), rows = n - row < P::kStripRows ? n - row : P::kStripRows;
     const int64_t panels = ceil_div(rows, NR);
     if (screen_ && !screen_->helps()) screen_ = nullptr;
-    for (int64_t q = 0; q < panels; ++q) {
-      if constexpr (kScreens)
-        if (screen_) {
-          read_rows<NR>(o_.x, row + q * NR, rows_.get());
-          screen_->pack_panel(rows_.get(), q, rounded_);
-          for (int64_t lane = q * NR; lane < (q + 1) * NR; ++lane)
-            squares_[lane] = rounded_.norm[lane] * rounded_.norm[lane];
-          if (rounded_.covered[q]) continue;
-        }
-      o_.pack_panel(row + q * NR, T(1), rows_.get(), packed_.get() + q * NR * d, squares_ + q * NR);
-    }
     for (int64_t i = 0; i < P::kStripRows; ++i) {
       low_[i] = high_[i] = second_[i] = -std::numeric_limits<T>::infinity();
       index[i] = -1;
     }
-    for (int64_t chunk = first; chunk < last; ++chunk)
+    bool open[P::kPanels];
+    for (int64_t q = 0; q < panels; ++q) open[q] = true;
+    if constexpr (kScreens)
+      if (screen_) screened(row, rows, index, open);
+    for (int64_t q = 0; q < panels; ++q)
+      if (open[q]) o_.pack_panel(row + q * NR, T(1), rows_.get(), packed_.get() + q * NR * o_.d, squares_ + q * NR);
+    for (int64_t chunk = 0; chunk < o_.chunks.count; ++chunk)
       for (int64_t q = 0; q < panels; ++q) {
+        if (!open[q]) continue;
         compute(chunk, q);
         scan(chunk, q, index + q * NR);
       }
     if (!kSettles) return;
-    int64_t open = 0;
-    for (int64_t q = 0; q < panels; ++q) open += settle(row + q * NR, q, first, last, index + q * NR);
-    if (screen_) screen_->report(open, rows);
+    for (int64_t q = 0; q < panels; ++q)
+      if (open[q]) settle(row + q * NR, q, index + q * NR);
   }
 
  private:
   void compute(int64_t chunk, int64_t q) {
-    if constexpr (kScreens)
-      if (screened(q)) return screen_->block(chunk, rounded_, q, block_.get());
     o_.raw_block(o_.chunks.tile_begin(chunk), o_.chunks.tile_end(chunk), packed_.get() + q * NR * o_.d, block_.get());
   }
 
-  bool screened(int64_t q) const { return screen_ && rounded_.covered[q]; }
+  /// By the ranks that columns can have. Panels with a row that no bound covers, or that too many columns could be the
+  /// best of, stay open.
+  void screened(int64_t row, int64_t rows, int64_t* index, bool* open) {
+    const int64_t panels = ceil_div(rows, NR);
+    for (int64_t q = 0; q < panels; ++q) {
+      read_rows<NR>(o_.x, row + q * NR, rows_.get());
+      screen_->pack_panel(rows_.get(), q, rounded_);
+      open[q] = !rounded_.covered[q];
+    }
+    list_.clear(P::kStripRows);
+    for (int64_t run = 0; run < screen_->runs(); ++run)
+      for (int64_t q = 0; q < panels; ++q) {
+        if (open[q]) continue;
+        screen_->template block<true>(run, rounded_, q, ranks_, low_ + q * NR);
+        open[q] = !list(run, q);
+      }
+    int64_t measured = 0;
+    for (int64_t q = 0; q < panels; ++q) {
+      const int64_t end = rows < (q + 1) * NR ? rows : (q + 1) * NR;
+      if (open[q]) measured += (end - q * NR) * o_.chunks.columns;
+      for (int64_t i = q * NR; i < (q + 1) * NR; ++i) {
+        if (!open[q] && i < end) measured += settle_listed(row + i, i, index[i]);
+        low_[i] = -std::numeric_limits<T>::infinity();
+      }
+    }
+    screen_->report(measured, rows * o_.chunks.columns);
+  }
+
+  T bar(int64_t lane) const { return low_[lane] - 2 * rounded_.slack[lane]; }
+
+  /// Lists the columns of a run that could be the best; false where there are too many.
+  bool list(int64_t run, int64_t q) {
+    alignas(64) T bars[NR];
+    for (int64_t lane = 0; lane < NR; ++lane) bars[lane] = bar(q * NR + lane);
+    const int64_t begin = screen_->run_begin(run), count = ranks_.find(screen_->run_end(run) - begin, bars);
+    for (int64_t f = 0; f < count; ++f)
+      for (unsigned lanes = ranks_.found[f].lanes; lanes; lanes &= lanes - 1) {
+        const int lane = __builtin_ctz(lanes);
+        const int64_t c = ranks_.found[f].column;
+        if (!list_.add(q * NR + lane, {ranks_.upper[c * NR + lane], static_cast<int32_t>(begin + c)}, bars[lane]))
+          return false;
+      }
+    return true;
+  }
+
+  /// Measures what is listed for a row, unless that is one column; how many were measured. The one that can have the
+  /// highest rank comes first: its exact rank rules out most of the others.
+  int64_t settle_listed(int64_t row, int64_t lane, int64_t& index) {
+    list_.keep(lane, bar(lane));
+    index = list_.highest(lane);
+    if (list_.count(lane) == 1) return 0;
+    const Measure<T, KEY> measure{o_};
+    const int64_t first = index;
+    T smallest = measure(row, first, rows_.get());
+    const T exact = (KEY == Key::expanded ? rounded_.square[lane] : T(1)) - smallest;
+    list_.keep(lane, exact - 2 * rounded_.slack[lane]);
+    int64_t measured = 1;
+    for (int64_t c = 0; c < list_.count(lane); ++c) {
+      const int64_t j = list_.column(lane, c);
+      if (j == first) continue;
+      const T value = measure(row, j, rows_.get());
+      ++measured;
+      if (value < smallest || (value == smallest && j < index)) smallest = value, index = j;
+    }
+    return measured;
+  }
 
   int64_t column_begin(int64_t chunk) const { return o_.chunks.tile_begin(chunk) * P::MR; }
   int64_t column_end(int64_t chunk) const {
@@ -130,16 +189,13 @@ class Nearest {
   }
 
   /// How far a computed rank can be from the exact one: d roundings in a product of norms |x| |y| <= (|x|^2 + |y|^2) /
-  /// 2, a few more for shifting and squaring; and what screening rounds away.
-  NEARFAR_INLINE Vec<T> error(int64_t chunk, int64_t q, int v) const {
+  /// 2, and a few more for shifting and squaring.
+  NEARFAR_INLINE Vec<T> error(int64_t q, int v) const {
     if (!kSettles) return Vec<T>{};
     constexpr T kUnit = std::numeric_limits<T>::epsilon() / 2;
     const int64_t at = q * NR + v * kLanes<T>;
     const Vec<T> squares = KEY == Key::cosine ? splat<T>(T(2)) : load(squares_ + at) + o_.largest_square();
-    Vec<T> out = squares * (kUnit * static_cast<T>(o_.d + 16));
-    if constexpr (kScreens)
-      if (screened(q)) out += screen_->bound(chunk, rounded_, at) * T(KEY == Key::expanded ? 2 : 1);
-    return out;
+    return squares * (kUnit * static_cast<T>(o_.d + 16));
   }
 
   void scan(int64_t chunk, int64_t q, int64_t* index) {
@@ -165,7 +221,7 @@ class Nearest {
     }
     for (int v = 0; v < P::kVectors; ++v) {
       const int64_t at = q * NR + v * kLanes<T>;
-      const Vec<T> e = error(chunk, q, v), low = best[v] - e, high = best[v] + e;
+      const Vec<T> e = error(q, v), low = best[v] - e, high = best[v] + e;
       const IVec<T> wins = low > load(low_ + at);
       const Vec<T> loser = select(wins, load(high_ + at), high);
       store(second_ + at, vmax(vmax(second[v] + e, loser), load(second_ + at)));
@@ -176,35 +232,30 @@ class Nearest {
     }
   }
 
-  /// Measures what ranks cannot tell apart; how many rows those were.
-  int64_t settle(int64_t row, int64_t q, int64_t first, int64_t last, int64_t* index) {
+  /// Measures what ranks cannot tell apart.
+  void settle(int64_t row, int64_t q, int64_t* index) {
     const int64_t lanes = o_.x.n() - row < NR ? o_.x.n() - row : NR;
     int64_t open[NR], count = 0;
     for (int64_t lane = 0; lane < lanes; ++lane)
       if (index[lane] >= 0 && second_[q * NR + lane] >= low_[q * NR + lane]) open[count++] = lane;
-    if (count) settle_lanes(row, q, first, last, open, count, index);
-    return count;
+    if (count) settle_lanes(row, q, open, count, index);
   }
 
-  __attribute__((noinline)) void settle_lanes(int64_t row, int64_t q, int64_t first, int64_t last, const int64_t* open,
-                                              int64_t count, int64_t* index) {
+  __attribute__((noinline)) void settle_lanes(int64_t row, int64_t q, const int64_t* open, int64_t count,
+                                              int64_t* index) {
     const Measure<T, KEY> measure{o_};
     T smallest[NR];
     for (int64_t c = 0; c < count; ++c) smallest[open[c]] = std::numeric_limits<T>::infinity();
-    for (int64_t chunk = first; chunk < last; ++chunk) {
-      const bool alone = screened(q);
-      if (!alone) compute(chunk, q);
-      alignas(64) T errors[NR];
-      for (int v = 0; v < P::kVectors; ++v) store(errors + v * kLanes<T>, error(chunk, q, v));
+    alignas(64) T errors[NR];
+    for (int v = 0; v < P::kVectors; ++v) store(errors + v * kLanes<T>, error(q, v));
+    for (int64_t chunk = 0; chunk < o_.chunks.count; ++chunk) {
+      compute(chunk, q);
       const int64_t begin = column_begin(chunk), end = column_end(chunk);
       for (int64_t c = 0; c < count; ++c) {
-        const int64_t lane = open[c], stride = alone ? 1 : NR;
-        if constexpr (kScreens)
-          if (alone) screen_->row(chunk, rounded_, q, lane, block_.get());
-        const T* s = block_.get() + (alone ? 0 : lane);
+        const int64_t lane = open[c];
         const T least = low_[q * NR + lane] - errors[lane];
         for (int64_t j = begin; j < end; ++j) {
-          if (!(rank(s[(j - begin) * stride], j) >= least)) continue;
+          if (!(rank(block_[(j - begin) * NR + lane], j) >= least)) continue;
           const T value = measure(row + lane, j, rows_.get());
           if (value < smallest[lane]) smallest[lane] = value, index[lane] = j;
         }
@@ -216,6 +267,8 @@ class Nearest {
   const Screen* screen_;
   Buffer<T> rows_, packed_, block_;
   Screen::Strip rounded_;
+  Screen::Ranks ranks_;
+  Shortlist list_;
   alignas(64) T squares_[P::kStripRows];
   // Bounds of the best rank, and the highest that any other column can have.
   alignas(64) T low_[P::kStripRows], high_[P::kStripRows], second_[P::kStripRows];

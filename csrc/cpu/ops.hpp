@@ -246,8 +246,7 @@ struct MatmulGradParams {
   int threads;
 };
 
-/// Whether columns are screened with bfloat16 products first (cpu/screen.hpp): time, never results.
-/// Whether a search first scores its columns with 16-bit integers, which does not change what it finds: where that is
+/// Whether a search first scores its columns with 8-bit integers, which does not change what it finds: where that is
 /// faster, or as the tests want it.
 enum class Screening : int { automatic, always, never };
 

@@ -86,6 +86,13 @@ class Source {
     return buffer;
   }
 
+  /// Fetches row i into L2, ahead of its use.
+  void prefetch(int64_t i) const {
+    if (i >= rows_.n || rows_.col_stride != 1) return;
+    const char* row = static_cast<const char*>(rows_.data) + i * rows_.row_stride * size_of(rows_.dtype);
+    for (int64_t at = 0; at < rows_.d * size_of(rows_.dtype); at += 64) __builtin_prefetch(row + at, 0, 2);
+  }
+
   /// Row i as it is packed: normalised, shifted.
   void get_packed(int64_t i, T* out) const {
     if (!center_) return get(i, out);

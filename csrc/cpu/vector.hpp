@@ -245,6 +245,21 @@ NEARFAR_INLINE bool any(Mask mask) {
 #endif
 }
 
+// The lanes of a float mask that are set: bit i for lane i.
+NEARFAR_INLINE unsigned lanes_set(IVec<float> mask) {
+#if defined(__AVX512F__)
+  return _mm512_cmplt_epi32_mask((__m512i)mask, _mm512_setzero_si512());
+#elif defined(__AVX2__)
+  return static_cast<unsigned>(_mm256_movemask_ps((__m256)mask));
+#elif defined(__SSE2__)
+  return static_cast<unsigned>(_mm_movemask_ps((__m128)mask));
+#else
+  unsigned bits = 0;
+  for (int i = 0; i < kLanes<float>; ++i) bits |= static_cast<unsigned>(mask[i] & 1) << i;
+  return bits;
+#endif
+}
+
 // ---- across lanes: a fixed binary tree, lane i with lane i + lanes/2 first ------------------------------------------
 
 // Lane i becomes lane i ^ s.

@@ -29,7 +29,7 @@ from .backend import kernel, on_cuda
 # twice: four matrix products instead of three.
 STRIP_BUDGET = 32 << 20
 
-# Whether searches score columns with 16-bit integers first: "automatic" (where the CPU is faster at them), "always" or
+# Whether searches score columns with 8-bit integers first: "automatic" (where the CPU is faster at them), "always" or
 # "never". Results are the same.
 SCREENING = "automatic"
 

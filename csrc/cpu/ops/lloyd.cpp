@@ -55,10 +55,11 @@ class Lloyd {
     }
     Nearest<T, KEY> nearest(o, screen_);
     Buffer<T> rows(2 * d);
-    int64_t index[P::kStripRows];
+    int64_t index[P::kStripRows], changed = 0;
+    double inertia = 0;
     for (int64_t strip = begin; strip < end; ++strip) {
       const int64_t row = strip * P::kStripRows, last = row + P::kStripRows < n ? row + P::kStripRows : n;
-      nearest.strip(row, 0, o.chunks.count, index);
+      nearest.strip(row, index);
       for (int64_t i = row; i < last; ++i) {
         int64_t j = index[i - row];
         const double weight = p.weights ? static_cast<double>(p.weights[i]) : 1.0;
@@ -66,15 +67,17 @@ class Lloyd {
           T distance = j >= 0 ? measure(i, j, rows.get()) : std::numeric_limits<T>::quiet_NaN();
           if (!std::isfinite(distance)) j = -1, distance = std::numeric_limits<T>::quiet_NaN();
           p.distances[i] = distance;
-          inertia_[block] += weight * static_cast<double>(distance);
+          inertia += weight * static_cast<double>(distance);
         }
-        changed_[block] += p.labels[i] != j;
+        changed += p.labels[i] != j;
         p.labels[i] = j;
         if (!sums || j < 0) continue;
         add(o.x.view(i, rows.get()), weight, sums + j * d);
         counts[j] += weight;
       }
     }
+    inertia_[block] += inertia;
+    changed_[block] += changed;
   }
 
   void add(const T* __restrict row, double weight, double* __restrict sum) const {
@@ -112,7 +115,7 @@ template <class T>
 void run(LloydParams<T>& p) {
   const Operands<T> o(p.x, p.centroids, p.normalize, true, false, p.threads);
   if constexpr (std::is_same_v<T, float>)
-    if (o.expanded() && screens(p.screening, o.d)) {
+    if (o.expanded() && screens(p.screening, p.centroids.n, o.d)) {
       const Screen screen(o, p.threads);
       return Lloyd<T, Key::expanded>(p, o, &screen).run();
     }

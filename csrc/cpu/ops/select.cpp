@@ -51,42 +51,41 @@ class Select {
     const T* squares;
     const T* columns;  // squares of all columns, by column
     T* worst;          // per lane: what a candidate must beat
-    T* kept;           // [lane][width], sorted
+    T* kept;           // [lane][k], sorted
     int64_t* index;
-    int64_t width;
   };
 
   /// The panels of some rows, ready for columns to go by.
   struct Opened {
     Buffer<T> packed, squares, worst;
 
-    Opened(const Operands<T>& o, int64_t row, int64_t panels, int64_t width, T* kept, int64_t* index)
+    Opened(const Operands<T>& o, int64_t row, int64_t panels, int64_t k, T* kept, int64_t* index)
         : packed(panels * NR * o.d),
           squares(panels * NR),
           worst(panels * NR),
           row_(row),
           kept_(kept),
           index_(index),
-          width_(width) {
+          k_(k) {
       Buffer<T> rows(o.row_buffer());
       for (int64_t q = 0; q < panels; ++q)
         o.pack_panel(row + q * NR, T(1), rows.get(), packed.get() + q * NR * o.d, squares.get() + q * NR);
       // Lanes without a row look for nothing.
       for (int64_t i = 0; i < panels * NR; ++i) worst[i] = static_cast<T>(row + i < o.x.n() ? kInfinity : -kInfinity);
-      for (int64_t at = 0; at < panels * NR * width; ++at) kept[at] = static_cast<T>(kInfinity), index[at] = -1;
+      for (int64_t at = 0; at < panels * NR * k; ++at) kept[at] = static_cast<T>(kInfinity), index[at] = -1;
     }
 
     Panel panel(int64_t q, int64_t d, const T* columns) const {
       const int64_t lane = q * NR;
-      return {row_ + lane,        packed.get() + lane * d, squares.get() + lane,   columns,
-              worst.get() + lane, kept_ + lane * width_,   index_ + lane * width_, width_};
+      return {row_ + lane,        packed.get() + lane * d, squares.get() + lane, columns,
+              worst.get() + lane, kept_ + lane * k_,       index_ + lane * k_};
     }
 
    private:
     const int64_t row_;
     T* kept_;
     int64_t* index_;
-    const int64_t width_;
+    const int64_t k_;
   };
 
   int64_t column_begin(int64_t chunk) const { return o.chunks.tile_begin(chunk) * P::MR; }
@@ -113,13 +112,13 @@ class Select {
     int64_t* index = index_.get() + row * k;
     if constexpr (KEY != Key::coordinate)
       if (k == 1 && !p.exclude_self && !(screen_ && KEY == Key::negative_dot))
-        return Nearest<T, KEY>(o, screen_).strip(row, 0, o.chunks.count, index);
+        return Nearest<T, KEY>(o, screen_).strip(row, index);
     const int64_t panels = ceil_div(n - row < P::kStripRows ? n - row : P::kStripRows, NR);
     Buffer<T> block(o.chunks.tiles_each * P::MR * NR);
     bool open[P::kPanels];
     for (int64_t q = 0; q < panels; ++q) open[q] = true;
     if constexpr (kScreens)
-      if (screen_ && screen_->helps()) screened(row, panels, block.get(), open);
+      if (screen_ && screen_->helps()) screened(row, panels, open);
     for (int64_t first = 0, last; first < panels; first = last) {
       for (last = first + 1; last < panels && open[last] == open[first];) ++last;
       if (!open[first]) continue;
@@ -130,76 +129,101 @@ class Select {
     }
   }
 
-  /// The same by approximate keys: the k best are among a few more than k, but for rows whose last candidates are so
-  /// close that the bound cannot tell; the panels of such rows stay open.
-  void screened(int64_t row, int64_t panels, T* block, bool* open) const {
-    const int64_t width = k + 4 + k / 8 < m ? k + 4 + k / 8 : m;
-    Buffer<T> kept(panels * NR * width), rows(screen_->room(NR));
-    Buffer<int64_t> index(panels * NR * width);
-    const Opened r(o, row, panels, width, kept.get(), index.get());
+  /// The same by the ranks that columns can have: a column is wanted while its highest rank reaches the k-th best of
+  /// the lowest. Panels with a row that no bound covers, or that wants too many, stay open.
+  void screened(int64_t row, int64_t panels, bool* open) const {
+    const int64_t width = 4 * k + 1024 < m ? 4 * k + 1024 : m, end = n - row;
+    Shortlist list;
+    list.open(panels * NR, width);
+    Buffer<T> rows(screen_->room(NR)), lowest(panels * NR * k), bars(panels * NR);
     Screen::Strip rounded;
-    screen_->open(rounded);
+    Screen::Ranks ranks;
+    screen_->open(rounded, ranks);
     for (int64_t q = 0; q < panels; ++q) {
       read_rows<NR>(o.x, row + q * NR, rows.get());
       screen_->pack_panel(rows.get(), q, rounded);
       open[q] = !rounded.covered[q];
     }
-    alignas(64) T error[P::kStripRows] = {};
-    for (int64_t chunk = 0; chunk < o.chunks.count; ++chunk)
+    for (int64_t at = 0; at < panels * NR * k; ++at) lowest[at] = static_cast<T>(-kInfinity);
+    // Lanes without a row want nothing.
+    for (int64_t i = 0; i < panels * NR; ++i) bars[i] = static_cast<T>(i < end ? -kInfinity : kInfinity);
+    for (int64_t run = 0; run < screen_->runs(); ++run)
       for (int64_t q = 0; q < panels; ++q) {
         if (open[q]) continue;
-        const Panel panel = r.panel(q, o.d, o.squares(0));
-        screen_->block(chunk, rounded, q, block);
-        scan<false>(block, column_begin(chunk), column_end(chunk), panel);
-        for (int v = 0; v < P::kVectors; ++v) {
-          const int64_t at = q * NR + v * kLanes<T>;
-          Vec<T> e = screen_->bound(chunk, rounded, at);
-          if (KEY == Key::expanded) e = T(2) * e + screen_->rounding(chunk, squares(panel, v));
-          if (KEY == Key::cosine) e += screen_->rounding(chunk, splat<T>(T(1)));
-          store(error + at, vmax(e, load(error + at)));
-        }
+        screen_->template block<false>(run, rounded, q, ranks, nullptr);
+        open[q] = !want(ranks, run, row, q, rounded, list, lowest.get(), bars.get());
       }
-    int64_t still = 0;
+    int64_t scored = 0;
     for (int64_t q = 0; q < panels; ++q) {
-      const Panel panel = r.panel(q, o.d, o.squares(0));
-      for (int64_t lane = 0; lane < NR && panel.row + lane < n && !open[q]; ++lane) {
-        const T *own = panel.kept + lane * width, e = error[q * NR + lane];
-        // What is not kept has an approximate key of at least the last one's.
-        open[q] = width < m && panel.index[lane * width + width - 1] >= 0 && !(own[width - 1] - e > own[k - 1] + e);
-      }
+      const int64_t lanes = end - q * NR < NR ? end - q * NR : NR;
       if (open[q]) {
-        ++still;
+        scored += lanes * m;
         continue;
       }
-      for (int64_t lane = 0; lane < NR && panel.row + lane < n; ++lane) settle(panel, lane, rows.get());
+      Buffer<T> packed(NR * o.d), squares(NR);
+      o.pack_panel(row + q * NR, T(1), rows.get(), packed.get(), squares.get());
+      // The rows of y that the next row of x wants arrive meanwhile.
+      const auto keep = [&](int64_t i) {
+        list.keep(i, bars[i]);
+        for (int64_t c = 0; c < list.count(i); ++c) o.y.prefetch(list.column(i, c));
+      };
+      keep(q * NR);
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        if (lane + 1 < lanes) keep(q * NR + lane + 1);
+        scored += list.count(q * NR + lane);
+        settle(row + q * NR, lane, packed.get(), squares.get(), list, q * NR + lane, rows.get());
+      }
     }
-    screen_->report(still, panels);
+    screen_->report(scored, end < panels * NR ? end * m : panels * NR * m);
   }
 
-  /// The k best of a row's candidates by the keys that `score` would have given them: the same multiply-adds, with the
-  /// candidates along the lanes.
-  void settle(const Panel& panel, int64_t lane, T* rows) const {
-    const int64_t *candidates = panel.index + lane * panel.width, i = panel.row + lane;
-    int64_t listed = 0, count = 0;
-    while (listed < panel.width && candidates[listed] >= 0) ++listed;
-    Buffer<T> packed(NR * o.d), pair(2 * o.d), value(panel.width);
-    Buffer<int64_t> index(panel.width);
+  /// Lists what a panel wants of a run; false where a row wants too many.
+  bool want(const Screen::Ranks& ranks, int64_t run, int64_t row, int64_t q, const Screen::Strip& rounded,
+            Shortlist& list, T* lowest, T* bars) const {
+    const int64_t begin = screen_->run_begin(run), count = ranks.find(screen_->run_end(run) - begin, bars + q * NR);
+    for (int64_t f = 0; f < count; ++f)
+      for (unsigned lanes = ranks.found[f].lanes; lanes; lanes &= lanes - 1) {
+        const int lane = __builtin_ctz(lanes);
+        const int64_t c = ranks.found[f].column, j = begin + c, i = q * NR + lane;
+        const T upper = ranks.upper[c * NR + lane];
+        if (!(upper >= bars[i]) || (p.exclude_self && row + i == j)) continue;  // the bar may have risen
+        if (!list.add(i, {upper, static_cast<int32_t>(j)}, bars[i])) return false;
+        const T low = screen_->lower(upper, rounded, i, j);
+        T* best = lowest + i * k;
+        if (!(low > best[k - 1])) continue;
+        int64_t at = k - 1;
+        for (; at > 0 && best[at - 1] < low; --at) best[at] = best[at - 1];
+        best[at] = low;
+        bars[i] = best[k - 1] - 2 * rounded.slack[i];
+      }
+    return true;
+  }
+
+  /// The k best of the columns that a row wants, by the keys that `score` would have given them: the same
+  /// multiply-adds, with the columns along the lanes.
+  void settle(int64_t row, int64_t lane, const T* panel, const T* squares, const Shortlist& list, int64_t listed_as,
+              T* rows) const {
+    const int64_t i = row + lane, listed = list.count(listed_as);
+    int64_t count = 0;
+    Buffer<T> packed(NR * o.d), pair(2 * o.d), value(k);
+    Buffer<int64_t> index(k);
     for (int64_t first = 0; first < listed; first += NR) {
-      // Past the last candidate, rows of zeros.
-      read_rows_at<NR>(o.y, [&](int64_t c) { return first + c < listed ? candidates[first + c] : m; }, rows);
+      // Past the last column, rows of zeros.
+      read_rows_at<NR>(
+          o.y, [&](int64_t c) { return first + c < listed ? list.column(listed_as, first + c) : m; }, rows);
       pack<NR>(rows, o.d, T(1), packed.get());
       Vec<T> sum[P::kVectors] = {};
       for (int64_t c = 0; c < o.d; ++c)
 #pragma GCC unroll 2
         for (int v = 0; v < P::kVectors; ++v)
-          Dot::accumulate(sum[v], splat<T>(panel.packed[c * NR + lane]), load(packed.get() + c * NR + v * kLanes<T>));
+          Dot::accumulate(sum[v], splat<T>(panel[c * NR + lane]), load(packed.get() + c * NR + v * kLanes<T>));
       alignas(64) T scores[NR];
       for (int v = 0; v < P::kVectors; ++v) store(scores + v * kLanes<T>, sum[v]);
       for (int64_t c = 0; c < NR && first + c < listed; ++c) {
-        const int64_t j = candidates[first + c];
-        const T own = KEY == Key::expanded ? panel.squares[lane] : T(0);
+        const int64_t j = list.column(listed_as, first + c);
+        const T own = KEY == Key::expanded ? squares[lane] : T(0);
         bool near = false;
-        const T plain = key(scores[c], own, KEY == Key::expanded ? panel.columns[j] : T(0), near);
+        const T plain = key(scores[c], own, KEY == Key::expanded ? *o.squares(j) : T(0), near);
         add_sorted(near ? measure.near(i, j, pair.get()) : plain, j, value.get(), index.get(), count);
       }
     }
@@ -209,12 +233,12 @@ class Select {
     }
   }
 
-  /// Adds to a list sorted by (value, index) what is below infinity.
-  static void add_sorted(T own, int64_t j, T* value, int64_t* index, int64_t& count) {
-    if (!(own < static_cast<T>(kInfinity))) return;
-    int64_t place = count++;
-    for (; place > 0 && (value[place - 1] > own || (value[place - 1] == own && index[place - 1] > j)); --place)
-      value[place] = value[place - 1], index[place] = index[place - 1];
+  /// Adds what is below infinity to a list of the k best, sorted by (value, index).
+  void add_sorted(T own, int64_t j, T* value, int64_t* index, int64_t& count) const {
+    const auto after = [&](int64_t c) { return value[c] > own || (value[c] == own && index[c] > j); };
+    if (!(own < static_cast<T>(kInfinity)) || (count == k && !after(k - 1))) return;
+    int64_t place = count < k ? count++ : k - 1;
+    for (; place > 0 && after(place - 1); --place) value[place] = value[place - 1], index[place] = index[place - 1];
     value[place] = own;
     index[place] = j;
   }
@@ -274,7 +298,6 @@ class Select {
   }
 
   /// Eight columns at a time; only where their minimum beats a lane's worst are they looked at one by one.
-  template <bool MENDS = kMends>
   void scan(const T* scores, int64_t column, int64_t end, const Panel& panel) const {
     constexpr int64_t kAtOnce = 8;
     for (int64_t j0 = column; j0 < end; j0 += kAtOnce) {
@@ -287,13 +310,12 @@ class Select {
           least = vmin(key(scores + (j - column) * NR + v * kLanes<T>, j, panel, own, near), least);
         look |= least < load(panel.worst + v * kLanes<T>);
       }
-      if (MENDS) look |= near;
+      if (kMends) look |= near;
       if (!any(look)) continue;
-      for (int64_t j = j0; j < j1; ++j) insert<MENDS>(scores + (j - column) * NR, j, panel);
+      for (int64_t j = j0; j < j1; ++j) insert(scores + (j - column) * NR, j, panel);
     }
   }
 
-  template <bool MENDS>
   void insert(const T* scores, int64_t j, const Panel& panel) const {
     alignas(64) T keys[NR];
     IVec<T> near = IVec<T>{};
@@ -301,28 +323,28 @@ class Select {
       const Vec<T> own = squares(panel, v);
       store(keys + v * kLanes<T>, key(scores + v * kLanes<T>, j, panel, own, near));
     }
-    if (MENDS && any(near)) exact_keys(scores, j, panel, keys);
+    if (kMends && any(near)) exact_keys(scores, j, panel, keys);
     for (int v = 0; v < P::kVectors; ++v) {
       const IVec<T> better = load(keys + v * kLanes<T>) < load(panel.worst + v * kLanes<T>);
       if (!any(better)) continue;
       for (int u = 0; u < kLanes<T>; ++u) {
         const int64_t lane = v * kLanes<T> + u;
         if (!better[u] || panel.row + lane >= n || (p.exclude_self && panel.row + lane == j)) continue;
-        T* own = panel.kept + lane * panel.width;
-        int64_t* own_index = panel.index + lane * panel.width;
-        int64_t at = panel.width - 1;
+        T* own = panel.kept + lane * k;
+        int64_t* own_index = panel.index + lane * k;
+        int64_t at = k - 1;
         for (; at > 0 && own[at - 1] > keys[lane]; --at) own[at] = own[at - 1], own_index[at] = own_index[at - 1];
         own[at] = keys[lane];
         own_index[at] = j;
-        panel.worst[lane] = own[panel.width - 1];
+        panel.worst[lane] = own[k - 1];
       }
     }
   }
 
   /// Merge the parts, measure again, sort.
   void finish(int64_t s) const {
-    Buffer<T> rows(2 * o.d), value(parts_ * k);
-    Buffer<int64_t> index(parts_ * k);
+    Buffer<T> rows(2 * o.d), value(k);
+    Buffer<int64_t> index(k);
     for (int64_t i = s * P::kStripRows; i < (s + 1) * P::kStripRows && i < n; ++i) {
       int64_t count = 0;
       for (int64_t part = 0; part < parts_; ++part) {
@@ -359,7 +381,7 @@ class Select {
 template <class T, Key KEY>
 void run(const SelectParams<T>& p, const Operands<T>& o, bool by_columns) {
   if constexpr (std::is_same_v<T, float> && KEY != Key::direct)
-    if (!by_columns && screens(p.screening, o.d)) {
+    if (!by_columns && screens(p.screening, p.y.n, o.d)) {
       const Screen screen(o, p.threads);
       return Select<T, KEY>(p, o, by_columns, &screen).run();
     }
