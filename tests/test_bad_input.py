@@ -238,6 +238,11 @@ def test_kind_of_negatives():
         nf.info_nce_loss(X, Y, X.tolist())
 
 
+def test_no_scale():
+    with refuses(TypeError, "logit_scale", "expected a number, got NoneType"):
+        nf.clip_loss(X, Y, None)
+
+
 def test_options_that_exclude_each_other():
     with refuses(ValueError, "negative_keys", "not with symmetric=True"):
         nf.info_nce_loss(X, Y, X, symmetric=True)

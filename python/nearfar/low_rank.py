@@ -217,6 +217,10 @@ def nystrom(kernel: Any, x: Array, landmarks: Any, *, seed: int = 0) -> LowRank:
             if indices.dtype.kind not in "iu":
                 raise TypeError(f"landmarks: expected integers, got {indices.dtype}")
             indices = indices.astype(np.int64)
+            if indices.min(initial=0) < 0 or indices.max(initial=-1) >= gram.n:
+                raise ValueError(
+                    f"landmarks: expected rows 0 to {gram.n - 1} of x, got {indices.min()} to {indices.max()}"
+                )
         else:
             m = min(_count(landmarks, "landmarks"), gram.n)
             indices = np.sort(np.random.default_rng(seed).choice(gram.n, m, replace=False))
