@@ -113,6 +113,14 @@ def integer(value: Any, name: str) -> int:
     raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
 
 
+def check_seed(value: Any, name: str = "seed") -> int:
+    """An integer, at least 0."""
+    seed = integer(value, name)
+    if seed < 0:
+        raise ValueError(f"{name}: expected an integer of at least 0, got {seed}")
+    return seed
+
+
 def number(value: Any, name: str) -> float:
     """A real number (or 0-d array) as a float, for parameters that have no gradient."""
     if is_torch(value) and value.requires_grad:

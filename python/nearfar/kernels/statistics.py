@@ -26,6 +26,7 @@ from ..arrays import (
     cast,
     check_matrix,
     check_points,
+    check_seed,
     common_center,
     compute_dtype,
     concatenate,
@@ -154,7 +155,7 @@ def mmd_permutation_test(
     z, n, m = _pooled(x, y, unbiased)
     z = z.detach() if is_torch(z) else z
     resolved = resolve(kernel, z)
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(check_seed(seed))
     values: list[NDArray[np.float64]] = []
     for begin in range(0, count + 1, COLUMNS):
         groups = np.zeros((n + m, min(COLUMNS, count + 1 - begin)), bool)
