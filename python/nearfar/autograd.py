@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import formulas, operators
+from . import formulas, operations, operators
 from .formulas import PLAIN
 from .operators import OPERATIONS, is_absent, pad
 from .second import potential_second, second
@@ -204,7 +204,9 @@ def _requires_grad(tensor: Tensor | None, transformed: bool) -> bool:
 def select(map: str, normalize: bool, x: Tensor, y: Tensor | None, exclude_self: bool, k: int) -> tuple[Tensor, Tensor]:
     """`operations.select` of matrices, (n, k); the values connected to the graph if any input requires a gradient."""
     transformed = _transformed()
-    call = _Select.apply if transformed else operators.select
+    # Nothing to record: where nobody traces, the operator would only add its fixed cost.
+    plain = operators.select if torch.compiler.is_compiling() else operations.select
+    call = _Select.apply if transformed else plain
     others = None if y is None else y.detach()[None]
     value, index = (t[0] for t in call(x.detach()[None], others, map, normalize, exclude_self, k))
     if not (torch.is_grad_enabled() and any(_requires_grad(t, transformed) for t in (x, y))):
