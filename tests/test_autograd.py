@@ -161,6 +161,13 @@ SAMPLES = {
     "batch_triplet": batch_triplet_samples,
     "store": store_samples,
     "store_grad": store_grad_samples,
+    "select": lambda: [
+        (torch.randn(2, 5, 3).to(dtype), y, map, normalize, exclude, k)
+        for dtype, y, map, normalize, exclude, k in (
+            (torch.float32, torch.randn(2, 7, 3), "euclidean", False, False, 2),
+            (torch.float64, None, "one_minus_dot", True, True, 4), (torch.float16, None, "dot", False, False, 1),
+        )
+    ],
     "gram": gram_samples,
     "gram_grad": gram_grad_samples,
     "matmul": matmul_samples,
@@ -498,6 +505,8 @@ COMPILED = {
     "one tensor twice": lambda q, k: nf.info_nce_loss(q, q, k),
     "gram": lambda q, k: nf.kernels.Gaussian(0.5)(q, k).sum(),
     "matmul": lambda q, k: nf.kernels.Gaussian(0.5).matmul(q, k, k).sum(),
+    "knn": lambda q, k: nf.knn(q, k, 2)[0].sum() + nf.knn(q, k=2, metric="cosine")[0].sum(),
+    "kmeans_assign": lambda q, k: nf.kmeans_assign(q, k[:3])[1].sum() + k[nf.kmeans_assign(q, k[:3])[0]].sum(),
 }
 
 
@@ -534,6 +543,36 @@ def test_compile_once_for_all_sizes():
     for n in (6, 9, 17):
         gradients(compiled, (n, 4), (n, 4))
     assert counter.frame_count == 1
+
+
+SCHEDULED = {
+    "temperature": lambda q, k, s: nf.info_nce_loss(q, k, temperature=s) + nf.nt_xent_loss(q, k, logit_scale=s),
+    "logit_scale": lambda q, k, s: nf.clip_loss(q, k, s) + nf.siglip_loss(q, k, s, -s),
+    "margin": lambda q, k, s: nf.contrastive_loss(q, k, torch.arange(len(q)) < 3, margin=s),
+    "sphere": lambda q, k, s: nf.alignment(q, k, alpha=s) + nf.uniformity(q, t=s),
+    "n_pairs": lambda q, k, s: nf.n_pairs_loss(q, k, l2_reg=s),
+    "kernel": lambda q, k, s: (s * nf.kernels.RationalQuadratic(s, s) + nf.kernels.Linear(s))(q, k).sum(),
+}
+
+
+@quiet
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_compile_a_number_that_changes(name):
+    """The compiler makes it an input, of which it knows no value."""
+    torch._dynamo.reset()
+    f = SCHEDULED[name]
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    q, k = Q.detach(), K.detach()
+    for s in (0.5, 0.75, 1.25):
+        torch.testing.assert_close(compiled(q, k, s), f(q, k, s), rtol=1e-12, atol=1e-14)
+
+
+@quiet
+@pytest.mark.parametrize("f", [nf.info_nce_loss, nf.clip_loss, nf.siglip_loss, nf.n_pairs_loss, nf.hcl_loss])
+def test_compile_defaults(f):
+    torch._dynamo.reset()
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(Q.detach(), K.detach()), f(Q.detach(), K.detach()))
 
 
 @quiet
@@ -649,6 +688,9 @@ VMAPPED = {
     "siglip": lambda q, k: nf.siglip_loss(q, k, 3.0, -1.0) + nf.n_pairs_loss(q, k, l2_reg=0.1),
     "cdist": lambda q, k: nf.cdist(q, k),
     "matmul": lambda q, k: nf.kernels.Gaussian().matmul(q, k, k),
+    "knn": lambda q, k: nf.knn(q, k, 2)[0] + nf.knn(k, k=2)[0],
+    "kmeans_assign": lambda q, k: nf.kmeans_assign(q, k)[1],
+    "cka": lambda q, k: nf.cka(q, k),
 }
 
 

@@ -238,6 +238,11 @@ def test_kind_of_negatives():
         nf.info_nce_loss(X, Y, X.tolist())
 
 
+def test_no_scale():
+    with refuses(TypeError, "logit_scale", "expected a number, got NoneType"):
+        nf.clip_loss(X, Y, None)
+
+
 def test_options_that_exclude_each_other():
     with refuses(ValueError, "negative_keys", "not with symmetric=True"):
         nf.info_nce_loss(X, Y, X, symmetric=True)
@@ -258,6 +263,26 @@ def test_ids():
     ):
         with refuses(error, "ids", message):
             nf.info_nce_loss(X, Y, ids=bad)
+
+
+SEEDED = {
+    "mine_triplets": lambda seed: nf.mine_triplets(X, np.arange(6) % 2, mining="all", max_triplets=2, seed=seed),
+    "evaluate": lambda seed: nf.evaluate(X, seed=seed),
+    "mmd_permutation_test": lambda seed: nf.mmd_permutation_test(X, Y, permutations=2, seed=seed),
+    "nystrom": lambda seed: nf.nystrom("rbf", X, 2, seed=seed),
+    "random_features": lambda seed: nf.random_features("gaussian", 4, 8, seed=seed),
+    "psd_report": lambda seed: nf.psd_report(np.eye(3), seed=seed),
+}
+
+
+@pytest.mark.parametrize("name", SEEDED)
+def test_seeds(name):
+    SEEDED[name](np.int64(3))
+    for bad, error, message in ((-1, ValueError, "of at least 0, got -1"), ("a", TypeError, "expected an integer")):
+        with refuses(error, "seed", message):
+            SEEDED[name](bad)
+    with refuses(TypeError, "seed", "expected an integer"):
+        SEEDED[name](0.5)
 
 
 # ---- modules ---------------------------------------------------------------------------------------------------------

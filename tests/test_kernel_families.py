@@ -586,6 +586,7 @@ def test_operator():
 
 def test_bad_parameters():
     x = points(5, 3)
+    tensor = torch.from_numpy(x)
     for call, error, message in (
         (lambda: k.Matern(nu=2), ValueError, "nu: expected 0.5, 1.5 or 2.5, got 2"),
         (lambda: k.Matern(-1.0), ValueError, "lengthscale: expected a positive number"),
@@ -596,6 +597,21 @@ def test_bad_parameters():
         (lambda: k.RationalQuadratic(alpha=torch.ones(()))(x), TypeError, "parameter: a torch.Tensor"),
         (lambda: k.Periodic(period=0), ValueError, "period: expected a positive number"),
         (lambda: k.Periodic(period=np.ones(2))(x), ValueError, "period: expected a number or shape (3,)"),
+        (lambda: k.Gaussian(True), ValueError, "lengthscale: expected a positive number"),
+        (lambda: k.Gaussian(torch.tensor(0.0))(tensor), ValueError, "lengthscale: expected a positive number"),
+        (
+            lambda: k.Matern(torch.tensor([1.0, -1.0, 1.0]))(tensor),
+            ValueError,
+            "lengthscale: expected a positive number",
+        ),
+        (lambda: k.Laplacian(torch.tensor(np.nan)).matmul(tensor, None, tensor), ValueError, "lengthscale: expected a"),
+        (
+            lambda: k.RationalQuadratic(alpha=torch.tensor(-1.0))(tensor),
+            ValueError,
+            "alpha: expected a positive number",
+        ),
+        (lambda: k.Periodic(period=torch.tensor(-1.0))(tensor), ValueError, "period: expected a positive number"),
+        (lambda: k.Polynomial(gamma=torch.tensor(-1.0))(tensor), ValueError, "gamma: expected a positive number"),
         (lambda: k.Linear(np.nan), ValueError, "bias: expected a finite number, got nan"),
         (lambda: k.Polynomial(0), ValueError, "degree: expected a positive integer, got 0"),
         (lambda: k.Polynomial(1.5), TypeError, "degree: expected a positive integer, got 1.5"),

@@ -148,6 +148,8 @@ def test_bad_input():
         (lambda: nf.pivoted_cholesky(k.Gaussian(), x[0], 5), ValueError, "^x: expected shape"),
         (lambda: nf.nystrom(k.Gaussian(), x, x[:, :2]), ValueError, "^landmarks: expected 3 columns"),
         (lambda: nf.nystrom(k.Gaussian(), x, np.ones(3)), TypeError, "^landmarks: expected integers, got float64"),
+        (lambda: nf.nystrom(k.Gaussian(), x, np.array([0, 20])), ValueError, "^landmarks: expected rows 0 to 19 of x"),
+        (lambda: nf.nystrom(k.Gaussian(), x, np.array([-1])), ValueError, "^landmarks: expected rows 0 to 19 of x"),
         (lambda: nf.random_features(k.Linear(), 3, 10), TypeError, "^kernel: expected Gaussian, Laplacian or Matern"),
         (lambda: nf.random_features(k.Gaussian(), 3, 9), ValueError, "^n_features: expected an even number, got 9"),
         (lambda: nf.random_features(k.Gaussian(), 3, 8).transform(x[:, :2]), ValueError, "^x: expected 3 columns"),

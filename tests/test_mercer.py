@@ -196,6 +196,8 @@ def test_structure():
     ):  # fmt: skip
         assert kernel.is_mercer is known, kernel
         assert (k.check_mercer(kernel).verdict == "proved") == (known is True)
+    for kernel in (k.Sigmoid(torch.tensor(1.0)), torch.tensor(-1.0) * good):
+        assert k.check_mercer(kernel).report.witness_value < 0
     assert str(k.check_mercer(good * good)) == "proved: a product of Mercer kernels (Schur)"
 
 
@@ -208,6 +210,11 @@ def test_default_points_find_violations(kernel):
     assert report.verdict == "disproved"
     c = report.report.witness
     assert c @ kernel(report.points) @ c < 0
+
+
+def test_a_function_of_two_points_is_refused():
+    with pytest.raises(TypeError, match="^kernel: expected a function from points"):
+        k.check_mercer(lambda x, y: x @ y.T)
 
 
 def test_no_violation_on_these_points():

@@ -376,7 +376,9 @@ def test_learned_distance(name, kind):
     difference = x[:10] - x[10:20]
     expected = np.sqrt(np.einsum("ij,jk,ik->i", difference, m, difference))
     pairs = np.stack([x[:10], x[10:20]], 1)
-    np.testing.assert_allclose(learner.score_pairs(pairs), expected, rtol=1e-9)
+    scores = learner.score_pairs(of_kind(kind, pairs))
+    assert type(scores) is type(mapped)
+    np.testing.assert_allclose(numpy_of(scores), expected, rtol=1e-9)
     mapped = numpy_of(mapped)
     np.testing.assert_allclose(np.linalg.norm(mapped[:10] - mapped[10:20], axis=1), expected, rtol=1e-9)
     assert np.linalg.eigvalsh(m)[0] >= -1e-12 * np.abs(m).max()

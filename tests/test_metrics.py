@@ -325,6 +325,12 @@ def test_bad_parameters():
         ),
         (dict(metric="mahalanobis", M=("root", np.eye(3))), ValueError, "^M: expected a matrix or"),
         (dict(metric="mahalanobis", M=torch.eye(3)), TypeError, "^M: expected a numpy array to match x, got torch"),
+        (dict(metric="mahalanobis", M=np.eye(3) * 1j), TypeError, "^M: expected real numbers, got complex128"),
+        (
+            dict(metric="mahalanobis", M=("factor", np.array([["a"] * 3]))),
+            TypeError,
+            "^M: expected real numbers, got str",
+        ),
         (dict(metric="euclidean", M=np.eye(3)), ValueError, "^M: only for metric='mahalanobis'"),
         (dict(metric="euclidean", p=3), ValueError, "^p: only for metric='minkowski'"),
         (dict(metric="minkowski", p=0), ValueError, "^p: expected a positive number or inf, got 0"),

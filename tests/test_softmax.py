@@ -1,5 +1,6 @@
 """Losses over a softmax of negatives, on the CPU: every call against the dense float64 form, and the closed forms."""
 
+import inspect
 import itertools
 import math
 import subprocess
@@ -655,6 +656,20 @@ def test_value_does_not_depend_on_gradients():
     for f in TWO_VIEWS:
         x, y = pairs(300, 20, "float32")
         assert f(**call(f, x, y, 7.0)) == evaluate(f, list(call(f, x, y, 7.0)), **call(f, x, y, 7.0))[0]
+
+
+TEMPERATURES = {nf.info_nce_loss: 0.07, nf.nt_xent_loss: 0.5, nf.dcl_loss: 0.1, nf.hcl_loss: 0.5, nf.sup_con_loss: 0.1}
+
+
+@pytest.mark.parametrize("f", TEMPERATURES, ids=lambda f: f.__name__)
+def test_default_temperature_is_what_the_signature_says(f):
+    stated = inspect.signature(f).parameters["temperature"].default
+    x, y = pairs(9, 4)
+    arguments = (x, np.arange(9) % 3) if f is nf.sup_con_loss else (x, y)
+    assert stated == TEMPERATURES[f]
+    assert f(*arguments) == f(*arguments, temperature=stated)
+    with pytest.raises(ValueError, match="^temperature: give temperature or logit_scale"):
+        f(*arguments, temperature=stated, logit_scale=2.0)
 
 
 def test_memory_is_linear():

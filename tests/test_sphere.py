@@ -333,7 +333,7 @@ def test_many_uniform_points_reach_it(d):
     assert nf.uniformity(x) == pytest.approx(nf.uniformity_of_sphere(d), abs=0.01)
 
 
-@pytest.mark.parametrize("dim", [0, -3, 2.5, True, math.nan, math.inf])
+@pytest.mark.parametrize("dim", [0, -3, 2.5, True, math.nan, math.inf, "3", None])
 def test_optimum_bad_dimension(dim):
     with pytest.raises(ValueError, match=r"^dim: expected a positive integer"):
         nf.uniformity_of_sphere(dim)

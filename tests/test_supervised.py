@@ -579,5 +579,5 @@ def test_n_pairs_equals_pytorch_metric_learning():
 
 @pytest.mark.parametrize("l2_reg", [-1.0, math.nan, math.inf])
 def test_n_pairs_bad_penalty(l2_reg):
-    with pytest.raises(ValueError, match=r"^l2_reg: expected a number that is not negative"):
+    with pytest.raises(ValueError, match=r"^l2_reg: expected a non-negative number"):
         nf.n_pairs_loss(X, X, l2_reg=l2_reg)

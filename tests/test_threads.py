@@ -123,6 +123,14 @@ def test_one_thread_is_the_caller():
     assert set(_core.task_trace(1000, 1)) == {0}
 
 
+def test_number_of_threads(threads):
+    threads(np.int64(2))
+    assert nf.get_num_threads() == 2
+    for bad, error in ((0, ValueError), (-1, ValueError), (True, TypeError), (1.5, TypeError), ("2", TypeError)):
+        with pytest.raises(error, match="^n: expected"):
+            nf.set_num_threads(bad)
+
+
 def test_pool_grows_and_shrinks_between_calls():
     for threads in (2, 7, 1, 3, 64, 2) * 50:
         assert max(_core.task_trace(200, threads)) < threads

@@ -113,6 +113,14 @@ def integer(value: Any, name: str) -> int:
     raise TypeError(f"{name}: expected an integer, got {type(value).__name__}")
 
 
+def check_seed(value: Any, name: str = "seed") -> int:
+    """An integer, at least 0."""
+    seed = integer(value, name)
+    if seed < 0:
+        raise ValueError(f"{name}: expected an integer of at least 0, got {seed}")
+    return seed
+
+
 def number(value: Any, name: str) -> float:
     """A real number (or 0-d array) as a float, for parameters that have no gradient."""
     if is_torch(value) and value.requires_grad:
@@ -125,10 +133,29 @@ def number(value: Any, name: str) -> float:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from error
 
 
+def finite(value: Any, name: str, least: float = -math.inf, *, strict: bool = False) -> float:
+    """A finite number, at least (or, strict, more than) `least`."""
+    result = number(value, name)
+    # Not math.isfinite, which the compiler cannot trace where it takes a default for an input.
+    if not -math.inf < result < math.inf or result < least or (strict and result == least):
+        wanted = {-math.inf: "a finite"}.get(least, "a positive" if strict else "a non-negative")
+        raise ValueError(f"{name}: expected {wanted} number, got {result}")
+    return result
+
+
 def is_torch(array: Any) -> bool:
     """Whether this is a torch.Tensor; does not import torch."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(array, torch.Tensor)
+
+
+def is_concrete(array: Array) -> bool:
+    """Whether values can be looked at: not while a graph is compiled or a function transformed."""
+    if not is_torch(array):
+        return True
+    import torch
+
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 def namespace(array: Array) -> Any:

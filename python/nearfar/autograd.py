@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from . import formulas, operations, operators
 from .formulas import PLAIN
 from .operators import OPERATIONS, is_absent, pad
 from .second import potential_second, second
@@ -159,6 +160,27 @@ class _Second(Function):
         return _loop_vmap(_Second)(info, in_dims, *args)
 
 
+class _Select(Function):
+    """apply(*arguments of `operations.select`) -> its values and indices, constants both, under torch.func."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        return operators.select(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.count = len(inputs)
+        ctx.mark_non_differentiable(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Any) -> Any:
+        return (None,) * ctx.count
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
+        return _loop_vmap(_Select)(info, in_dims, *args)
+
+
 # Function.apply binds its arguments to this signature at every call; finding it anew costs more than a small loss.
 for _function in (_Forward, _Backward, _Second):
     setattr(_function.forward, "__signature__", inspect.signature(_function.forward))  # noqa: B010
@@ -177,6 +199,21 @@ def _requires_grad(tensor: Tensor | None, transformed: bool) -> bool:
     while transformed and tensor is not None and torch._C._functorch.is_batchedtensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor is not None and tensor.requires_grad
+
+
+def select(map: str, normalize: bool, x: Tensor, y: Tensor | None, exclude_self: bool, k: int) -> tuple[Tensor, Tensor]:
+    """`operations.select` of matrices, (n, k); the values connected to the graph if any input requires a gradient."""
+    transformed = _transformed()
+    # Nothing to record: where nobody traces, the operator would only add its fixed cost.
+    plain = operators.select if torch.compiler.is_compiling() else operations.select
+    call = _Select.apply if transformed else plain
+    others = None if y is None else y.detach()[None]
+    value, index = (t[0] for t in call(x.detach()[None], others, map, normalize, exclude_self, k))
+    if not (torch.is_grad_enabled() and any(_requires_grad(t, transformed) for t in (x, y))):
+        return value, index
+    # The kernel's values, which are the more accurate ones, with the formula's derivatives.
+    slope = formulas.chosen_pairs(map, normalize, x, x if y is None else y, index)
+    return value + (slope - slope.detach()), index
 
 
 def apply(name: str, tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tensor:

@@ -83,6 +83,8 @@ def mahalanobis_factor(M: Any, like: Array) -> Array:
     array = M[1] if given else M
     if kind_of(array, "M") != kind:
         raise TypeError(f"M: expected a {kind} array to match x, got {kind_of(array, 'M')}")
+    if not dtype_name(array).startswith(("float", "bfloat", "int", "uint")):
+        raise TypeError(f"M: expected real numbers, got {dtype_name(array)}")
     if array.ndim != 2 or array.shape[1] != columns or (not given and array.shape[0] != columns):
         shape = f"(r, {columns})" if given else f"({columns}, {columns})"
         raise ValueError(f"M: expected shape {shape} to match x, got {tuple(array.shape)}")

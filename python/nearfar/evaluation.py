@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Array, check_matrix, check_points, check_shape, integer, kind_of, to_numpy
+from .arrays import Array, check_matrix, check_points, check_seed, check_shape, kind_of, to_numpy
 from .distances import cdist
 from .losses.sphere import alignment, uniformity, uniformity_of_sphere
 from .mutual_information import mi_lower_bound, unit_rows
@@ -236,7 +236,7 @@ def evaluate(embeddings: Array, labels: Array | None = None, *, views: Any = Non
     if n < 2:
         raise ValueError(f"embeddings: expected at least two rows, got {n}")
     points = _finite(embeddings, "embeddings")
-    seed = integer(seed, "seed")
+    seed = check_seed(seed)
     positives = _positive_pairs(embeddings, views)
     codes, names = _class_codes(labels, n)
     found: dict[str, Any] = dict.fromkeys(field.name for field in dataclasses.fields(Report))

@@ -130,6 +130,18 @@ def differentiable(plan: Callable[P, Call]) -> Callable[P, Any]:
     return function
 
 
+def shows(**defaults: Any) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """What ``help()`` and ``inspect.signature`` say of parameters whose own default, None, means not given."""
+
+    def decorated(function: Callable[P, R]) -> Callable[P, R]:
+        signature = inspect.signature(function)
+        parameters = [p.replace(default=defaults.get(name, p.default)) for name, p in signature.parameters.items()]
+        function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return function
+
+    return decorated
+
+
 def value_and_grad(f: Callable[..., Any], argnums: int | Sequence[int] = 0) -> Callable[..., tuple[Any, Any]]:
     """A function that returns the value of a loss and its gradients.
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Array, cast, integer, is_torch, number, of_kind, to_numpy
+from .arrays import Array, cast, check_seed, integer, is_torch, number, of_kind, to_numpy
 from .estimator import Estimator, convergence_warning, floating, weights_of
 from .implicit import ImplicitGram
 from .kernels.named import resolve
@@ -270,7 +270,9 @@ class KernelRidge(_KernelEstimator):
         if self.preconditioner is None:
             return lambda r: r / alpha
         makers = {
-            "nystrom": lambda rank: nystrom(gram.kernel, gram.x, rank, seed=integer(self.random_state, "random_state")),
+            "nystrom": lambda rank: nystrom(
+                gram.kernel, gram.x, rank, seed=check_seed(self.random_state, "random_state")
+            ),
             "pivoted_cholesky": lambda rank: pivoted_cholesky(gram.kernel, gram.x, rank, 1e-7),
         }
         if self.preconditioner not in makers:
@@ -445,7 +447,7 @@ class KernelPCA(_KernelEstimator):
         most, tol = integer(self.max_iter, "max_iter"), number(self.tol, "tol")
         columns = wanted + 8
         passes = min(most, gram.n // columns - 1)
-        random = np.random.default_rng(integer(self.random_state, "random_state"))
+        random = np.random.default_rng(check_seed(self.random_state, "random_state"))
         start = random.standard_normal((gram.n, columns))
         lanczos = BlockLanczos(start - start.mean(0), passes)
         tol = max(tol, 4 * float(np.finfo(gram.dtype).eps))

@@ -18,6 +18,7 @@ from .arrays import (
     cast,
     check_matrix,
     check_points,
+    check_seed,
     compute_dtype,
     integer,
     is_torch,
@@ -217,9 +218,13 @@ def nystrom(kernel: Any, x: Array, landmarks: Any, *, seed: int = 0) -> LowRank:
             if indices.dtype.kind not in "iu":
                 raise TypeError(f"landmarks: expected integers, got {indices.dtype}")
             indices = indices.astype(np.int64)
+            if indices.min(initial=0) < 0 or indices.max(initial=-1) >= gram.n:
+                raise ValueError(
+                    f"landmarks: expected rows 0 to {gram.n - 1} of x, got {indices.min()} to {indices.max()}"
+                )
         else:
             m = min(_count(landmarks, "landmarks"), gram.n)
-            indices = np.sort(np.random.default_rng(seed).choice(gram.n, m, replace=False))
+            indices = np.sort(np.random.default_rng(check_seed(seed)).choice(gram.n, m, replace=False))
         points = rows_at(gram.x, indices)
     values, vectors = np.linalg.eigh(ImplicitGram(gram.kernel, points).block(slice(None)).astype(np.float64))
     noise = NOISE * float(np.finfo(gram.dtype).eps) * float(np.abs(values).max(initial=0.0))
@@ -276,7 +281,7 @@ class RandomFeatures:
         ``1 / sqrt(2 probes)``. One fused product. (The trace of the difference is 0 whatever the features.)
         """
         gram = ImplicitGram(self.kernel, x)
-        signs = np.random.default_rng(seed).choice([-1.0, 1.0], (gram.n, _count(probes, "probes")))
+        signs = np.random.default_rng(check_seed(seed)).choice([-1.0, 1.0], (gram.n, _count(probes, "probes")))
         features = to_numpy(self.transform(gram.x))
         wrong = gram.matmul(signs) - features @ (features.T @ signs)
         return math.sqrt(float((wrong**2).sum(dtype=np.float64)) / signs.shape[1])
@@ -323,7 +328,7 @@ def random_features(kernel: Any, dim: int, n_features: int, *, seed: int = 0) ->
     resolved = resolve(kernel, np.empty((1, d)))
     if not isinstance(resolved, (Gaussian, Laplacian, Matern)):
         raise TypeError(f"kernel: expected Gaussian, Laplacian or Matern, got {resolved!r}")
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(check_seed(seed))
     scale = resolved.lengthscale
     scale = to_numpy(scale) if is_torch(scale) else scale
     lengthscale = np.broadcast_to(np.asarray(scale, np.float64).reshape(-1, 1), (d, 1))

@@ -85,18 +85,9 @@ def knn(
 
 def select(map: str, normalize: bool, x: Array, y: Array | None, exclude_self: bool, k: int) -> tuple[Array, Array]:
     """The k best of y (None: of x) for every row of x: values (n, k), connected to the graph for torch, and indices."""
-    columns = x if y is None else y
-    if not is_torch(x):
-        value, index = operations.select(x[None], None if y is None else y[None], map, normalize, exclude_self, k)
-        return value[0], index[0]
-    own, others = x.detach(), columns.detach()
-    value, index = operations.select(own[None], others[None], map, normalize, exclude_self, k)
-    import torch
+    if is_torch(x):
+        from . import autograd
 
-    if not torch.is_grad_enabled() or not (x.requires_grad or columns.requires_grad):
-        return value[0], index[0]
-    from . import formulas
-
-    # The kernel's values, which are the more accurate ones, with the formula's derivatives.
-    slope = formulas.chosen_pairs(map, normalize, x, columns, index[0])
-    return value[0] + (slope - slope.detach()), index[0]
+        return autograd.select(map, normalize, x, y, exclude_self, k)
+    value, index = operations.select(x[None], None if y is None else y[None], map, normalize, exclude_self, k)
+    return value[0], index[0]

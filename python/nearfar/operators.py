@@ -185,6 +185,15 @@ _store_grad = _define(
     lambda grad, value, x, y, map, normalize, condensed: (_grad_like(x, True), _grad_like(y, True)),
 )
 
+select = _define(
+    "select(Tensor x, Tensor? y, str map, bool normalize, bool exclude_self, SymInt k) -> (Tensor, Tensor)",
+    operations.select,
+    lambda x, y, map, normalize, exclude_self, k: (
+        x.new_empty((x.shape[0], x.shape[1], k), dtype=_compute(x)),
+        x.new_empty((x.shape[0], x.shape[1], k), dtype=torch.int64),
+    ),
+)
+
 _gram = _define(
     "gram(Tensor x, Tensor? y, Tensor parameters, str program) -> Tensor",
     operations.gram,

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Array, check_points, dtype_name, is_torch, of_kind, to_numpy
+from .arrays import Array, check_points, check_seed, dtype_name, is_torch, of_kind, to_numpy
 from .quadratic_form import evaluation_error, quadratic_form
 
 __all__ = ["DENSE_LIMIT", "PSDReport", "is_psd", "psd_report"]
@@ -223,7 +223,7 @@ def psd_report(
     >>> report.is_psd, report.rank
     (True, 1)
     """
-    floor = _check_tol(tol)
+    floor, seed = _check_tol(tol), check_seed(seed)
     if x is not None and _is_large(K, x):
         return _implicit_report(K, x, floor, seed)
     given = _evaluate(K, x)

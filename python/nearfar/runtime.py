@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from . import _core
+from .arrays import integer
 
 _num_threads: int | None = None
 
@@ -30,8 +31,10 @@ def set_num_threads(n: int | None) -> None:
     >>> nf.set_num_threads(None)
     """
     global _num_threads
-    if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
-        raise ValueError(f"n: expected a positive integer or None, got {n!r}")
+    if n is not None:
+        n = integer(n, "n")
+        if n < 1:
+            raise ValueError(f"n: expected a positive integer or None, got {n}")
     _num_threads = n
 
 

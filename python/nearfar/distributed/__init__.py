@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..gradients import shows
 from ..losses import sigmoid as _sigmoid
 from ..losses import softmax as _softmax
 from .kmeans import KMeans
@@ -18,6 +19,7 @@ from .products import gram_matmul
 __all__ = ["KMeans", "clip_loss", "gram_matmul", "info_nce_loss", "nt_xent_loss", "siglip_loss"]
 
 
+@shows(temperature=0.07)
 def info_nce_loss(
     query: Tensor,
     positive_key: Tensor,
@@ -145,6 +147,7 @@ def clip_loss(
     )
 
 
+@shows(temperature=0.5)
 def nt_xent_loss(
     z1: Tensor,
     z2: Tensor,

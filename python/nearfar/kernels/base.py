@@ -247,7 +247,8 @@ def scalar(value: Any, name: str, positive: bool = False) -> Any:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected {wanted}, got {value!r}") from None
-    if not math.isfinite(number) or (positive and number <= 0):
+    # Not math.isfinite, which the compiler cannot trace where a number is its input.
+    if not -math.inf < number < math.inf or (positive and number <= 0):
         raise ValueError(f"{name}: expected {wanted}, got {number}")
     return number
 

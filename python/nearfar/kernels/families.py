@@ -13,7 +13,9 @@ from .program import LEAST_SCALE, Builder, Register
 
 
 def _check_lengthscale(value: Any) -> Any:
-    if isinstance(value, (int, float)):  # apart, because the compiler does not trace the NumPy form
+    if isinstance(value, bool):
+        good = False
+    elif isinstance(value, (int, float)):  # apart, because the compiler does not trace the NumPy form
         good = 0 < value < math.inf
     elif is_torch(value):
         good = value.ndim <= 1
@@ -62,6 +64,7 @@ class _Stationary(Kernel):
     def _score(self, program: Builder) -> tuple[Register, Any]:
         """The distance, and what it must be multiplied by."""
         scale, shape = self.lengthscale, _shape(self.lengthscale)
+        program.positive(scale, "lengthscale")
         if shape in ((), (1,)):
             return program.score(self._distance), self._inverse(program, scale)
         if shape != (program.d,):
@@ -234,6 +237,7 @@ class RationalQuadratic(_Stationary):
 
     def _parameters(self, program: Builder, factor: Any) -> int:
         # In the dtype that computes, the factor takes two thirds of the exponents and leaves the rest to the distances.
+        program.positive(self.alpha, "alpha")
         most = float(np.finfo(compute_dtype(program.x)).max) ** (2 / 3)
 
         def cut() -> tuple[Any, Any]:
@@ -290,6 +294,7 @@ class Periodic(Kernel):
 
     def _build(self, program: Builder) -> Register:
         for name, value in (("lengthscale", self.lengthscale), ("period", self.period)):
+            program.positive(value, name)
             if _shape(value) not in ((), (1,), (program.d,)):
                 raise ValueError(f"{name}: expected a number or shape ({program.d},) to match x, got {_shape(value)}")
         dtype = compute_dtype(program.x)
@@ -361,6 +366,7 @@ class _DotProduct(Kernel):
 
     def _inner(self, program: Builder) -> Register:
         gamma = 1 / program.d if self.gamma is None else self.gamma
+        program.positive(gamma, "gamma")
         return program.step("affine", program.score("dot"), program.parameters(gamma, self.coef0))
 
     def _inner_diag(self, x: Array) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -103,13 +104,16 @@ def check_mercer(
     if known:
         assert isinstance(kernel, Kernel)
         return MercerReport("proved", True, _proof(kernel))
-    tried = 0
+    tried, refused = 0, None
     for points in _candidates() if x is None else (x,):
+        if x is None and isinstance(kernel, Kernel) and _has_tensors(kernel):
+            points = sys.modules["torch"].from_numpy(points)
         try:
             matrix = _gram_of(kernel, points)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError) as error:
             if x is not None:
                 raise
+            refused = error
             continue  # a kernel of another dimension
         report = _judge(matrix, conditional)
         tried += 1
@@ -118,6 +122,8 @@ def check_mercer(
             condition = ", sum of c = 0" if conditional else ""
             reason = f"c^T K c = {report.witness_value:.6g} on {n} points in {d} dimensions{condition}"
             return MercerReport("disproved", False, reason, points, report)
+    if not tried and refused is not None:  # not of points at all: a function of two of them, say
+        raise TypeError(f"kernel: expected a function from points (n, d) to their Gram matrix, got: {refused}")
     if known is False and not conditional:
         return MercerReport("disproved", False, f"{kernel!r} is known not to be; no violation on the points tried")
     return MercerReport("undecided", None, f"no violation in {tried} Gram {'matrix' if tried == 1 else 'matrices'}")
@@ -133,6 +139,12 @@ def _proof(kernel: Kernel) -> str:
     if isinstance(kernel, Scaled):
         return "a non-negative multiple of a Mercer kernel"
     return f"{kernel!r} is Mercer"
+
+
+def _has_tensors(kernel: Kernel) -> bool:
+    """Whether a hyper-parameter is a tensor, so that the points must be."""
+    parts = vars(kernel).values()
+    return any(is_torch(part) or (isinstance(part, Kernel) and _has_tensors(part)) for part in parts)
 
 
 def _gram_of(kernel: Callable[[Array], Array], x: Array) -> Array:

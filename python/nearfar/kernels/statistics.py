@@ -13,6 +13,7 @@ cancels. Linear kernels need no tile where the D x D cross products are smaller.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,7 @@ from ..arrays import (
     cast,
     check_matrix,
     check_points,
+    check_seed,
     common_center,
     compute_dtype,
     concatenate,
@@ -153,7 +155,7 @@ def mmd_permutation_test(
     z, n, m = _pooled(x, y, unbiased)
     z = z.detach() if is_torch(z) else z
     resolved = resolve(kernel, z)
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(check_seed(seed))
     values: list[NDArray[np.float64]] = []
     for begin in range(0, count + 1, COLUMNS):
         groups = np.zeros((n + m, min(COLUMNS, count + 1 - begin)), bool)
@@ -316,9 +318,10 @@ def cka(x: Array, y: Array, kernel: Any = "linear", unbiased: bool = False) -> A
     kernel_x, kernel_y = resolve(pair[0], x), resolve(pair[1], y)
     x, y = _paired(x, y, unbiased)
     xy, xx, yy = _centred_sums(x, y, kernel_x, kernel_y, unbiased, ("xy", "xx", "yy"))
-    if any(float(z.detach() if is_torch(z) else z) == 0 for z in (xx, yy)):
-        return _scalar(xy * 0, x)
-    return _scalar(xy / (xx**0.5 * yy**0.5), x)
+    where = sys.modules["torch"].where if is_torch(xx) else np.where
+    constant = (xx == 0) | (yy == 0)
+    xx, yy = (where(constant, 1.0, z) for z in (xx, yy))
+    return _scalar(where(constant, xy * 0, xy / (xx**0.5 * yy**0.5)), x)
 
 
 def _paired(x: Array, y: Array, unbiased: bool) -> tuple[Array, Array]:

@@ -53,3 +53,7 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"nearfar.{name} needs torch: pip install 'nearfar[torch]'") from error
     return getattr(modules, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

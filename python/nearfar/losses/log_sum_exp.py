@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, check_matrix, check_points, check_shape, is_torch, kind_of, number
-from ..gradients import NOTHING, Call, Part, Tail, differentiable
+from ..arrays import Array, check_matrix, check_points, check_shape, finite, is_torch, kind_of
+from ..gradients import NOTHING, Call, Part, Tail, differentiable, shows
 from .softmax import check_labels, check_reduction, scale_part
 
 # ---- arithmetic of both kinds ----------------------------------------------------------------------------------------
@@ -52,16 +52,6 @@ def _reduced(loss: Array, reduction: str, count: Any) -> Array:
     return loss.sum() if reduction == "sum" else loss.sum() / count
 
 
-def _finite(value: Any, name: str, least: float = -math.inf, *, strict: bool = False) -> float:
-    """A finite number, at least (or, strict, more than) `least`."""
-    finite = number(value, name)
-    # Not math.isfinite, which the compiler cannot trace where it takes a default for an input.
-    if not -math.inf < finite < math.inf or finite < least or (strict and finite == least):
-        wanted = {-math.inf: "a finite"}.get(least, "a positive" if strict else "a non-negative")
-        raise ValueError(f"{name}: expected {wanted} number, got {finite}")
-    return finite
-
-
 def _linear(slope: float, shift: float) -> tuple[float, float, float, float]:
     """slope (s - shift) in the constants of a map: sign, q, r, shift."""
     return math.copysign(1.0, slope), 0.0, abs(slope), shift
@@ -70,6 +60,7 @@ def _linear(slope: float, shift: float) -> tuple[float, float, float, float]:
 # ---- HCL -------------------------------------------------------------------------------------------------------------
 
 
+@shows(temperature=0.5)
 @differentiable
 def hcl_loss(
     z1: Array,
@@ -141,8 +132,8 @@ def hcl_loss(
     check_matrix(z1, "z1")
     check_shape(z2, "z2", tuple(z1.shape), "z1")
     check_reduction(reduction)
-    beta = _finite(beta, "beta", 0.0)
-    tau_plus = _finite(tau_plus, "tau_plus", 0.0)
+    beta = finite(beta, "beta", 0.0)
+    tau_plus = finite(tau_plus, "tau_plus", 0.0)
     if tau_plus >= 1:
         raise ValueError(f"tau_plus: expected a number below 1, got {tau_plus}")
     scale = scale_part(temperature, logit_scale, 0.5, z1)
@@ -256,9 +247,9 @@ def multi_similarity_loss(
     """
     _check_labelled(embeddings, labels)
     check_reduction(reduction)
-    alpha = _finite(alpha, "alpha", 0.0, strict=True)
-    beta = _finite(beta, "beta", 0.0, strict=True)
-    base = _finite(base, "base")
+    alpha = finite(alpha, "alpha", 0.0, strict=True)
+    beta = finite(beta, "beta", 0.0, strict=True)
+    base = finite(base, "base")
 
     def value(rows: Array, scale: Any) -> Array:
         loss = _softplus(rows[:, 0]) / alpha + _softplus(rows[:, 1]) / beta
@@ -357,8 +348,8 @@ def circle_loss(
     """
     _check_labelled(embeddings, labels)
     check_reduction(reduction)
-    m = _finite(m, "m")
-    gamma = _finite(gamma, "gamma", 0.0, strict=True)
+    m = finite(m, "m")
+    gamma = finite(gamma, "gamma", 0.0, strict=True)
 
     def value(rows: Array, scale: Any) -> Array:
         paired = rows[:, 0] != -math.inf
@@ -442,8 +433,8 @@ def proxy_anchor_loss(
     check_shape(proxies, "proxies", (proxies.shape[0], embeddings.shape[1]), "embeddings")
     if proxies.shape[0] == 0:
         raise ValueError("proxies: expected at least one row")
-    margin = _finite(margin, "margin")
-    alpha = _finite(alpha, "alpha", 0.0, strict=True)
+    margin = finite(margin, "margin")
+    alpha = finite(alpha, "alpha", 0.0, strict=True)
 
     def shares(rows: Array) -> tuple[Any, int]:
         """How many proxies each term is a mean over."""

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import operations, triplets
-from ..arrays import Array, check_matrix, check_points, codes_of, integer, is_torch, of_kind, to_numpy
+from ..arrays import Array, check_matrix, check_points, check_seed, codes_of, integer, is_torch, of_kind, to_numpy
 from .ranking import check_margin
 from .softmax import check_labels
 
@@ -104,7 +104,7 @@ def mine_triplets(
     margin = check_margin(margin)
     if max_triplets is not None and (max_triplets := integer(max_triplets, "max_triplets")) < 0:
         raise ValueError(f"max_triplets: expected at least 0, got {max_triplets}")
-    seed = integer(seed, "seed")
+    seed = check_seed(seed)
     x = embeddings.detach() if is_torch(embeddings) else embeddings
     if mining == "all":
         found = _all(labels, max_triplets, seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ..arrays import Array, check_matrix, check_points, check_shape, dtype_name, is_torch, kind_of, number
+from ..arrays import Array, check_matrix, check_points, check_shape, dtype_name, is_concrete, kind_of, number
 from ..gradients import Call, Part, differentiable
 from .softmax import check_labels, check_reduction
 
@@ -30,18 +30,9 @@ def _check_same(same: Array, n: int, like: Array) -> Array:
     dtype = dtype_name(same)
     if not dtype.startswith(("bool", "int", "uint", "float", "bfloat")):
         raise TypeError(f"same: expected booleans or numbers 0 and 1, got {dtype}")
-    if dtype != "bool" and _is_concrete(same) and bool(((same != 0) & (same != 1)).any()):
+    if dtype != "bool" and is_concrete(same) and bool(((same != 0) & (same != 1)).any()):
         raise ValueError("same: expected 1 for pairs that are the same and 0 for others, got other values")
     return same
-
-
-def _is_concrete(array: Array) -> bool:
-    """Whether values can be looked at: not while a graph is compiled or a function transformed."""
-    if not is_torch(array):
-        return True
-    import torch
-
-    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 @differentiable

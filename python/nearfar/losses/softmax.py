@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, check_matrix, check_points, check_shape, dtype_name, is_torch, kind_of, number
-from ..gradients import NOTHING, Call, Part, differentiable
+from ..arrays import Array, check_matrix, check_points, check_shape, dtype_name, finite, is_torch, kind_of
+from ..gradients import NOTHING, Call, Part, differentiable, shows
 
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -44,11 +44,10 @@ def scalar_part(given: Any, name: str, like: Array, *, inverse: bool = False, po
         # The value is checked where it is known without stopping a compiled graph: in the operation. In double, so that
         # a temperature in a low precision is not rounded once more.
         return Part((name,), (1 / given.double() if inverse else given,))
-    if getattr(given, "ndim", 0) != 0:
+    # Numbers apart: of one that the compiler takes for an input it knows no attributes.
+    if not isinstance(given, (int, float)) and getattr(given, "ndim", 0) != 0:
         raise ValueError(f"{name}: expected a number or a 0-d array, got shape {given.shape}")
-    value = number(given, name)
-    if not math.isfinite(value) or (positive and value <= 0):
-        raise ValueError(f"{name}: expected a {'positive' if positive else 'finite'} number, got {value}")
+    value = finite(given, name, *((0.0,) if positive else ()), strict=positive)
     used = 1 / value if inverse else value
     slope = -used * used if inverse else 1.0
     if is_torch(like):
@@ -71,6 +70,7 @@ def check_labels(labels: Array | None, n: int, like: Array, name: str, like_name
     return labels
 
 
+@shows(temperature=0.07)
 @differentiable
 def info_nce_loss(
     query: Array,
@@ -235,7 +235,7 @@ def clip_loss(
     check_matrix(image_features, "image_features")
     check_shape(text_features, "text_features", tuple(image_features.shape), "image_features")
     check_reduction(reduction)
-    scale = scale_part(None, logit_scale, 1 / 0.07, image_features)
+    scale = scalar_part(logit_scale, "logit_scale", image_features)
     parts = (Part(("image_features",), (image_features,)), Part(("text_features",), (text_features,)))
     return Call(
         "softmax",
@@ -271,6 +271,7 @@ def _two_views(
     )
 
 
+@shows(temperature=0.5)
 @differentiable
 def nt_xent_loss(
     z1: Array,
@@ -326,6 +327,7 @@ def nt_xent_loss(
     return _two_views(z1, z2, temperature, logit_scale, 0.5, reduction, normalize, in_sum=True)
 
 
+@shows(temperature=0.1)
 @differentiable
 def dcl_loss(
     z1: Array,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import numpy as np
 
-from ..arrays import Array, check_matrix, check_points, check_shape, is_torch, number
+from ..arrays import Array, check_matrix, check_points, check_shape, finite, is_torch
 from ..gradients import Call, Part, differentiable
 from .softmax import check_reduction
 
@@ -46,9 +47,7 @@ def alignment(x: Array, y: Array, *, alpha: float = 2, normalize: bool = True, r
     check_matrix(x, "x")
     check_shape(y, "y", tuple(x.shape), "x")
     check_reduction(reduction)
-    alpha = number(alpha, "alpha")
-    if not alpha > 0 or math.isinf(alpha):
-        raise ValueError(f"alpha: expected a positive number, got {alpha}")
+    alpha = finite(alpha, "alpha", 0.0, strict=True)
     parts = (Part(("x",), (x,)), Part(("y",), (y,)))
     return Call("alignment", parts, (alpha, reduction, normalize), scalar=reduction != "none")
 
@@ -94,9 +93,7 @@ def uniformity(x: Array, *, t: float = 2, normalize: bool = True) -> Call:
     check_matrix(x, "x")
     if x.shape[0] < 2:
         raise ValueError(f"x: expected at least two rows, got {x.shape[0]}")
-    t = number(t, "t")
-    if not t > 0 or math.isinf(t):
-        raise ValueError(f"t: expected a positive number, got {t}")
+    t = finite(t, "t", 0.0, strict=True)
     return Call("potential", (Part(("x",), (x,)),), (t, bool(normalize)))
 
 
@@ -131,11 +128,9 @@ def uniformity_of_sphere(dim: int, t: float = 2) -> float:
     >>> round(nf.uniformity_of_sphere(2), 6), round(nf.uniformity_of_sphere(128), 6)
     (-1.575027, -3.93753)
     """
-    if isinstance(dim, bool) or not 1 <= dim < math.inf or int(dim) != dim:
+    if isinstance(dim, bool) or not isinstance(dim, Real) or not 1 <= dim < math.inf or int(dim) != dim:
         raise ValueError(f"dim: expected a positive integer, got {dim!r}")
-    t = number(t, "t")
-    if not t > 0 or math.isinf(t):
-        raise ValueError(f"t: expected a positive number, got {t}")
+    t = finite(t, "t", 0.0, strict=True)
     # log of sum_k t^(2k) / ((d/2)_k k!), as a running log-sum-exp.
     log_term = log_sum = 0.0
     k = 0

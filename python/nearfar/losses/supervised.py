@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from ..arrays import (
@@ -13,10 +12,10 @@ from ..arrays import (
     check_shape,
     device_name,
     dtype_name,
+    finite,
     kind_of,
-    number,
 )
-from ..gradients import Call, Part, differentiable
+from ..gradients import Call, Part, differentiable, shows
 from .softmax import check_labels, check_reduction, scale_part
 
 
@@ -38,6 +37,7 @@ def _check_mask(mask: Array, n: int, like: Array) -> None:
         )
 
 
+@shows(temperature=0.1)
 @differentiable
 def sup_con_loss(
     embeddings: Array,
@@ -176,8 +176,6 @@ def n_pairs_loss(anchor: Array, positive: Array, *, l2_reg: float = 0.0, reducti
     check_matrix(anchor, "anchor")
     check_shape(positive, "positive", tuple(anchor.shape), "anchor")
     check_reduction(reduction)
-    l2_reg = number(l2_reg, "l2_reg")
-    if not l2_reg >= 0 or math.isinf(l2_reg):
-        raise ValueError(f"l2_reg: expected a number that is not negative, got {l2_reg}")
+    l2_reg = finite(l2_reg, "l2_reg", 0.0)
     parts = (Part(("anchor",), (anchor,)), Part(("positive",), (positive,)))
     return Call("n_pairs", parts, (l2_reg, reduction), scalar=reduction != "none")

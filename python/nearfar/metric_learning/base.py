@@ -87,7 +87,7 @@ class MetricLearner(Estimator):
         metric: Numbers = self.components_.T @ self.components_
         return metric
 
-    def score_pairs(self, pairs: Any) -> NDArray[Any]:
+    def score_pairs(self, pairs: Any) -> Array:
         """The learned distance of each pair; near 0 means similar.
 
         Parameters
@@ -97,12 +97,15 @@ class MetricLearner(Estimator):
         Returns
         -------
         array (P,)
+            Of the kind of the pairs; float32 for float32 and half precisions.
         """
         self._check_fitted()
-        pairs = to_numpy(floating(pairs, "pairs"))
-        if pairs.ndim != 3 or pairs.shape[1:] != (2, self.n_features_in_):
-            raise ValueError(f"pairs: expected shape (p, 2, {self.n_features_in_}), got {pairs.shape}")
-        return np.asarray(np.linalg.norm((pairs[:, 0] - pairs[:, 1]) @ self.components_.T, axis=1))
+        pairs = floating(pairs, "pairs")
+        if pairs.ndim != 3 or tuple(pairs.shape[1:]) != (2, self.n_features_in_):
+            raise ValueError(f"pairs: expected shape (p, 2, {self.n_features_in_}), got {tuple(pairs.shape)}")
+        points = to_numpy(pairs)
+        distances = np.linalg.norm((points[:, 0] - points[:, 1]) @ self.components_.T, axis=1)
+        return of_kind(distances.astype(points.dtype), pairs)
 
     def _labelled(self, X: Any, y: Any) -> tuple[Numbers, NDArray[np.int64]]:
         """Points in float64 about their mean, and labels as 0, 1, ...; the least a supervised learner needs."""
