@@ -117,36 +117,44 @@ struct PairWeight {
   }
 };
 
+/// The weights of a block of scores, in place.
+template <class T>
+struct WeighPairs {
+  MaskedScores<T> masked;
+  PairWeight<T> weight;
+
+  template <class P>
+  NEARFAR_DEVICE void apply(const Fragment<P>& f, const Block& b) const {
+#if defined(NEARFAR_HOPPER)
+    if constexpr (std::is_same_v<P, Wgmma>) {
+      if (masked.bounded()) {
+        masked.exponentials(f, b.row, b.column);
+        return for_each_pair(f, weight.row_weight + b.row + f.i0, weight.column_weight + b.column + f.j0,
+                             [](float row, float column, float value, int, int) { return value * (row + column); });
+      }
+      masked.apply(f, b.row, b.column);
+      return for_each_pair(f, weight.row_base + b.row + f.i0, weight.column_base + b.column + f.j0,
+                           weight.row_weight + b.row + f.i0, weight.column_weight + b.column + f.j0,
+                           [](float x, float y, float u, float v, float score) {
+                             return u * exp_flush(score - x) + v * exp_flush(score - y);
+                           });
+    }
+#endif
+    masked.apply(f, b.row, b.column);
+    f.for_each([&](int64_t i, int64_t j, T& value) { value = weight(b.row + i, b.column + j, value); });
+  }
+};
+
 template <class T>
 struct WeightEpilogue {
   static constexpr bool kDistances = false, kStores = true;
-  MaskedScores<T> masked;
-  PairWeight<T> weight;
+  WeighPairs<T> weigh;
   Weights<T> out;
 
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    const Block& b = out.block;
-#if defined(NEARFAR_HOPPER)
-    if constexpr (std::is_same_v<P, Wgmma>) {
-      if (masked.bounded()) {
-        masked.exponentials(f, b.row, b.column);
-        for_each_pair(f, weight.row_weight + b.row + f.i0, weight.column_weight + b.column + f.j0,
-                      [](float row, float column, float value, int, int) { return value * (row + column); });
-      } else {
-        masked.apply(f, b.row, b.column);
-        for_each_pair(f, weight.row_base + b.row + f.i0, weight.column_base + b.column + f.j0,
-                      weight.row_weight + b.row + f.i0, weight.column_weight + b.column + f.j0,
-                      [](float x, float y, float u, float v, float score) {
-                        return u * exp_flush(score - x) + v * exp_flush(score - y);
-                      });
-      }
-      return out.store(f);
-    }
-#endif
-    masked.apply(f, b.row, b.column);
-    f.for_each([&](int64_t i, int64_t j, T& value) { value = weight(b.row + i, b.column + j, value); });
+    weigh.apply(f, out.block);
     out.store(f);
   }
 };
@@ -177,7 +185,7 @@ void weight_blocks(cuda::Context& c, const Pairs<T, E>& pairs, Strip<T, E>& stri
                    const PairWeight<T>& weight) {
   strip.for_blocks([&](const Weights<T>& weights) {
     const Plan plan = plan_scores(c, "softmax weights", pairs, weights.block);
-    launch_scores(c, plan, pairs, weights.block, WeightEpilogue<T>{masked, weight, weights});
+    launch_scores(c, plan, pairs, weights.block, WeightEpilogue<T>{{masked, weight}, weights});
     strip.products(weights);
   });
 }
