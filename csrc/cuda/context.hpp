@@ -81,7 +81,14 @@ __global__ void __launch_bounds__(kThreads, 2) large_kernel(const __grid_constan
 #endif
 
 #if defined(NEARFAR_DEVICE)
-#if !defined(NEARFAR_EMULATE)
+#if defined(NEARFAR_EMULATE)
+template <class Body>
+void Context::launch_large(int64_t blocks, int bytes, const Body& body) const {
+  if (measuring() || blocks == 0) return;
+  emulation::run(
+      blocks, [](const void* kernel) { (*static_cast<const Body*>(kernel))(emulation::large_memory()); }, &body, bytes);
+}
+#else
 inline void expect_success(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }

@@ -6,10 +6,11 @@
 
 #include "cuda/number.hpp"
 
-#if defined(__CUDACC__) && !defined(NEARFAR_EMULATE)
+#if defined(NEARFAR_EMULATE)
+#include "cuda/emulate_hopper.hpp"
+#elif defined(__CUDACC__)
 #include <cuda_bf16.h>
 
-#define NEARFAR_HOPPER
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define NEARFAR_SM90(code) code
 #else
@@ -89,13 +90,6 @@ NEARFAR_DEVICE void wgmma_fence(float (&c)[N][4]) {
   for (int q = 0; q < 4; ++q) asm volatile("" : "+f"(c[n][q])::"memory");
 }
 
-/// A matrix in shared memory, swizzled by 128 bytes. `stride`: bytes from eight lines of 128 bytes to the next eight;
-/// `leading`: where lines lie along the sum, bytes from 64 lines across it to the next 64.
-NEARFAR_DEVICE uint64_t descriptor(const void* at, int leading, int stride) {
-  const auto field = [](uint32_t bytes) { return static_cast<uint64_t>(bytes / 16 & 0x3fff); };
-  return field(shared_address(at)) | field(leading) << 16 | field(stride) << 32 | uint64_t(1) << 62;
-}
-
 /// Two numbers that nobody writes meanwhile, in the order of the program: loads that the compiler moves together take
 /// the accumulators' registers.
 NEARFAR_DEVICE float2 load_pair(const float* at) {
@@ -116,7 +110,6 @@ NEARFAR_DEVICE int opaque(int value) {
   return value;
 }
 
-constexpr float kLog2E = 1.44269504f;
 /// 2^x, about 2 units in the last place; too small is zero.
 NEARFAR_DEVICE float exp2_fast(float x) {
   float y;
@@ -151,6 +144,21 @@ NEARFAR_DEVICE void wgmma(float (&c)[16][4], uint64_t a, uint64_t b) {
 #else
   __trap();
 #endif
+}
+
+}  // namespace nearfar::cuda
+#endif
+
+#if defined(NEARFAR_DEVICE)
+namespace nearfar::cuda {
+
+constexpr float kLog2E = 1.44269504f;
+
+/// A matrix in shared memory, swizzled by 128 bytes. `stride`: bytes from eight lines of 128 bytes to the next eight;
+/// `leading`: where lines lie along the sum, bytes from 64 lines across it to the next 64.
+NEARFAR_DEVICE uint64_t descriptor(const void* at, int leading, int stride) {
+  const auto field = [](uint32_t bytes) { return static_cast<uint64_t>(bytes / 16 & 0x3fff); };
+  return field(shared_address(at)) | field(leading) << 16 | field(stride) << 32 | uint64_t(1) << 62;
 }
 
 }  // namespace nearfar::cuda

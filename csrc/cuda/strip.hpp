@@ -30,13 +30,11 @@ struct Weights {
   /// A tile whose accumulators are weights, whole: once in an epilogue, at its end.
   template <class P>
   NEARFAR_DEVICE void store(const Fragment<P>& f) const {
-#if defined(NEARFAR_HOPPER)
     if constexpr (std::is_same_v<P, Wgmma>) {
       for_each_pair(f, x_factor + block.row + f.i0, y_factor + block.column + f.j0,
                     [](float x, float y, float value, int, int) { return value * (x * y); });
       return store_blocked(f, blocks, f.i0 / P::kM, f.j0 / P::kN);
     }
-#endif
     f.for_each([&](int64_t i, int64_t j, T value) { w[i * pitch + j] = value; });
   }
 
@@ -140,10 +138,8 @@ struct StoreParts {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t split) const {
-#if defined(NEARFAR_HOPPER)
     if constexpr (std::is_same_v<P, Wgmma>)
       return put_rows<false>(f, out + split * rows * d, rows, d, [](int64_t) { return 1.0f; });
-#endif
     f.for_each([&](int64_t i, int64_t k, T value) {
       if (i < rows && k < d) out[(split * rows + i) * d + k] = value;
     });
@@ -206,10 +202,8 @@ struct AddRows {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-#if defined(NEARFAR_HOPPER)
     if constexpr (std::is_same_v<P, Wgmma>)
       return put_rows<true>(f, out, rows, d, [&](int64_t i) { return reciprocal(factor, i); });
-#endif
     f.for_each([&](int64_t i, int64_t k, T value) {
       if (i < rows && k < d)
         out[i * d + k] += sums ? sums[i] * own[i * pitch + k] - value : value * reciprocal(factor, i);

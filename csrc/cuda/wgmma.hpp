@@ -20,8 +20,6 @@ struct BlockedOperand {
   Blocked blocks;
 };
 
-#if defined(NEARFAR_HOPPER)
-
 struct Wgmma {
   using T = float;
   static constexpr int kM = 128, kN = 128, kDepth = 64;
@@ -311,22 +309,16 @@ NEARFAR_DEVICE void store_blocked(const Fragment<Wgmma>& f, const Blocked& to, i
   if (cuda::thread_index() == 0) cuda::bulk_store(to.block(down, 2 * right), f.memory, 2 * Wgmma::kOperand);
 }
 
-#endif
-
 /// steps: of 64 along the sum.
 template <class A, class B, class Epilogue>
 void launch_wgmma(cuda::Context& c, const A& a, const B& b, int64_t tiles_m, int64_t tiles_n, int64_t steps,
                   int64_t splits, const Epilogue& epilogue) {
-#if defined(NEARFAR_HOPPER)
   using Kernel = WgmmaKernel<A, B, Epilogue>;
   const int64_t work = tiles_m * tiles_n * splits, fit = 2 * c.device.multiprocessors;
   if (work > INT32_MAX / 2) throw std::runtime_error("CUDA: more than 2^30 tiles");
   const auto narrow = [](int64_t count) { return static_cast<int>(count); };
   c.launch_large(work < fit ? work : fit, Kernel::kMemory,
                  Kernel{a, b, narrow(tiles_m), narrow(tiles_n), narrow(steps), narrow(splits), epilogue});
-#else
-  throw std::logic_error("launch_wgmma: not in an emulation");
-#endif
 }
 
 }  // namespace device
