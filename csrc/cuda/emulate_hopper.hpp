@@ -59,6 +59,9 @@ template <bool TRANSPOSE_A, bool TRANSPOSE_B>
 inline void wgmma(float (&c)[16][4], uint64_t a, uint64_t b) {
   emulation::wgmma(&c[0][0], a, b, 2, TRANSPOSE_A, TRANSPOSE_B, false);
 }
+inline void wgmma_tf32(float (&c)[16][4], uint64_t a, uint64_t b, bool fresh) {
+  emulation::wgmma(&c[0][0], a, b, 4, false, false, fresh);
+}
 
 inline float2 load_pair(const float* at) { return {at[0], at[1]}; }
 inline int opaque(int value) { return value; }

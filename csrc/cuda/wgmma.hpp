@@ -1,8 +1,8 @@
-// Multiply on Hopper's tensor cores: bfloat16 blocks (blocked.hpp) through the copy engine, float32 accumulators.
+// Multiply on Hopper's tensor cores: blocks (blocked.hpp) through the copy engine, float32 accumulators.
 //
 // C[i][j] = sum_k A[i][k] B[j][k] as in tile.hpp, with the same epilogues. Tiles of 128 x 128, two warpgroups of 64
-// rows; one thread keeps copies of the next steps in flight. Two blocks share a multiprocessor, so that one multiplies
-// while the other is in its epilogue.
+// rows; one thread keeps copies of the next steps in flight. Of bfloat16, two blocks share a multiprocessor, so that
+// one multiplies while the other is in its epilogue; float32 rows in two pieces of tf32 take the memory of both.
 #pragma once
 
 #include "cuda/blocked.hpp"
@@ -12,12 +12,13 @@
 namespace nearfar {
 inline namespace device {
 
-/// An operand: with SUM_COLUMNS, tile t is its t-th 128 rows and a step of the sum 64 columns; else the other way
-/// about.
-template <bool SUM_COLUMNS>
+/// An operand: with SUM_COLUMNS, tile t is its t-th 128 rows and a step of the sum a block's columns; else the other
+/// way about.
+template <bool SUM_COLUMNS, class E = BF16>
 struct BlockedOperand {
+  using Element = E;
   static constexpr bool kSumColumns = SUM_COLUMNS;
-  Blocked blocks;
+  Blocks<E> blocks;
 };
 
 struct Wgmma {
@@ -33,13 +34,19 @@ struct Wgmma {
   NEARFAR_DEVICE static int col(int b) { return b / 2 * 8 + b % 2 + cuda::lane_index() % 4 * 2; }
   NEARFAR_DEVICE static float& value(Accumulators& acc, int a, int b) { return acc.v[b / 2][a * 2 + b % 2]; }
 
-  static constexpr int kHalf = 8192, kOperand = 2 * kHalf, kStage = 2 * kOperand;
+  static constexpr int kHalf = 8192, kOperand = Blocked::kBytes, kStage = 2 * kOperand;
+  static constexpr int kResident = 2;    // blocks of a multiprocessor
+  static constexpr bool kWaits = false;  // is a step's memory free at its end?
+  template <class Epilogue>
+  static constexpr bool stores() {
+    return Epilogue::kStores;
+  }
 
-  /// Step k of tile t: 16 KiB.
+  /// Step k of tile t.
   template <class Op>
   NEARFAR_DEVICE static void load(char* to, const Op& op, int64_t t, int64_t k, uint64_t* barrier) {
     if (Op::kSumColumns) {
-      cuda::bulk_load(to, op.blocks.block(t, k), kOperand, barrier);
+      cuda::bulk_load(to, op.blocks.block(t, k), op.blocks.kBytes, barrier);
     } else {
       for (int half = 0; half < 2; ++half)
         cuda::bulk_load(to + half * kHalf,
@@ -47,7 +54,7 @@ struct Wgmma {
                         barrier);
     }
   }
-  /// 64 (or, from 0, 128) lines of an operand, at 16 of the sum.
+  /// 64 (or, from 0, 128) lines of an operand, at 32 bytes of the sum.
   template <class Op>
   NEARFAR_DEVICE static uint64_t view(const char* at, int group, int k) {
     return Op::kSumColumns ? cuda::descriptor(at + group * kHalf + k * 32, 16, 1024)
@@ -64,15 +71,51 @@ struct Wgmma {
   }
 };
 
+/// Scores of float32 rows x = high + low, both tf32: high high' + high low' + low high', which leaves out 2^-22 of a
+/// product. Tensor cores cut sums off where others round them, so that long ones lose digits: those of a step start
+/// anew, the small products first, and are added to the rest as float32 numbers.
+struct WgmmaSplit : Wgmma {
+  static constexpr int kDepth = SplitBlocked::kColumns, kOperand = SplitBlocked::kBytes, kStage = 2 * kOperand;
+  static constexpr int kResident = 1;
+  static constexpr bool kWaits = true;
+  template <class Epilogue>
+  static constexpr bool stores() {
+    return false;
+  }
+
+  template <class A, class B>
+  NEARFAR_DEVICE static void step(const char* stage, Accumulators& acc) {
+    const int group = cuda::warp_index() / 4;
+    const char *high = stage, *low = stage + kOperand / 2, *other_high = stage + kOperand,
+               *other_low = other_high + kOperand / 2;
+    float part[16][4];
+    cuda::wgmma_begin();
+    const auto add = [&](const char* a, const char* b, bool fresh) {
+      NEARFAR_UNROLL
+      for (int k = 0; k < 4; ++k) cuda::wgmma_tf32(part, view<A>(a, group, k), view<B>(b, 0, k), fresh && k == 0);
+    };
+    add(low, other_high, true);
+    add(high, other_low, false);
+    add(high, other_high, false);
+    cuda::wgmma_commit();
+    cuda::wgmma_wait<0>();
+    cuda::wgmma_fence(part);
+    NEARFAR_UNROLL
+    for (int n = 0; n < 16; ++n) NEARFAR_UNROLL
+    for (int q = 0; q < 4; ++q) acc.v[n][q] += part[n][q];
+  }
+};
+
 /// As many blocks as fit; each takes every so many'th tile, and while it is in the epilogue of one the first steps of
 /// the next are on their way. Tiles come in groups of kGroup rows, so that those that run together share both operands
 /// in the cache.
 template <class A, class B, class Epilogue>
 struct WgmmaKernel {
-  using P = Wgmma;
-  static constexpr int kGroup = 16;
-  static constexpr int kStages = Epilogue::kStores ? 2 : 3;
-  static constexpr int kMemory = kStages * P::kStage + (Epilogue::kStores ? 2 * P::kOperand : 0);
+  using P = std::conditional_t<std::is_same_v<typename A::Element, float>, WgmmaSplit, Wgmma>;
+  static constexpr int kGroup = 16, kResident = P::kResident;
+  static constexpr bool kStores = P::template stores<Epilogue>();
+  static constexpr int kStages = kStores ? 2 : 3;
+  static constexpr int kMemory = kStages * P::kStage + (kStores ? 2 * P::kOperand : 0);
   A a;
   B b;
   int tiles_m, tiles_n, steps, splits;
@@ -129,14 +172,16 @@ struct WgmmaKernel {
       for (int s = 0; s < kStages; ++s) load(memory, full, s, ahead);
     int stage = 0, parity = 0;
     for (int index = wanted(static_cast<int>(cuda::block_index())); index < end(); index = next(index)) {
-      P::Accumulators acc;
+      typename P::Accumulators acc;
       NEARFAR_UNROLL
       for (int n = 0; n < 16; ++n) NEARFAR_UNROLL
       for (int q = 0; q < 4; ++q) acc.v[n][q] = 0;
-      // A step's memory is free when the one after it has been given to the tensor cores and it is done.
+      // A step's memory is free when it is done, and by then the one after it has been given to the tensor cores.
       int before = stage, before_parity = parity;
-      const auto release = [&] {
-        if (speaker) cuda::barrier_arrive(empty + before);
+      const auto release = [&](int s) {
+        if (speaker) cuda::barrier_arrive(empty + s);
+      };
+      const auto load_again = [&] {
         if (leader) {
           cuda::barrier_wait(empty + before, before_parity);
           load(memory, full, before, ahead);
@@ -147,16 +192,23 @@ struct WgmmaKernel {
       for (int k = 0; k < count; ++k) {
         cuda::barrier_wait(full + stage, parity);
         P::template step<A, B>(memory + stage * P::kStage, acc);
+        if (P::kWaits) release(stage);
         if (k > 0) {
-          cuda::wgmma_wait<1>();
-          release();
+          if (!P::kWaits) {
+            cuda::wgmma_wait<1>();
+            release(before);
+          }
+          load_again();
         }
         before = stage, before_parity = parity;
         if (++stage == kStages) stage = 0, parity ^= 1;
       }
-      cuda::wgmma_wait<0>();
-      cuda::wgmma_fence(acc.v);
-      release();
+      if (!P::kWaits) {
+        cuda::wgmma_wait<0>();
+        cuda::wgmma_fence(acc.v);
+        release(before);
+      }
+      load_again();
       const Work w = work(index);
       epilogue.template apply<P>(
           Fragment<P>{acc, int64_t(w.m) * P::kM, int64_t(w.n) * P::kN, memory + kStages * P::kStage}, w.m, w.n,
@@ -309,12 +361,12 @@ NEARFAR_DEVICE void store_blocked(const Fragment<Wgmma>& f, const Blocked& to, i
   if (cuda::thread_index() == 0) cuda::bulk_store(to.block(down, 2 * right), f.memory, 2 * Wgmma::kOperand);
 }
 
-/// steps: of 64 along the sum.
+/// steps: of a block's columns along the sum.
 template <class A, class B, class Epilogue>
 void launch_wgmma(cuda::Context& c, const A& a, const B& b, int64_t tiles_m, int64_t tiles_n, int64_t steps,
                   int64_t splits, const Epilogue& epilogue) {
   using Kernel = WgmmaKernel<A, B, Epilogue>;
-  const int64_t work = tiles_m * tiles_n * splits, fit = 2 * c.device.multiprocessors;
+  const int64_t work = tiles_m * tiles_n * splits, fit = Kernel::kResident * c.device.multiprocessors;
   if (work > INT32_MAX / 2) throw std::runtime_error("CUDA: more than 2^30 tiles");
   const auto narrow = [](int64_t count) { return static_cast<int>(count); };
   c.launch_large(work < fit ? work : fit, Kernel::kMemory,

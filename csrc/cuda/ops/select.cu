@@ -43,7 +43,7 @@ struct KeyEpilogue {
         [&](int64_t i, int64_t j, T product) {
           if (!keys.inside(i, j)) return false;
           const T own = key(i, j, product);
-          return map == PairMap::one_minus_dot ? own <= kNear<T>
+          return map == PairMap::one_minus_dot ? own <= scores.near_part
                                                : scores.must_measure(keys.row(i), keys.column(j), own);
         },
         [&](int64_t i, int64_t j, T product) {
@@ -187,7 +187,7 @@ struct MeasureBest {
 /// put_keys(pairs, a block of the strip): the one thing in which searches differ.
 template <class E, class T, class PutKeys>
 void search(cuda::Context& c, const SelectParams<T>& p, bool distance, PutKeys put_keys) {
-  const Pairs<T, E> pairs(c, p.x, p.y, p.normalize, distance, false);
+  const Pairs<T, E> pairs(c, p.x, p.y, p.normalize, distance, false, false, !by_coordinate(p.map));
   // More than 32 are found round by round, from whole rows.
   Strip<T, E> strip(c, pairs, p.k > cuda::kWarp, true, nullptr, nullptr);
   T* kept = c.take<T>(p.x.n * p.k);
