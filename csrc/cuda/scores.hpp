@@ -88,9 +88,10 @@ void launch_scores(cuda::Context& c, const Plan& plan, const Pairs<T, E>& pairs,
   }
   if constexpr (std::is_same_v<E, float>) {
     if (pairs.split()) {
-      const BlockedOperand<true, float> x{pairs.x.splits(b.row / SplitBlocked::kRows)},
-          y{pairs.y.splits(b.column / SplitBlocked::kRows)};
-      return launch_wgmma(c, x, y, ceil_div(b.rows, SplitBlocked::kRows), ceil_div(b.columns, SplitBlocked::kRows),
+      constexpr int64_t kRows = SplitBlocked::kRows;
+      const BlockedOperand<true, float> x{pairs.x.splits(b.row / kRows), static_cast<int>(b.row / kRows)},
+          y{pairs.y.splits(b.column / kRows), static_cast<int>(b.column / kRows)};
+      return launch_wgmma(c, x, y, ceil_div(b.rows, kRows), ceil_div(b.columns, kRows),
                           ceil_div(pairs.x.d, SplitBlocked::kColumns), 1, epilogue);
     }
   }

@@ -19,6 +19,7 @@ struct BlockedOperand {
   using Element = E;
   static constexpr bool kSumColumns = SUM_COLUMNS;
   Blocks<E> blocks;
+  int first = 0;  // the tile of its set with which it begins
 };
 
 struct Wgmma {
@@ -61,7 +62,7 @@ struct Wgmma {
                            : cuda::descriptor(at + group * kHalf + k * 2048, kHalf, 1024);
   }
   template <class A, class B>
-  NEARFAR_DEVICE static void step(const char* stage, Accumulators& acc) {
+  NEARFAR_DEVICE static void step(const char* stage, Accumulators& acc, int) {
     const int group = cuda::warp_index() / 4;
     cuda::wgmma_begin();
     NEARFAR_UNROLL
@@ -74,6 +75,9 @@ struct Wgmma {
 /// Scores of float32 rows x = high + low, both tf32: high high' + high low' + low high', which leaves out 2^-22 of a
 /// product. Tensor cores cut sums off where others round them, so that long ones lose digits: those of a step start
 /// anew, the small products first, and are added to the rest as float32 numbers.
+///
+/// Sums that are cut off depend on their order, and <x, y> has the bits of <y, x>: of two tiles that mirror each other
+/// the one begins with high low', the other with low high'; of one that mirrors itself both are summed apart.
 struct WgmmaSplit : Wgmma {
   static constexpr int kDepth = SplitBlocked::kColumns, kOperand = SplitBlocked::kBytes, kStage = 2 * kOperand;
   static constexpr int kResident = 1;
@@ -84,25 +88,50 @@ struct WgmmaSplit : Wgmma {
   }
 
   template <class A, class B>
-  NEARFAR_DEVICE static void step(const char* stage, Accumulators& acc) {
-    const int group = cuda::warp_index() / 4;
-    const char *high = stage, *low = stage + kOperand / 2, *other_high = stage + kOperand,
-               *other_low = other_high + kOperand / 2;
+  NEARFAR_DEVICE static void step(const char* stage, Accumulators& acc, int below) {
+    const char* other = stage + kOperand;
+    constexpr int kLow = kOperand / 2;
     float part[16][4];
-    cuda::wgmma_begin();
-    const auto add = [&](const char* a, const char* b, bool fresh) {
-      NEARFAR_UNROLL
-      for (int k = 0; k < 4; ++k) cuda::wgmma_tf32(part, view<A>(a, group, k), view<B>(b, 0, k), fresh && k == 0);
-    };
-    add(low, other_high, true);
-    add(high, other_low, false);
-    add(high, other_high, false);
+    if (below != 0) {
+      const int low = below < 0 ? kLow : 0;  // of the first product; the second has it on the other side
+      cuda::wgmma_begin();
+      multiply<A, B, true>(part, stage + low, other + (kLow - low));
+      multiply<A, B, false>(part, stage + (kLow - low), other + low);
+      multiply<A, B, false>(part, stage, other);
+      finish(part);
+    } else {
+      float apart[16][4];
+      cuda::wgmma_begin();
+      multiply<A, B, true>(apart, stage + kLow, other);
+      multiply<A, B, true>(part, stage, other + kLow);
+      finish(part);
+      cuda::wgmma_fence(apart);
+      for_each([&](int n, int q) { apart[n][q] += part[n][q]; });
+      cuda::wgmma_begin();
+      multiply<A, B, true>(part, stage, other);
+      finish(part);
+      for_each([&](int n, int q) { part[n][q] += apart[n][q]; });
+    }
+    for_each([&](int n, int q) { acc.v[n][q] += part[n][q]; });
+  }
+
+ private:
+  template <class A, class B, bool FRESH>
+  NEARFAR_DEVICE static void multiply(float (&part)[16][4], const char* a, const char* b) {
+    const int group = cuda::warp_index() / 4;
+    NEARFAR_UNROLL
+    for (int k = 0; k < 4; ++k) cuda::wgmma_tf32(part, view<A>(a, group, k), view<B>(b, 0, k), FRESH && k == 0);
+  }
+  NEARFAR_DEVICE static void finish(float (&part)[16][4]) {
     cuda::wgmma_commit();
     cuda::wgmma_wait<0>();
     cuda::wgmma_fence(part);
+  }
+  template <class F>
+  NEARFAR_DEVICE static void for_each(F f) {
     NEARFAR_UNROLL
     for (int n = 0; n < 16; ++n) NEARFAR_UNROLL
-    for (int q = 0; q < 4; ++q) acc.v[n][q] += part[n][q];
+    for (int q = 0; q < 4; ++q) f(n, q);
   }
 };
 
@@ -188,10 +217,11 @@ struct WgmmaKernel {
         }
         cuda::sync_warp();
       };
-      const int split = work(index).split, count = begin(split + 1) - begin(split);
+      const Work own = work(index);
+      const int count = begin(own.split + 1) - begin(own.split), below = a.first + own.m - (b.first + own.n);
       for (int k = 0; k < count; ++k) {
         cuda::barrier_wait(full + stage, parity);
-        P::template step<A, B>(memory + stage * P::kStage, acc);
+        P::template step<A, B>(memory + stage * P::kStage, acc, below);
         if (P::kWaits) release(stage);
         if (k > 0) {
           if (!P::kWaits) {
