@@ -19,7 +19,9 @@
 namespace nearfar::cuda {
 
 namespace emulation {
-void run(int64_t blocks, void (*body)(const void*), const void* kernel);
+/// large_bytes: of the memory that launch_large gives.
+void run(int64_t blocks, void (*body)(const void*), const void* kernel, int large_bytes = 0);
+char* large_memory();
 int thread();
 int64_t block();
 int64_t blocks();

@@ -54,9 +54,7 @@ struct SupConEpilogue {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t tile_n, int64_t) const {
-#if defined(NEARFAR_HOPPER)
     if constexpr (std::is_same_v<P, Wgmma>) return apply_blocked(f, tile_n);
-#endif
     masked.apply(f, block.row, block.column);
     reduce_sums<P, kSums>(
         [&](int a, T(&sums)[kSums]) {
@@ -77,7 +75,6 @@ struct SupConEpilogue {
     sums_of_rows[i * kSums * tiles_n + tile_n] = count;
     sums_of_rows[(i * kSums + 1) * tiles_n + tile_n] = sum;
   }
-#if defined(NEARFAR_HOPPER)
   NEARFAR_DEVICE void apply_blocked(const Fragment<Wgmma>& f, int64_t tile_n) const {
     using P = Wgmma;
     const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
@@ -112,12 +109,11 @@ struct SupConEpilogue {
     }
     NEARFAR_UNROLL
     for (int a = 0; a < P::kRows; ++a) {
-      const float count = sum_of_row<P>(static_cast<float>(P::kCols - __popc(no_positive[a])));
+      const float count = sum_of_row<P>(static_cast<float>(P::kCols - cuda::count_bits(no_positive[a])));
       const float sum = sum_of_row<P>(sums[a]);
       if (first_of_row<P>()) store(f.i0 + P::row(a), tile_n, count, sum);
     }
   }
-#endif
 };
 
 struct StartRows {
@@ -193,7 +189,6 @@ struct SupConWeightEpilogue {
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
     const Block& b = out.block;
     weigh.apply(f, b);
-#if defined(NEARFAR_HOPPER)
     if constexpr (std::is_same_v<P, Wgmma>) {
       if (positives.classes) {
         subtract_share<true, true>(f);
@@ -203,7 +198,6 @@ struct SupConWeightEpilogue {
       }
       return out.store(f);
     }
-#endif
     f.for_each([&](int64_t i, int64_t j, T& value) {
       i += b.row;
       j += b.column;
@@ -214,7 +208,6 @@ struct SupConWeightEpilogue {
   }
 
  private:
-#if defined(NEARFAR_HOPPER)
   template <bool OF_ROW, bool OF_COLUMN>
   NEARFAR_DEVICE void subtract_share(const Fragment<Wgmma>& f) const {
     const int64_t i0 = out.block.row + f.i0, j0 = out.block.column + f.j0;
@@ -227,7 +220,6 @@ struct SupConWeightEpilogue {
       return no_positive[a] >> b & 1 ? value : value - both;
     });
   }
-#endif
 };
 
 template <class T, class E>
