@@ -86,7 +86,7 @@ struct SupConEpilogue {
       const float scale = static_cast<float>(masked.multiplier());
       float total[P::kRows] = {};
       uint32_t hidden[P::kRows];
-      masked.hide(f, i0, j0, hidden);
+      masked.hide(i0, j0, hidden);
       for_each_pair(f, masked.scores.x_factor + i0, masked.scores.y_factor + j0,
                     [&](float x, float y, float value, int a, int b) {
                       const float score = scale * (value * (x * y));
