@@ -383,7 +383,7 @@ def test_results_repeat_bit_for_bit():
 @pytest.mark.skipif(not EMULATED, reason="the order of threads can be chosen in emulation only")
 def test_results_do_not_depend_on_the_order_of_threads(monkeypatch):
     plain = results()
-    for seed in ("7", "1234567"):
+    for seed in ("6", "7", "1234567"):  # copies come at once, or as late as they may: emulate_hopper.hpp
         monkeypatch.setenv("NEARFAR_EMULATE_ORDER", seed)
         for one, other in zip(plain, results(), strict=True):
             assert references.same_bits(one.float(), other.float())

@@ -67,7 +67,8 @@ struct Machine {
   int current = 0;
   int64_t block = 0, blocks = 0;
   uint64_t progress = 0, random = 0;
-  bool late = false;  // copies to shared memory
+  bool late = false;   // copies to shared memory
+  bool apart = false;  // each warpgroup goes as far as it can without the other
   Barrier of_block, of_warp[kWarps];
   alignas(64) char slots[kThreads][64];
   char* large = nullptr;
@@ -132,11 +133,17 @@ void run_block() {
   for (Warpgroup& group : m.groups) group = Warpgroup();
   for (int left = kThreads; left > 0;) {
     const uint64_t before = m.progress;
-    left = 0;
-    for (int k = 0; k < kThreads; ++k) {
-      if (!m.done[m.order[k]]) resume(m.order[k]);
-      left += !m.done[m.order[k]];
+    for (int group = 0; group < kGroups; ++group) {
+      uint64_t at;
+      do {
+        at = m.progress;
+        for (int thread : m.order)
+          if (!m.done[thread] && (!m.apart || thread / kGroup == group)) resume(thread);
+      } while (m.apart && m.progress != at);
+      if (!m.apart) break;
     }
+    left = 0;
+    for (bool done : m.done) left += !done;
     if (left && m.progress == before) {
       std::fprintf(stderr, "emulation: %d threads of block %lld wait for others that never come\n", left,
                    static_cast<long long>(m.block));
@@ -355,7 +362,8 @@ void run(int64_t blocks, void (*body)(const void*), const void* kernel, int larg
   }
   const char* seed = std::getenv("NEARFAR_EMULATE_ORDER");
   machine->random = seed ? std::strtoull(seed, nullptr, 10) : 0;
-  machine->late = machine->random % 2 == 1;
+  machine->late = machine->random & 1;
+  machine->apart = machine->random & 2;
   for (int t = 0; t < kThreads; ++t) machine->order[t] = t;
   for (int t = kThreads - 1; t > 0 && machine->random; --t) {
     machine->random = machine->random * 6364136223846793005u + 1442695040888963407u;

@@ -12,6 +12,7 @@ namespace {
 /// What is minimised: the squared distance, 1 - <u, v> of unit rows, or the negative dot product.
 template <class T>
 struct ScoreKey {
+  static constexpr bool kDistances = true;
   Scores<T> scores;
   PairMap map;
 
@@ -38,9 +39,7 @@ struct CoordinateKey {
 
 /// Keys of a block of pairs, and which pairs have one.
 template <class T, class Key>
-struct Keys {
-  static constexpr bool kDistances = true;
-  Key key;
+struct Keys : Key {
   bool exclude_self;
   int64_t n, m;
   Block block;
@@ -51,11 +50,11 @@ struct Keys {
   NEARFAR_DEVICE bool inside(int64_t i, int64_t j) const {
     return row(i) < n && column(j) < m && !(exclude_self && row(i) == column(j));
   }
-  NEARFAR_DEVICE T at(int64_t i, int64_t j, T product) const { return key(row(i), column(j), product); }
+  NEARFAR_DEVICE T at(int64_t i, int64_t j, T product) const { return Key::operator()(row(i), column(j), product); }
   NEARFAR_DEVICE bool must_measure(int64_t i, int64_t j, T own) const {
-    return key.must_measure(row(i), column(j), own);
+    return Key::must_measure(row(i), column(j), own);
   }
-  NEARFAR_DEVICE T measure(int64_t i, int64_t j) const { return key.measure(row(i), column(j)); }
+  NEARFAR_DEVICE T measure(int64_t i, int64_t j) const { return Key::measure(row(i), column(j)); }
 };
 
 /// All of them to a strip, +inf where a column is not to be chosen.
