@@ -48,14 +48,16 @@ def test_is_another_path(monkeypatch):
     assert not references.same_bits(taken.cpu(), nf.cdist(x, y).cpu())
 
 
-def test_by_default_where_tiles_fill_the_device(monkeypatch):
+def test_where_tiles_fill_the_device(monkeypatch):
     if not EMULATED:
         pytest.skip("a GPU has more multiprocessors")
     for n, same in ((60, True), (260, False)):
         x, y = sets(n, n, 40)
-        monkeypatch.setenv("NEARFAR_CUDA_SPLIT", "0")
-        plain = nf.cdist(x, y)
         monkeypatch.delenv("NEARFAR_CUDA_SPLIT")
+        plain = nf.cdist(x, y)
+        monkeypatch.setenv("NEARFAR_CUDA_SPLIT", "0")
+        assert references.same_bits(plain, nf.cdist(x, y))
+        monkeypatch.setenv("NEARFAR_CUDA_SPLIT", "auto")
         assert references.same_bits(plain, nf.cdist(x, y)) == same
 
 

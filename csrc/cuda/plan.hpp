@@ -1,6 +1,6 @@
 // Which policy and tile a product takes: a pure function of its shape, its operand type and the device.
 // NEARFAR_CUDA_PLAN=1 prints every choice. NEARFAR_CUDA_SPLIT=0 keeps float32 rows from Hopper's tensor cores, 1 sends
-// all of them there: to compare.
+// all of them there, auto those that should gain.
 #pragma once
 
 #include <cstdio>
@@ -31,10 +31,11 @@ bool on_tensor_cores(bool exact) {
 }
 
 /// Do scores of float32 rows come from Hopper's tensor cores, by three products of tf32 (wgmma.hpp)? They keep float32
-/// accuracy, and are worth it where their tiles fill the device.
+/// accuracy, and are worth it where their tiles fill the device. Only on demand, until a GPU has run them.
 inline bool splits_rows(const cuda::Context& c, int64_t n, int64_t m, int64_t d) {
   if (!c.hopper() || !c.exact || d == 0) return false;
-  if (const char* wanted = std::getenv("NEARFAR_CUDA_SPLIT"); wanted && *wanted) return *wanted != '0';
+  const char* wanted = std::getenv("NEARFAR_CUDA_SPLIT");
+  if (!wanted || *wanted != 'a') return wanted && *wanted == '1';
   return d > kDirectDims && ceil_div(n, 128) * ceil_div(m, 128) >= c.device.multiprocessors;
 }
 
