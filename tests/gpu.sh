@@ -39,6 +39,11 @@ cp -r tests pyproject.toml "$run/"
 cd "$run"
 part tests 150 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider tests/test_cuda.py tests/test_cuda_losses.py tests/test_cuda_kernels.py tests/test_cuda_points.py tests/test_cuda_statistics.py -k "not million"
 part million-rows 45 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py -k million
+if [ "$capability" = 90 ]; then
+  # Scores of float32 rows on the tensor cores: right first, then both paths side by side.
+  part split-tests 60 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda_split.py
+  part split-times 60 "$python" tests/gpu_split.py
+fi
 part bench 130 "$python" -m nearfar bench --device cuda --budget 0.3 --json "$out/bench.json"
 
 small="(info_nce or clip or nt_xent or uniformity or alignment or cdist or matmul or knn or kmeans)"
@@ -55,6 +60,7 @@ for tool in memcheck racecheck synccheck initcheck; do
 done
 
 cat "$out/bench.log"
+if [ "$capability" = 90 ]; then cat "$out/split-times.log"; fi
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"
   exit 1

@@ -166,17 +166,19 @@ def test_dcl(n, d, dtype):
     check(nf.dcl_loss, VIEWS, dtype, **views(n, d, dtype))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("temperature", [0.02, 0.1])  # below 1/30 exponentials have no common base
 @pytest.mark.parametrize("v", [1, 2, 3])
 @pytest.mark.parametrize("which", ["labels", "mask", "views"])
-def test_sup_con_views(which, v):
-    x = tensor(g.points(30 * v, 12).reshape(30, v, 12), "float32")
+def test_sup_con_views(which, v, temperature, dtype):
+    x = tensor(g.points(50 * v, 12).reshape(50, v, 12), dtype)
     chosen = {}
     if which == "labels":
-        chosen = {"labels": classes(30, 6)}
+        chosen = {"labels": classes(50, 6)}
     elif which == "mask":
-        mask = np.random.default_rng(0).random((30, 60)) < 0.1
+        mask = np.random.default_rng(0).random((50, 100)) < 0.1
         chosen = {"positive_mask": torch.from_numpy(mask).to(DEVICE)[:, ::2]}
-    check(nf.sup_con_loss, ["embeddings"], "float32", embeddings=x, **chosen)
+    check(nf.sup_con_loss, ["embeddings"], dtype, embeddings=x, temperature=temperature, **chosen)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])

@@ -41,7 +41,8 @@ class Context {
 
   template <class Body>
   void launch(int64_t blocks, const Body& body) const;  // below, where kernels are compiled
-  /// The same with `bytes` of shared memory, whose start, at a multiple of 1024, the body is given. Two blocks fit.
+  /// The same with `bytes` of shared memory, whose start, at a multiple of 1024, the body is given. Body::kResident
+  /// blocks share a multiprocessor.
   template <class Body>
   void launch_large(int64_t blocks, int bytes, const Body& body) const;
   bool hopper() const { return device.architecture == 90; }
@@ -74,14 +75,21 @@ __global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Bo
 }
 
 template <class Body>
-__global__ void __launch_bounds__(kThreads, 2) large_kernel(const __grid_constant__ Body body) {
+__global__ void __launch_bounds__(kThreads, Body::kResident) large_kernel(const __grid_constant__ Body body) {
   extern __shared__ char memory[];
   body(memory + (1024 - __cvta_generic_to_shared(memory) % 1024) % 1024);
 }
 #endif
 
 #if defined(NEARFAR_DEVICE)
-#if !defined(NEARFAR_EMULATE)
+#if defined(NEARFAR_EMULATE)
+template <class Body>
+void Context::launch_large(int64_t blocks, int bytes, const Body& body) const {
+  if (measuring() || blocks == 0) return;
+  emulation::run(
+      blocks, [](const void* kernel) { (*static_cast<const Body*>(kernel))(emulation::large_memory()); }, &body, bytes);
+}
+#else
 inline void expect_success(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }

@@ -1,4 +1,5 @@
 #include <atomic>
+#include <cstdlib>
 
 #include "cuda/device.hpp"
 
@@ -8,7 +9,11 @@ namespace nearfar::cuda {
 
 std::string compiled_version() { return "emulated"; }
 int device_count() { return 0; }
-Device device_of(int) { return {80, 4}; }  // few multiprocessors, so that small shapes take large tiles too
+/// sm_80, or NEARFAR_EMULATE_ARCHITECTURE; few multiprocessors, so that small shapes take large tiles too.
+Device device_of(int) {
+  const char* architecture = std::getenv("NEARFAR_EMULATE_ARCHITECTURE");
+  return {architecture ? std::atoi(architecture) : 80, 4};
+}
 OnDevice::OnDevice(int) {}
 OnDevice::~OnDevice() = default;
 

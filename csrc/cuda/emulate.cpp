@@ -3,20 +3,59 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <mutex>
 
-#include "cuda/portable.hpp"
+#include "cuda/hopper.hpp"
 
 namespace nearfar::cuda::emulation {
 namespace {
 
 constexpr size_t kStack = 256 << 10;
+constexpr int kGroup = 128, kGroups = kThreads / kGroup;  // threads of a warpgroup
+// What a block of sm_90 may ask for. Its memory begins behind some of its own, at a multiple of 1024.
+constexpr int kLarge = 227 << 10, kLargeBegin = 1024;
 
 struct Barrier {
   int arrived = 0;
   uint64_t generation = 0;
+};
+
+/// mbarrier: a phase ends when nobody is pending and all announced bytes have come ("Phase of the mbarrier object").
+struct PhaseBarrier {
+  uint16_t count, pending;
+  int32_t phase : 1, bytes : 31;
+};
+static_assert(sizeof(PhaseBarrier) == sizeof(uint64_t), "as large as the real one");
+
+struct Copy {
+  void* to;
+  const void* from;
+  int bytes;
+  uint64_t* barrier;
+};
+/// Copies that have been given and not done.
+struct Copies {
+  static constexpr int kMost = 64;
+  Copy queue[kMost];
+  int count = 0;
+};
+
+/// A product of a warpgroup: done when all its threads have given it and one of them waits.
+struct Multiply {
+  uint64_t a, b;
+  int size, given;
+  bool transpose_a, transpose_b, fresh;
+  float* c[kGroup];
+};
+struct Warpgroup {
+  static constexpr int kMost = 64;
+  Multiply queue[kMost];
+  uint64_t ends[kMost];  // of committed groups
+  uint64_t ready, done;  // products that all have given, that are done
+  uint64_t given[kGroup], committed[kGroup];
 };
 
 struct Machine {
@@ -28,14 +67,29 @@ struct Machine {
   int current = 0;
   int64_t block = 0, blocks = 0;
   uint64_t progress = 0, random = 0;
+  bool late = false;   // copies to shared memory
+  bool apart = false;  // each warpgroup goes as far as it can without the other
   Barrier of_block, of_warp[kWarps];
   alignas(64) char slots[kThreads][64];
+  char* large = nullptr;
+  int large_bytes = 0;
+  Copies loads, stores;
+  Warpgroup groups[kGroups];
   void (*body)(const void*);
   const void* kernel;
 };
 
 Machine* machine = nullptr;
 std::mutex one_at_a_time;
+
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "emulation: %s (block %lld, thread %d)\n", what, static_cast<long long>(machine->block),
+               machine->current);
+  std::abort();
+}
+void expect(bool condition, const char* what) {
+  if (!condition) fail(what);
+}
 
 void leave() {
   if (!_setjmp(machine->fiber[machine->current])) _longjmp(machine->home, 1);
@@ -75,20 +129,128 @@ void run_block() {
   m.of_block = Barrier();
   for (Barrier& barrier : m.of_warp) barrier = Barrier();
   for (bool& done : m.done) done = false;
+  std::memset(m.large, 0xff, static_cast<size_t>(m.large_bytes));  // NaN
+  for (Warpgroup& group : m.groups) group = Warpgroup();
   for (int left = kThreads; left > 0;) {
     const uint64_t before = m.progress;
-    left = 0;
-    for (int k = 0; k < kThreads; ++k) {
-      if (!m.done[m.order[k]]) resume(m.order[k]);
-      left += !m.done[m.order[k]];
+    for (int group = 0; group < kGroups; ++group) {
+      uint64_t at;
+      do {
+        at = m.progress;
+        for (int thread : m.order)
+          if (!m.done[thread] && (!m.apart || thread / kGroup == group)) resume(thread);
+      } while (m.apart && m.progress != at);
+      if (!m.apart) break;
     }
+    left = 0;
+    for (bool done : m.done) left += !done;
     if (left && m.progress == before) {
       std::fprintf(stderr, "emulation: %d threads of block %lld wait for others that never come\n", left,
                    static_cast<long long>(m.block));
       std::abort();
     }
   }
+  for (const Warpgroup& group : m.groups) expect(group.done == group.ready, "a product that nobody waits for");
+  expect(m.loads.count == 0 && m.stores.count == 0, "a copy that nobody waits for");
 }
+
+// ---- sm_90 ---------------------------------------------------------------------------------------------------------
+
+char* at_address(uint32_t address, uint32_t bytes) {
+  expect(address >= kLargeBegin && address + bytes <= uint32_t(kLargeBegin + machine->large_bytes),
+         "an address outside of shared memory");
+  return machine->large + (address - kLargeBegin);
+}
+
+PhaseBarrier& phase_of(uint64_t* barrier) { return *reinterpret_cast<PhaseBarrier*>(barrier); }
+
+void end_phase(PhaseBarrier& barrier) {
+  if (barrier.pending > 0 || barrier.bytes != 0) return;
+  barrier.phase = ~barrier.phase;
+  barrier.pending = barrier.count;
+  ++machine->progress;
+}
+
+void finish(const Copy& copy) {
+  std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+  if (!copy.barrier) return;
+  PhaseBarrier& barrier = phase_of(copy.barrier);
+  barrier.bytes -= copy.bytes;
+  end_phase(barrier);
+}
+/// Those of a barrier.
+void finish(Copies& copies, const uint64_t* barrier) {
+  int left = 0;
+  for (int k = 0; k < copies.count; ++k) {
+    const Copy copy = copies.queue[k];
+    if (copy.barrier == barrier) {
+      finish(copy);
+    } else {
+      copies.queue[left++] = copy;
+    }
+  }
+  copies.count = left;
+}
+void put(Copies& copies, const Copy& copy) {
+  expect(copy.bytes % 16 == 0 && reinterpret_cast<uintptr_t>(copy.to) % 16 == 0 &&
+             reinterpret_cast<uintptr_t>(copy.from) % 16 == 0,
+         "a bulk copy that is not of multiples of 16 bytes");
+  expect(copies.count < Copies::kMost, "too many copies in flight");
+  copies.queue[copies.count++] = copy;
+}
+
+float element(const char* at, int size) {
+  uint32_t bits = 0;
+  std::memcpy(size == 2 ? reinterpret_cast<char*>(&bits) + 2 : reinterpret_cast<char*>(&bits), at,
+              static_cast<size_t>(size));
+  return float_of(bits & 0xffffe000u);  // tf32: the tensor cores do not read the rest
+}
+
+/// Lines of an operand, 32 bytes along the sum: out[line][k] ("Matrix Descriptor Format", "Canonical Layouts", 128-byte
+/// swizzle). K-major: eight lines of 128 bytes lie together, `stride` is from eight to the next. MN-major: eight along
+/// the sum, of 128 bytes of lines, and `leading` is from 128 bytes of lines to the next.
+void read_operand(uint64_t descriptor, int size, bool transpose, int lines, double* out) {
+  const auto field = [&](int from) { return static_cast<uint32_t>(descriptor >> from & 0x3fff) * 16; };
+  const uint32_t start = field(0), leading = field(16), stride = field(32);
+  expect(descriptor >> 62 == 1, "a descriptor of another swizzle than 128 bytes");
+  expect((descriptor >> 49 & 7) == 0, "a descriptor with a base offset");
+  expect(!transpose || size == 2, "only 16-bit operands may lie along the lines");
+  const int depth = 32 / size, wide = 128 / size;
+  for (int line = 0; line < lines; ++line)
+    for (int k = 0; k < depth; ++k) {
+      const uint32_t l = static_cast<uint32_t>(line), d = static_cast<uint32_t>(k), w = static_cast<uint32_t>(wide);
+      const uint32_t bytes = static_cast<uint32_t>(size);
+      const uint32_t plain = start + (transpose ? l / w * leading + d / 8 * stride + d % 8 * 128 + l % w * bytes
+                                                : l / 8 * stride + l % 8 * 128 + d * bytes);
+      const uint32_t address = plain ^ (plain >> 7 & 7) << 4;  // Swizzle<3, 4, 3>
+      out[line * depth + k] = static_cast<double>(element(at_address(address, bytes), size));
+    }
+}
+
+/// Sums are cut off, not rounded, as tensor cores do.
+float truncated(double value) {
+  const float nearest = static_cast<float>(value);
+  return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
+/// "Register Fragments": thread t of the group holds rows t / 32 * 16 + t % 32 / 4 and the one eight below, and of
+/// every eight columns two from t % 4 * 2 on.
+void multiply(const Multiply& m) {
+  constexpr int kRows = 64, kColumns = 128, kMostDepth = 16;
+  static double a[kRows * kMostDepth], b[kColumns * kMostDepth];
+  read_operand(m.a, m.size, m.transpose_a, kRows, a);
+  read_operand(m.b, m.size, m.transpose_b, kColumns, b);
+  const int depth = 32 / m.size;
+  for (int t = 0; t < kGroup; ++t)
+    for (int q = 0; q < 64; ++q) {
+      const int row = t / 32 * 16 + t % 32 / 4 + q % 4 / 2 * 8, column = q / 4 * 8 + t % 4 * 2 + q % 2;
+      double sum = m.fresh ? 0.0 : static_cast<double>(m.c[t][q]);
+      for (int k = 0; k < depth; ++k) sum += a[row * depth + k] * b[column * depth + k];
+      m.c[t][q] = truncated(sum);
+    }
+}
+
+Warpgroup& own_group() { return machine->groups[machine->current / kGroup]; }
 
 }  // namespace
 
@@ -99,10 +261,93 @@ void sync_block() { wait(machine->of_block, kThreads); }
 void sync_warp() { wait(machine->of_warp[machine->current / kWarp], kWarp); }
 void* slot(int lane) { return machine->slots[machine->current / kWarp * kWarp + lane]; }
 
-void run(int64_t blocks, void (*body)(const void*), const void* kernel) {
+uint32_t shared_address(const void* at) {
+  const int64_t offset = static_cast<const char*>(at) - machine->large;
+  expect(offset >= 0 && offset <= machine->large_bytes, "the shared address of something else");
+  return static_cast<uint32_t>(kLargeBegin + offset);
+}
+
+void barrier_init(uint64_t* barrier, int count) {
+  const uint16_t narrow = static_cast<uint16_t>(count);
+  phase_of(barrier) = {narrow, narrow, 0, 0};
+}
+void barrier_arrive(uint64_t* barrier) {
+  PhaseBarrier& own = phase_of(barrier);
+  expect(own.pending > 0, "more arrivals at a barrier than it counts");
+  --own.pending;
+  end_phase(own);
+}
+void barrier_expect(uint64_t* barrier, int bytes) {
+  PhaseBarrier& own = phase_of(barrier);
+  own.bytes += bytes;
+  barrier_arrive(barrier);
+}
+void barrier_wait(uint64_t* barrier, int parity) {
+  finish(machine->loads, barrier);
+  while ((phase_of(barrier).phase & 1) == parity) {
+    leave();
+    finish(machine->loads, barrier);
+  }
+}
+
+void bulk_load(void* to, const void* from, int bytes, uint64_t* barrier) {
+  expect(shared_address(to) + bytes <= uint32_t(kLargeBegin + machine->large_bytes), "a copy past shared memory");
+  put(machine->loads, {to, from, bytes, barrier});
+  if (!machine->late) finish(machine->loads, barrier);
+}
+void bulk_store(void* to, const void* from, int bytes) { put(machine->stores, {to, from, bytes, nullptr}); }
+
+void wgmma_begin() { sync_warp(); }
+void wgmma_commit() {
+  sync_warp();
+  Warpgroup& group = own_group();
+  const int own = machine->current % kGroup;
+  group.ends[group.committed[own]++ % Warpgroup::kMost] = group.given[own];
+}
+
+void store_pair(uint32_t address, float low, float high) {
+  const uint32_t bits = narrow<BF16>(low).bits | static_cast<uint32_t>(narrow<BF16>(high).bits) << 16;
+  std::memcpy(at_address(address, sizeof(bits)), &bits, sizeof(bits));
+}
+
+char* large_memory() { return machine->large; }
+
+void bulk_stored() { finish(machine->stores, nullptr); }
+
+void wgmma(float* c, uint64_t a, uint64_t b, int size, bool transpose_a, bool transpose_b, bool fresh) {
+  sync_warp();
+  Warpgroup& group = own_group();
+  const int own = machine->current % kGroup;
+  const uint64_t at = group.given[own]++;
+  expect(at - group.done < Warpgroup::kMost, "too many products in flight");
+  Multiply& m = group.queue[at % Warpgroup::kMost];
+  if (m.given == 0) m = {a, b, size, 0, transpose_a, transpose_b, fresh, {}};
+  expect(m.a == a && m.b == b && m.size == size, "threads of a warpgroup that give different products");
+  m.c[own] = c;
+  if (++m.given < kGroup) return;
+  ++group.ready;
+  ++machine->progress;
+}
+
+void wgmma_wait(int left) {
+  sync_warp();
+  Warpgroup& group = own_group();
+  const uint64_t committed = group.committed[machine->current % kGroup], later = static_cast<uint64_t>(left);
+  if (committed <= later) return;
+  const uint64_t end = group.ends[(committed - later - 1) % Warpgroup::kMost];
+  while (group.ready < end) leave();
+  for (; group.done < end; ++group.done) {
+    Multiply& m = group.queue[group.done % Warpgroup::kMost];
+    multiply(m);
+    m.given = 0;
+  }
+}
+
+void run(int64_t blocks, void (*body)(const void*), const void* kernel, int large_bytes) {
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   if (!machine) {
     machine = new Machine;
+    machine->large = static_cast<char*>(std::aligned_alloc(1024, kLarge));
     machine->stacks = static_cast<char*>(
         mmap(nullptr, kThreads * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     for (int t = 0; t < kThreads; ++t) {
@@ -117,6 +362,8 @@ void run(int64_t blocks, void (*body)(const void*), const void* kernel) {
   }
   const char* seed = std::getenv("NEARFAR_EMULATE_ORDER");
   machine->random = seed ? std::strtoull(seed, nullptr, 10) : 0;
+  machine->late = machine->random & 1;
+  machine->apart = machine->random & 2;
   for (int t = 0; t < kThreads; ++t) machine->order[t] = t;
   for (int t = kThreads - 1; t > 0 && machine->random; --t) {
     machine->random = machine->random * 6364136223846793005u + 1442695040888963407u;
@@ -125,6 +372,8 @@ void run(int64_t blocks, void (*body)(const void*), const void* kernel) {
     machine->order[t] = machine->order[other];
     machine->order[other] = mine;
   }
+  expect(large_bytes <= kLarge, "more shared memory than a block may have");
+  machine->large_bytes = large_bytes;
   machine->body = body;
   machine->kernel = kernel;
   machine->blocks = blocks;

@@ -2,7 +2,8 @@
 //
 // A developer's tool, never part of a package: it shows that kernels compute the right thing (indices, masks, barriers,
 // fragment layouts), and nothing about speed or about a real memory system. Fibers of a launch run in the order that
-// NEARFAR_EMULATE_ORDER (a seed; 0 is ascending) shuffles: a missing barrier shows as a result that depends on it.
+// NEARFAR_EMULATE_ORDER (a seed; 0 is ascending) shuffles: a missing barrier shows as a result that depends on it. If
+// its second bit is set, each half of a block runs ahead as far as it can.
 #pragma once
 
 #include <cmath>
@@ -19,7 +20,9 @@
 namespace nearfar::cuda {
 
 namespace emulation {
-void run(int64_t blocks, void (*body)(const void*), const void* kernel);
+/// large_bytes: of the memory that launch_large gives.
+void run(int64_t blocks, void (*body)(const void*), const void* kernel, int large_bytes = 0);
+char* large_memory();
 int thread();
 int64_t block();
 int64_t blocks();

@@ -6,10 +6,11 @@
 
 #include "cuda/number.hpp"
 
-#if defined(__CUDACC__) && !defined(NEARFAR_EMULATE)
+#if defined(NEARFAR_EMULATE)
+#include "cuda/emulate_hopper.hpp"
+#elif defined(__CUDACC__)
 #include <cuda_bf16.h>
 
-#define NEARFAR_HOPPER
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define NEARFAR_SM90(code) code
 #else
@@ -89,13 +90,6 @@ NEARFAR_DEVICE void wgmma_fence(float (&c)[N][4]) {
   for (int q = 0; q < 4; ++q) asm volatile("" : "+f"(c[n][q])::"memory");
 }
 
-/// A matrix in shared memory, swizzled by 128 bytes. `stride`: bytes from eight lines of 128 bytes to the next eight;
-/// `leading`: where lines lie along the sum, bytes from 64 lines across it to the next 64.
-NEARFAR_DEVICE uint64_t descriptor(const void* at, int leading, int stride) {
-  const auto field = [](uint32_t bytes) { return static_cast<uint64_t>(bytes / 16 & 0x3fff); };
-  return field(shared_address(at)) | field(leading) << 16 | field(stride) << 32 | uint64_t(1) << 62;
-}
-
 /// Two numbers that nobody writes meanwhile, in the order of the program: loads that the compiler moves together take
 /// the accumulators' registers.
 NEARFAR_DEVICE float2 load_pair(const float* at) {
@@ -116,7 +110,6 @@ NEARFAR_DEVICE int opaque(int value) {
   return value;
 }
 
-constexpr float kLog2E = 1.44269504f;
 /// 2^x, about 2 units in the last place; too small is zero.
 NEARFAR_DEVICE float exp2_fast(float x) {
   float y;
@@ -131,26 +124,61 @@ NEARFAR_DEVICE float reciprocal_fast(float x) {
   return y;
 }
 
+#define NEARFAR_4(c) "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+#define NEARFAR_SUMS(c)                                                                                       \
+  NEARFAR_4(c[0]), NEARFAR_4(c[1]), NEARFAR_4(c[2]), NEARFAR_4(c[3]), NEARFAR_4(c[4]), NEARFAR_4(c[5]),       \
+      NEARFAR_4(c[6]), NEARFAR_4(c[7]), NEARFAR_4(c[8]), NEARFAR_4(c[9]), NEARFAR_4(c[10]), NEARFAR_4(c[11]), \
+      NEARFAR_4(c[12]), NEARFAR_4(c[13]), NEARFAR_4(c[14]), NEARFAR_4(c[15])
+#define NEARFAR_SUMS_TEXT                                                            \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63},"
 /// c += a b for a of 64 x 16 and b of 16 x 128. TRANSPOSE: lines lie along the sum.
 template <bool TRANSPOSE_A, bool TRANSPOSE_B>
 NEARFAR_DEVICE void wgmma(float (&c)[16][4], uint64_t a, uint64_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define NEARFAR_4(n) "+f"(c[n][0]), "+f"(c[n][1]), "+f"(c[n][2]), "+f"(c[n][3])
-  asm volatile(
-      "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 "
-      "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-      "%64, %65, 1, 1, 1, %66, %67;"
-      : NEARFAR_4(0), NEARFAR_4(1), NEARFAR_4(2), NEARFAR_4(3), NEARFAR_4(4), NEARFAR_4(5), NEARFAR_4(6), NEARFAR_4(7),
-        NEARFAR_4(8), NEARFAR_4(9), NEARFAR_4(10), NEARFAR_4(11), NEARFAR_4(12), NEARFAR_4(13), NEARFAR_4(14),
-        NEARFAR_4(15)
-      : "l"(a), "l"(b), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B));
-#undef NEARFAR_4
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " NEARFAR_SUMS_TEXT
+               " %64, %65, 1, 1, 1, %66, %67;"
+               : NEARFAR_SUMS(c)
+               : "l"(a), "l"(b), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B));
 #else
   __trap();
 #endif
+}
+/// The same of tf32, a of 64 x 8 and b of 8 x 128; only sums along lines. fresh: c = a b.
+NEARFAR_DEVICE void wgmma_tf32(float (&c)[16][4], uint64_t a, uint64_t b, bool fresh) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile(
+      "{\n"
+      ".reg .pred adds;\n"
+      "setp.eq.b32 adds, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 " NEARFAR_SUMS_TEXT
+      " %64, %65, adds, 1, 1;\n"
+      "}"
+      : NEARFAR_SUMS(c)
+      : "l"(a), "l"(b), "r"(static_cast<int>(fresh)));
+#else
+  __trap();
+#endif
+}
+#undef NEARFAR_4
+#undef NEARFAR_SUMS
+#undef NEARFAR_SUMS_TEXT
+
+}  // namespace nearfar::cuda
+#endif
+
+#if defined(NEARFAR_DEVICE)
+namespace nearfar::cuda {
+
+constexpr float kLog2E = 1.44269504f;
+
+/// A matrix in shared memory, swizzled by 128 bytes. `stride`: bytes from eight lines of 128 bytes to the next eight;
+/// `leading`: where lines lie along the sum, bytes from 64 lines across it to the next 64.
+NEARFAR_DEVICE uint64_t descriptor(const void* at, int leading, int stride) {
+  const auto field = [](uint32_t bytes) { return static_cast<uint64_t>(bytes / 16 & 0x3fff); };
+  return field(shared_address(at)) | field(leading) << 16 | field(stride) << 32 | uint64_t(1) << 62;
 }
 
 }  // namespace nearfar::cuda

@@ -156,20 +156,6 @@ struct TiledBlock {
         valid(b.rows < pairs.x.n - b.row ? b.rows : pairs.x.n - b.row) {}
 };
 
-/// Blocks whose numbers, so many for every row of a tile of 64 columns or more, take the memory of a strip of weights.
-template <class T, class E>
-StripShape tile_blocks(const cuda::Context& c, const Pairs<T, E>& pairs, int64_t numbers) {
-  return StripShape::of(pairs.x.n, pairs.y.n, c.strip_bytes / static_cast<int64_t>(sizeof(T)) * 64 / numbers, false);
-}
-/// How many tiles a row has in one of them, at most.
-inline int64_t tiles_of(const StripShape& shape) { return ceil_div(shape.columns, 64); }
-
-/// f(block) for all pairs, row by row, where nothing is stored but `numbers` for every row of a tile.
-template <class T, class E, class F>
-void for_tile_blocks(const cuda::Context& c, const Pairs<T, E>& pairs, int64_t numbers, F f) {
-  tile_blocks(c, pairs, numbers).for_blocks(pairs.x.padded, pairs.y.padded, f);
-}
-
 /// sum_ij (dL/ds_ij) s_ij = sum_i <x_i, dx_i> for rows before the projection, over scale; `counted`: how often every
 /// score is in it.
 struct ScaleSlope {

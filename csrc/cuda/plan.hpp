@@ -1,5 +1,6 @@
 // Which policy and tile a product takes: a pure function of its shape, its operand type and the device.
-// NEARFAR_CUDA_PLAN=1 prints every choice.
+// NEARFAR_CUDA_PLAN=1 prints every choice. NEARFAR_CUDA_SPLIT=0 keeps float32 rows from Hopper's tensor cores, 1 sends
+// all of them there, auto those that should gain.
 #pragma once
 
 #include <cstdio>
@@ -29,14 +30,24 @@ bool on_tensor_cores(bool exact) {
   return sizeof(E) == 2 || (sizeof(E) == 4 && !exact);
 }
 
+/// Do scores of float32 rows come from Hopper's tensor cores, by three products of tf32 (wgmma.hpp)? They keep float32
+/// accuracy, and are worth it where their tiles fill the device. Only on demand, until a GPU has run them.
+inline bool splits_rows(const cuda::Context& c, int64_t n, int64_t m, int64_t d) {
+  if (!c.hopper() || !c.exact || d == 0) return false;
+  const char* wanted = std::getenv("NEARFAR_CUDA_SPLIT");
+  if (!wanted || *wanted != 'a') return wanted && *wanted == '1';
+  return d > kDirectDims && ceil_div(n, 128) * ceil_div(m, 128) >= c.device.multiprocessors;
+}
+
 /// Large tiles read less, small tiles are more: large where they fill the device. float64 has room for small ones only.
 template <class E>
 Plan plan(const cuda::Context& c, const char* operation, int64_t rows, int64_t columns, int64_t depth, bool split,
-          bool blocked = false) {
+          bool blocked = false, bool rows_split = false) {
   Plan plan{operation, on_tensor_cores<E>(c.exact) ? "mma" : "simt", 64, 1};
   const int64_t large = ceil_div(rows, 128) * ceil_div(columns, 128), wanted = c.device.multiprocessors;
   if (sizeof(E) < 8 && large >= wanted) plan.tile = 128;
   if (blocked) plan.policy = "wgmma", plan.tile = 128;
+  if (rows_split) plan.policy = "wgmma, 3 x tf32", plan.tile = 128;
   const int64_t tiles = ceil_div(rows, plan.tile) * ceil_div(columns, plan.tile);
   constexpr int64_t kLeastDepth = 256, kMostSplits = 32;
   if (split && tiles > 0 && tiles < 2 * wanted) {

@@ -302,7 +302,8 @@ class PackedProgram {
     for (int s = 0; s < text.scores; ++s) {
       const ProgramScore& score = text.score[s];
       absolute_[s] = score.kind == ScoreKind::absolute;
-      pairs_[s].emplace(c, columns_of(x, score), columns_of(y, score), false, program.square[s], products);
+      pairs_[s].emplace(c, columns_of(x, score), columns_of(y, score), false, program.square[s], products, false,
+                        !absolute_[s]);
       mend_[s] = same && score.kind == ScoreKind::unit_dot;
     }
   }

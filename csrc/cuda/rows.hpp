@@ -13,6 +13,9 @@ inline namespace device {
 constexpr int64_t kDirectDims = 16;
 template <class T>
 constexpr T kNear = T(1) / 512;
+/// Of rows in two pieces of tf32: what three products lose has one sign where rows are near, 2^-24.6 of |x|^2 by the
+/// fourth and about 2^-23 by sums that are cut off; plain float32 sums lose as much, but with both signs.
+constexpr float kNearSplit = 4 * kNear<float>;
 
 constexpr int64_t kPadRows = 128;  // every tile height divides it
 constexpr int64_t kPadDepth = 64;  // every tile depth divides it
@@ -118,6 +121,7 @@ struct Packed {
   T* squares = nullptr;  // squared norms of the packed rows, for distances
   int64_t n = 0, d = 0, padded = 0, pitch = 0;
   bool blocked = false;  // as blocked.hpp says, bfloat16 on Hopper
+  SplitBlocked split{};  // the same rows in two pieces, where scores take them: float32 on Hopper
 
   NEARFAR_DEVICE E* at(int64_t i, int64_t k) const {
     if constexpr (std::is_same_v<E, BF16>)
@@ -127,6 +131,9 @@ struct Packed {
   /// From row block `down` on.
   NEARFAR_HOST_DEVICE Blocked blocks(int64_t down = 0) const {
     return {data + down * Blocked::kRows * pitch, pitch / Blocked::kColumns};
+  }
+  NEARFAR_HOST_DEVICE SplitBlocked splits(int64_t down) const {
+    return {split.data + down * split.across * split.kBlock, split.across};
   }
 };
 
@@ -155,16 +162,27 @@ struct Pack {
       T value = 0;
       if (inside && k < out.d) value = source.raw(i, k) * multiply - (center ? center[k] : T(0));
       *out.at(i, k) = narrow<E>(value);
+      if constexpr (std::is_same_v<E, float>)
+        if (out.split.data && i < out.padded && k < out.split.across * out.split.kColumns) put_split(i, k, value);
       sum += static_cast<double>(value) * static_cast<double>(value);
     }
     if (!out.squares || i >= out.padded) return;
     sum = cuda::warp_sum(sum);
     if (cuda::lane_index() == 0) out.squares[i] = static_cast<T>(sum);
   }
+  /// What is not finite, or would be if it were rounded, is in the first piece alone.
+  NEARFAR_DEVICE void put_split(int64_t i, int64_t k, float value) const {
+    const float rounded = cuda::round_tf32(value);
+    const bool finite = absolute(rounded) < infinity<float>();
+    float* place = out.split.at(i, k);
+    place[0] = finite ? rounded : value;
+    place[out.split.kPiece] = finite ? cuda::round_tf32(value - rounded) : 0.0f;
+  }
 };
 
 template <class E, class T>
-Packed<T, E> pack(cuda::Context& c, const Source<T>& source, const T* center, bool squares, bool blocked = false) {
+Packed<T, E> pack(cuda::Context& c, const Source<T>& source, const T* center, bool squares, bool blocked = false,
+                  bool split = false) {
   Packed<T, E> out;
   out.n = source.rows.n;
   out.d = source.rows.d;
@@ -174,6 +192,10 @@ Packed<T, E> pack(cuda::Context& c, const Source<T>& source, const T* center, bo
   out.data = c.take<E>((out.padded + 1) * out.pitch);
   if (sizeof(E) == 2 && (source.inverse || out.blocked)) out.factor = c.take<T>(out.padded);
   if (squares) out.squares = c.take<T>(out.padded);
+  if (split) {
+    out.split.across = ceil_div(out.d, out.split.kColumns);
+    out.split.data = c.take<float>(out.padded * out.split.across * out.split.kColumns * out.split.kPieces);
+  }
   c.launch_warps(out.padded + 1, Pack<T, E>{source, center, out});
   return out;
 }

@@ -19,9 +19,10 @@ struct Scores {
   const T *x_factor, *y_factor;    // null: 1
   const T *x_squares, *y_squares;  // of packed rows, for distances
   bool distance, direct;
+  T near_part;  // of |x|^2 + |y|^2: pairs as near as this are measured
 
   NEARFAR_DEVICE bool near(int64_t i, int64_t j, T square) const {
-    return square <= (x_squares[i] + y_squares[j]) * kNear<T>;
+    return square <= (x_squares[i] + y_squares[j]) * near_part;
   }
   /// Of a pair inside the sets; what `must_measure` says is to be measured instead.
   NEARFAR_DEVICE T operator()(int64_t i, int64_t j, T product) const {
@@ -42,25 +43,28 @@ struct Pairs {
 
   /// products: packed rows are also multiplied by weights, so distances must be centred in any case.
   /// blocked: the operation's epilogues store weights by `Weights::store` only, so that bfloat16 rows may be blocked.
+  /// scored: launch_scores will be asked for scores.
   Pairs(cuda::Context& c, const Rows& x_rows, const Rows& y_rows, bool normalize, bool distance, bool products,
-        bool blocked = false) {
+        bool blocked = false, bool scored = true) {
     const bool same = same_rows(x_rows, y_rows);
     const Source<T> of_y = source_of<T>(c, y_rows, normalize);
     const Source<T> of_x = same ? of_y : source_of<T>(c, x_rows, normalize);
     const bool direct = distance && x_rows.d <= kDirectDims;
     const T* center = distance && (products || !direct) ? center_of(c, of_y) : nullptr;
-    y = pack<E>(c, of_y, center, distance, blocked);
-    x = same ? y : pack<E>(c, of_x, center, distance, blocked);
-    scores = {of_x, of_y, x.factor, y.factor, x.squares, y.squares, distance, direct};
+    const bool split = std::is_same_v<E, float> && scored && !direct && splits_rows(c, x_rows.n, y_rows.n, x_rows.d);
+    y = pack<E>(c, of_y, center, distance, blocked, split);
+    x = same ? y : pack<E>(c, of_x, center, distance, blocked, split);
+    scores = {of_x, of_y, x.factor, y.factor, x.squares, y.squares, distance, direct, split ? kNearSplit : kNear<T>};
   }
   Block all() const { return {0, x.padded, 0, y.padded}; }
   bool blocked() const { return x.blocked; }
+  bool split() const { return x.split.data; }
 };
 
 /// The epilogue's tile size, for who stores something per tile.
 template <class T, class E>
 Plan plan_scores(const cuda::Context& c, const char* operation, const Pairs<T, E>& pairs, const Block& block) {
-  Plan own = plan<E>(c, operation, block.rows, block.columns, pairs.x.d, false, pairs.blocked());
+  Plan own = plan<E>(c, operation, block.rows, block.columns, pairs.x.d, false, pairs.blocked(), pairs.split());
   if (pairs.scores.direct) own.tile = 64, own.policy = "simt, differences";
   return own;
 }
@@ -80,6 +84,15 @@ void launch_scores(cuda::Context& c, const Plan& plan, const Pairs<T, E>& pairs,
           y{pairs.y.blocks(b.column / Blocked::kRows)};
       return launch_wgmma(c, x, y, ceil_div(b.rows, Blocked::kRows), ceil_div(b.columns, Blocked::kRows),
                           ceil_div(pairs.x.d, Blocked::kColumns), 1, epilogue);
+    }
+  }
+  if constexpr (std::is_same_v<E, float>) {
+    if (pairs.split()) {
+      constexpr int64_t kRows = SplitBlocked::kRows;
+      const BlockedOperand<true, float> x{pairs.x.splits(b.row / kRows), static_cast<int>(b.row / kRows)},
+          y{pairs.y.splits(b.column / kRows), static_cast<int>(b.column / kRows)};
+      return launch_wgmma(c, x, y, ceil_div(b.rows, kRows), ceil_div(b.columns, kRows),
+                          ceil_div(pairs.x.d, SplitBlocked::kColumns), 1, epilogue);
     }
   }
   const Operand<E, true> x{pairs.x.data + b.row * pairs.x.pitch, pairs.x.pitch};

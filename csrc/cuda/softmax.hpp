@@ -33,35 +33,31 @@ struct MaskedScores {
   /// and serves rows, columns and weights alike.
   NEARFAR_DEVICE bool bounded() const { return bounded_by(unit, multiplier()); }
   NEARFAR_HOST_DEVICE static bool bounded_by(bool unit, double scale) { return unit && scale <= 30; }
-#if defined(NEARFAR_HOPPER)
   /// In place, e^{s - bound}.
   NEARFAR_DEVICE void exponentials(const Fragment<Wgmma>& f, int64_t row, int64_t column) const {
     const float scale = static_cast<float>(multiplier()) * cuda::kLog2E;
     const int64_t i0 = row + f.i0, j0 = column + f.j0;
     uint32_t hidden[Wgmma::kRows];
-    hide(f, i0, j0, hidden);
+    hide(i0, j0, hidden);
     for_each_pair(f, scores.x_factor + i0, scores.y_factor + j0, [&](float x, float y, float value, int a, int b) {
       return hidden[a] >> b & 1 ? 0.0f : cuda::exp2_fast(scale * (value * (x * y)) - scale);
     });
   }
-  NEARFAR_DEVICE void hide(const Fragment<Wgmma>& f, int64_t i0, int64_t j0, uint32_t (&hidden)[Wgmma::kRows]) const {
+  NEARFAR_DEVICE void hide(int64_t i0, int64_t j0, uint32_t (&hidden)[Wgmma::kRows]) const {
     hide_pairs(whole(i0, j0), [&](int i, int j) { return has(i0 + i, j0 + j); }, hidden);
   }
-#endif
   /// In place, for a whole tile.
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t row, int64_t column) const {
     const T scale = static_cast<T>(multiplier());
-#if defined(NEARFAR_HOPPER)
     if constexpr (std::is_same_v<P, Wgmma>) {
       uint32_t hidden[P::kRows];
-      hide(f, row + f.i0, column + f.j0, hidden);
+      hide(row + f.i0, column + f.j0, hidden);
       return for_each_pair(f, scores.x_factor + row + f.i0, scores.y_factor + column + f.j0,
                            [&](float x, float y, float value, int a, int b) {
                              return hidden[a] >> b & 1 ? -infinity<float>() : scale * (value * (x * y));
                            });
     }
-#endif
     NEARFAR_UNROLL
     for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
     for (int b = 0; b < P::kCols; ++b) {
@@ -84,7 +80,6 @@ struct LseEpilogue {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t tile_m, int64_t tile_n, int64_t) const {
-#if defined(NEARFAR_HOPPER)
     if constexpr (std::is_same_v<P, Wgmma>) {
       if (masked.bounded()) {
         const T base = static_cast<T>(masked.multiplier());
@@ -96,7 +91,6 @@ struct LseEpilogue {
         return;
       }
     }
-#endif
     masked.apply(f, block.row, block.column);
     if (keep.w) f.for_each([&](int64_t i, int64_t j, T score) { keep.w[i * keep.pitch + j] = score; });
     reduce_lse<P, true>(f, [&](int i, const PartialSum<T>& sum) { of_rows[(f.i0 + i) * tiles_n + tile_n] = sum; });
@@ -117,36 +111,42 @@ struct PairWeight {
   }
 };
 
+/// The weights of a block of scores, in place.
+template <class T>
+struct WeighPairs {
+  MaskedScores<T> masked;
+  PairWeight<T> weight;
+
+  template <class P>
+  NEARFAR_DEVICE void apply(const Fragment<P>& f, const Block& b) const {
+    if constexpr (std::is_same_v<P, Wgmma>) {
+      if (masked.bounded()) {
+        masked.exponentials(f, b.row, b.column);
+        return for_each_pair(f, weight.row_weight + b.row + f.i0, weight.column_weight + b.column + f.j0,
+                             [](float row, float column, float value, int, int) { return value * (row + column); });
+      }
+      masked.apply(f, b.row, b.column);
+      return for_each_pair(f, weight.row_base + b.row + f.i0, weight.column_base + b.column + f.j0,
+                           weight.row_weight + b.row + f.i0, weight.column_weight + b.column + f.j0,
+                           [](float x, float y, float u, float v, float score) {
+                             return u * exp_flush(score - x) + v * exp_flush(score - y);
+                           });
+    }
+    masked.apply(f, b.row, b.column);
+    f.for_each([&](int64_t i, int64_t j, T& value) { value = weight(b.row + i, b.column + j, value); });
+  }
+};
+
 template <class T>
 struct WeightEpilogue {
   static constexpr bool kDistances = false, kStores = true;
-  MaskedScores<T> masked;
-  PairWeight<T> weight;
+  WeighPairs<T> weigh;
   Weights<T> out;
 
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    const Block& b = out.block;
-#if defined(NEARFAR_HOPPER)
-    if constexpr (std::is_same_v<P, Wgmma>) {
-      if (masked.bounded()) {
-        masked.exponentials(f, b.row, b.column);
-        for_each_pair(f, weight.row_weight + b.row + f.i0, weight.column_weight + b.column + f.j0,
-                      [](float row, float column, float value, int, int) { return value * (row + column); });
-      } else {
-        masked.apply(f, b.row, b.column);
-        for_each_pair(f, weight.row_base + b.row + f.i0, weight.column_base + b.column + f.j0,
-                      weight.row_weight + b.row + f.i0, weight.column_weight + b.column + f.j0,
-                      [](float x, float y, float u, float v, float score) {
-                        return u * exp_flush(score - x) + v * exp_flush(score - y);
-                      });
-      }
-      return out.store(f);
-    }
-#endif
-    masked.apply(f, b.row, b.column);
-    f.for_each([&](int64_t i, int64_t j, T& value) { value = weight(b.row + i, b.column + j, value); });
+    weigh.apply(f, out.block);
     out.store(f);
   }
 };
@@ -177,7 +177,7 @@ void weight_blocks(cuda::Context& c, const Pairs<T, E>& pairs, Strip<T, E>& stri
                    const PairWeight<T>& weight) {
   strip.for_blocks([&](const Weights<T>& weights) {
     const Plan plan = plan_scores(c, "softmax weights", pairs, weights.block);
-    launch_scores(c, plan, pairs, weights.block, WeightEpilogue<T>{masked, weight, weights});
+    launch_scores(c, plan, pairs, weights.block, WeightEpilogue<T>{{masked, weight}, weights});
     strip.products(weights);
   });
 }

@@ -30,13 +30,11 @@ struct Weights {
   /// A tile whose accumulators are weights, whole: once in an epilogue, at its end.
   template <class P>
   NEARFAR_DEVICE void store(const Fragment<P>& f) const {
-#if defined(NEARFAR_HOPPER)
     if constexpr (std::is_same_v<P, Wgmma>) {
       for_each_pair(f, x_factor + block.row + f.i0, y_factor + block.column + f.j0,
                     [](float x, float y, float value, int, int) { return value * (x * y); });
       return store_blocked(f, blocks, f.i0 / P::kM, f.j0 / P::kN);
     }
-#endif
     f.for_each([&](int64_t i, int64_t j, T value) { w[i * pitch + j] = value; });
   }
 
@@ -140,10 +138,8 @@ struct StoreParts {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t split) const {
-#if defined(NEARFAR_HOPPER)
     if constexpr (std::is_same_v<P, Wgmma>)
       return put_rows<false>(f, out + split * rows * d, rows, d, [](int64_t) { return 1.0f; });
-#endif
     f.for_each([&](int64_t i, int64_t k, T value) {
       if (i < rows && k < d) out[(split * rows + i) * d + k] = value;
     });
@@ -206,10 +202,8 @@ struct AddRows {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-#if defined(NEARFAR_HOPPER)
     if constexpr (std::is_same_v<P, Wgmma>)
       return put_rows<true>(f, out, rows, d, [&](int64_t i) { return reciprocal(factor, i); });
-#endif
     f.for_each([&](int64_t i, int64_t k, T value) {
       if (i < rows && k < d)
         out[i * d + k] += sums ? sums[i] * own[i * pitch + k] - value : value * reciprocal(factor, i);
@@ -253,6 +247,20 @@ struct StripShape {
   }
   static int64_t at_least_one(int64_t count) { return count < kPadRows ? kPadRows : count / kPadRows * kPadRows; }
 };
+
+/// Blocks whose numbers, so many for every row of a tile of 64 columns or more, take the memory of a strip of weights.
+template <class T, class E>
+StripShape tile_blocks(const cuda::Context& c, const Pairs<T, E>& pairs, int64_t numbers) {
+  return StripShape::of(pairs.x.n, pairs.y.n, c.strip_bytes / static_cast<int64_t>(sizeof(T)) * 64 / numbers, false);
+}
+/// How many tiles a row has in one of them, at most.
+inline int64_t tiles_of(const StripShape& shape) { return ceil_div(shape.columns, 64); }
+
+/// f(block) for all pairs, row by row, where nothing is stored but `numbers` for every row of a tile.
+template <class T, class E, class F>
+void for_tile_blocks(const cuda::Context& c, const Pairs<T, E>& pairs, int64_t numbers, F f) {
+  tile_blocks(c, pairs, numbers).for_blocks(pairs.x.padded, pairs.y.padded, f);
+}
 
 template <class T, class E>
 class Strip {

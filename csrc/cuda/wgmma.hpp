@@ -1,8 +1,8 @@
-// Multiply on Hopper's tensor cores: bfloat16 blocks (blocked.hpp) through the copy engine, float32 accumulators.
+// Multiply on Hopper's tensor cores: blocks (blocked.hpp) through the copy engine, float32 accumulators.
 //
 // C[i][j] = sum_k A[i][k] B[j][k] as in tile.hpp, with the same epilogues. Tiles of 128 x 128, two warpgroups of 64
-// rows; one thread keeps copies of the next steps in flight. Two blocks share a multiprocessor, so that one multiplies
-// while the other is in its epilogue.
+// rows; one thread keeps copies of the next steps in flight. Of bfloat16, two blocks share a multiprocessor, so that
+// one multiplies while the other is in its epilogue; float32 rows in two pieces of tf32 take the memory of both.
 #pragma once
 
 #include "cuda/blocked.hpp"
@@ -12,15 +12,15 @@
 namespace nearfar {
 inline namespace device {
 
-/// An operand: with SUM_COLUMNS, tile t is its t-th 128 rows and a step of the sum 64 columns; else the other way
-/// about.
-template <bool SUM_COLUMNS>
+/// An operand: with SUM_COLUMNS, tile t is its t-th 128 rows and a step of the sum a block's columns; else the other
+/// way about.
+template <bool SUM_COLUMNS, class E = BF16>
 struct BlockedOperand {
+  using Element = E;
   static constexpr bool kSumColumns = SUM_COLUMNS;
-  Blocked blocks;
+  Blocks<E> blocks;
+  int first = 0;  // the tile of its set with which it begins
 };
-
-#if defined(NEARFAR_HOPPER)
 
 struct Wgmma {
   using T = float;
@@ -35,13 +35,19 @@ struct Wgmma {
   NEARFAR_DEVICE static int col(int b) { return b / 2 * 8 + b % 2 + cuda::lane_index() % 4 * 2; }
   NEARFAR_DEVICE static float& value(Accumulators& acc, int a, int b) { return acc.v[b / 2][a * 2 + b % 2]; }
 
-  static constexpr int kHalf = 8192, kOperand = 2 * kHalf, kStage = 2 * kOperand;
+  static constexpr int kHalf = 8192, kOperand = Blocked::kBytes, kStage = 2 * kOperand;
+  static constexpr int kResident = 2;    // blocks of a multiprocessor
+  static constexpr bool kWaits = false;  // is a step's memory free at its end?
+  template <class Epilogue>
+  static constexpr bool stores() {
+    return Epilogue::kStores;
+  }
 
-  /// Step k of tile t: 16 KiB.
+  /// Step k of tile t.
   template <class Op>
   NEARFAR_DEVICE static void load(char* to, const Op& op, int64_t t, int64_t k, uint64_t* barrier) {
     if (Op::kSumColumns) {
-      cuda::bulk_load(to, op.blocks.block(t, k), kOperand, barrier);
+      cuda::bulk_load(to, op.blocks.block(t, k), op.blocks.kBytes, barrier);
     } else {
       for (int half = 0; half < 2; ++half)
         cuda::bulk_load(to + half * kHalf,
@@ -49,14 +55,14 @@ struct Wgmma {
                         barrier);
     }
   }
-  /// 64 (or, from 0, 128) lines of an operand, at 16 of the sum.
+  /// 64 (or, from 0, 128) lines of an operand, at 32 bytes of the sum.
   template <class Op>
   NEARFAR_DEVICE static uint64_t view(const char* at, int group, int k) {
     return Op::kSumColumns ? cuda::descriptor(at + group * kHalf + k * 32, 16, 1024)
                            : cuda::descriptor(at + group * kHalf + k * 2048, kHalf, 1024);
   }
   template <class A, class B>
-  NEARFAR_DEVICE static void step(const char* stage, Accumulators& acc) {
+  NEARFAR_DEVICE static void step(const char* stage, Accumulators& acc, int) {
     const int group = cuda::warp_index() / 4;
     cuda::wgmma_begin();
     NEARFAR_UNROLL
@@ -66,15 +72,79 @@ struct Wgmma {
   }
 };
 
+/// Scores of float32 rows x = high + low, both tf32: high high' + high low' + low high', which leaves out 2^-22 of a
+/// product. Tensor cores cut sums off where others round them, so that long ones lose digits: those of a step start
+/// anew, the small products first, and are added to the rest as float32 numbers.
+///
+/// Sums that are cut off depend on their order, and <x, y> has the bits of <y, x>: of two tiles that mirror each other
+/// the one begins with high low', the other with low high'; of one that mirrors itself both are summed apart.
+struct WgmmaSplit : Wgmma {
+  static constexpr int kDepth = SplitBlocked::kColumns, kOperand = SplitBlocked::kBytes, kStage = 2 * kOperand;
+  static constexpr int kResident = 1;
+  static constexpr bool kWaits = true;
+  template <class Epilogue>
+  static constexpr bool stores() {
+    return false;
+  }
+
+  template <class A, class B>
+  NEARFAR_DEVICE static void step(const char* stage, Accumulators& acc, int below) {
+    const char* other = stage + kOperand;
+    constexpr int kLow = kOperand / 2;
+    float part[16][4];
+    if (below != 0) {
+      const int low = below < 0 ? kLow : 0;  // of the first product; the second has it on the other side
+      cuda::wgmma_begin();
+      multiply<A, B, true>(part, stage + low, other + (kLow - low));
+      multiply<A, B, false>(part, stage + (kLow - low), other + low);
+      multiply<A, B, false>(part, stage, other);
+      finish(part);
+    } else {
+      float apart[16][4];
+      cuda::wgmma_begin();
+      multiply<A, B, true>(apart, stage + kLow, other);
+      multiply<A, B, true>(part, stage, other + kLow);
+      finish(part);
+      cuda::wgmma_fence(apart);
+      for_each([&](int n, int q) { apart[n][q] += part[n][q]; });
+      cuda::wgmma_begin();
+      multiply<A, B, true>(part, stage, other);
+      finish(part);
+      for_each([&](int n, int q) { part[n][q] += apart[n][q]; });
+    }
+    for_each([&](int n, int q) { acc.v[n][q] += part[n][q]; });
+  }
+
+ private:
+  template <class A, class B, bool FRESH>
+  NEARFAR_DEVICE static void multiply(float (&part)[16][4], const char* a, const char* b) {
+    const int group = cuda::warp_index() / 4;
+    NEARFAR_UNROLL
+    for (int k = 0; k < 4; ++k) cuda::wgmma_tf32(part, view<A>(a, group, k), view<B>(b, 0, k), FRESH && k == 0);
+  }
+  NEARFAR_DEVICE static void finish(float (&part)[16][4]) {
+    cuda::wgmma_commit();
+    cuda::wgmma_wait<0>();
+    cuda::wgmma_fence(part);
+  }
+  template <class F>
+  NEARFAR_DEVICE static void for_each(F f) {
+    NEARFAR_UNROLL
+    for (int n = 0; n < 16; ++n) NEARFAR_UNROLL
+    for (int q = 0; q < 4; ++q) f(n, q);
+  }
+};
+
 /// As many blocks as fit; each takes every so many'th tile, and while it is in the epilogue of one the first steps of
 /// the next are on their way. Tiles come in groups of kGroup rows, so that those that run together share both operands
 /// in the cache.
 template <class A, class B, class Epilogue>
 struct WgmmaKernel {
-  using P = Wgmma;
-  static constexpr int kGroup = 16;
-  static constexpr int kStages = Epilogue::kStores ? 2 : 3;
-  static constexpr int kMemory = kStages * P::kStage + (Epilogue::kStores ? 2 * P::kOperand : 0);
+  using P = std::conditional_t<std::is_same_v<typename A::Element, float>, WgmmaSplit, Wgmma>;
+  static constexpr int kGroup = 16, kResident = P::kResident;
+  static constexpr bool kStores = P::template stores<Epilogue>();
+  static constexpr int kStages = kStores ? 2 : 3;
+  static constexpr int kMemory = kStages * P::kStage + (kStores ? 2 * P::kOperand : 0);
   A a;
   B b;
   int tiles_m, tiles_n, steps, splits;
@@ -131,34 +201,44 @@ struct WgmmaKernel {
       for (int s = 0; s < kStages; ++s) load(memory, full, s, ahead);
     int stage = 0, parity = 0;
     for (int index = wanted(static_cast<int>(cuda::block_index())); index < end(); index = next(index)) {
-      P::Accumulators acc;
+      typename P::Accumulators acc;
       NEARFAR_UNROLL
       for (int n = 0; n < 16; ++n) NEARFAR_UNROLL
       for (int q = 0; q < 4; ++q) acc.v[n][q] = 0;
-      // A step's memory is free when the one after it has been given to the tensor cores and it is done.
+      // A step's memory is free when it is done, and by then the one after it has been given to the tensor cores.
       int before = stage, before_parity = parity;
-      const auto release = [&] {
-        if (speaker) cuda::barrier_arrive(empty + before);
+      const auto release = [&](int s) {
+        if (speaker) cuda::barrier_arrive(empty + s);
+      };
+      const auto load_again = [&] {
         if (leader) {
           cuda::barrier_wait(empty + before, before_parity);
           load(memory, full, before, ahead);
         }
         cuda::sync_warp();
       };
-      const int split = work(index).split, count = begin(split + 1) - begin(split);
+      const Work own = work(index);
+      const int count = begin(own.split + 1) - begin(own.split), below = a.first + own.m - (b.first + own.n);
       for (int k = 0; k < count; ++k) {
         cuda::barrier_wait(full + stage, parity);
-        P::template step<A, B>(memory + stage * P::kStage, acc);
+        P::template step<A, B>(memory + stage * P::kStage, acc, below);
+        if (P::kWaits) release(stage);
         if (k > 0) {
-          cuda::wgmma_wait<1>();
-          release();
+          if (!P::kWaits) {
+            cuda::wgmma_wait<1>();
+            release(before);
+          }
+          load_again();
         }
         before = stage, before_parity = parity;
         if (++stage == kStages) stage = 0, parity ^= 1;
       }
-      cuda::wgmma_wait<0>();
-      cuda::wgmma_fence(acc.v);
-      release();
+      if (!P::kWaits) {
+        cuda::wgmma_wait<0>();
+        cuda::wgmma_fence(acc.v);
+        release(before);
+      }
+      load_again();
       const Work w = work(index);
       epilogue.template apply<P>(
           Fragment<P>{acc, int64_t(w.m) * P::kM, int64_t(w.n) * P::kN, memory + kStages * P::kStage}, w.m, w.n,
@@ -311,22 +391,16 @@ NEARFAR_DEVICE void store_blocked(const Fragment<Wgmma>& f, const Blocked& to, i
   if (cuda::thread_index() == 0) cuda::bulk_store(to.block(down, 2 * right), f.memory, 2 * Wgmma::kOperand);
 }
 
-#endif
-
-/// steps: of 64 along the sum.
+/// steps: of a block's columns along the sum.
 template <class A, class B, class Epilogue>
 void launch_wgmma(cuda::Context& c, const A& a, const B& b, int64_t tiles_m, int64_t tiles_n, int64_t steps,
                   int64_t splits, const Epilogue& epilogue) {
-#if defined(NEARFAR_HOPPER)
   using Kernel = WgmmaKernel<A, B, Epilogue>;
-  const int64_t work = tiles_m * tiles_n * splits, fit = 2 * c.device.multiprocessors;
+  const int64_t work = tiles_m * tiles_n * splits, fit = Kernel::kResident * c.device.multiprocessors;
   if (work > INT32_MAX / 2) throw std::runtime_error("CUDA: more than 2^30 tiles");
   const auto narrow = [](int64_t count) { return static_cast<int>(count); };
   c.launch_large(work < fit ? work : fit, Kernel::kMemory,
                  Kernel{a, b, narrow(tiles_m), narrow(tiles_n), narrow(steps), narrow(splits), epilogue});
-#else
-  throw std::logic_error("launch_wgmma: not in an emulation");
-#endif
 }
 
 }  // namespace device

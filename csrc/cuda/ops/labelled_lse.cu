@@ -54,6 +54,7 @@ struct LabelledPairs {
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, const Block& block, uint64_t& there, uint64_t& own_label) const {
     const T scale = static_cast<T>(multiplier());
+    if constexpr (std::is_same_v<P, Wgmma>) return apply_blocked(f, block, scale, there, own_label);
     there = own_label = 0;
     NEARFAR_UNROLL
     for (int b = 0; b < P::kCols; ++b) {
@@ -69,12 +70,30 @@ struct LabelledPairs {
       }
     }
   }
+
+ private:
+  NEARFAR_DEVICE void apply_blocked(const Fragment<Wgmma>& f, const Block& block, float scale, uint64_t& there,
+                                    uint64_t& own_label) const {
+    using P = Wgmma;
+    const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
+    const bool whole = i0 + P::kM <= n && j0 + P::kN <= m && !(same && i0 == j0);
+    uint32_t hidden[P::kRows];
+    const auto bits = [&] { return uint64_t(~hidden[1]) << P::kCols | uint32_t(~hidden[0]); };
+    hide_pairs(whole, [&](int i, int j) { return has(i0 + i, j0 + j); }, hidden);
+    there = bits();
+    hide_pairs(false, [&](int i, int j) { return has(i0 + i, j0 + j) && alike(i0 + i, j0 + j); }, hidden);
+    own_label = bits();
+    hide_pairs(labels_x != nullptr, [&](int, int j) { return j0 + j >= m || known(j0 + j); }, hidden);
+    for_each_pair(f, scores.x_factor + i0, scores.y_factor + j0, [&](float x, float y, float value, int a, int b) {
+      return hidden[a] >> b & 1 ? not_a_number<float>() : scale * (value * (x * y));
+    });
+  }
 };
 
 /// Of a row in a tile: K sums of exponentials, above the largest logits of its own label and of the others.
 template <class T, int K>
 struct LabelledLseEpilogue {
-  static constexpr bool kDistances = false;
+  static constexpr bool kDistances = false, kStores = false;
   LabelledPairs<T> pairs;
   T power;
   Block block;
@@ -175,37 +194,49 @@ struct FillTerms {
 /// w_ij = dl_ij/ds sum_k g_ik e^{l_ijk - lse_ik}, and the same of columns where y is x.
 template <class T, int K>
 struct LabelledWeightEpilogue {
-  static constexpr bool kDistances = false;
+  static constexpr bool kDistances = false, kStores = true;
   LabelledPairs<T> pairs;
   T power;
   const T *base, *weight;  // [k][row], `padded` rows
   int64_t padded;
   Weights<T> out;
 
-  NEARFAR_DEVICE T one_side(int64_t i, T logit, bool alike) const {
-    if (alike) return weight[i] * exp_flush(logit - base[i]);
-    const T w = weight[padded + i] * exp_flush(logit - base[padded + i]);
-    if constexpr (K == 2) return w;
-    return w + power * weight[2 * padded + i] * exp_flush(power * logit - base[2 * padded + i]);
+  /// Bases and weights of a row, and what they make of a pair.
+  struct Side {
+    T base[K], weight[K];
+    NEARFAR_DEVICE T operator()(T logit, T power, bool alike) const {
+      const int k = alike ? 0 : 1;
+      const T w = (k ? weight[1] : weight[0]) * exp_flush(logit - (k ? base[1] : base[0]));
+      if constexpr (K == 2) return w;
+      return k ? w + power * weight[2] * exp_flush(power * logit - base[2]) : w;
+    }
+  };
+  NEARFAR_DEVICE Side side(int64_t i) const {
+    Side out;
+    NEARFAR_UNROLL
+    for (int k = 0; k < K; ++k) out.base[k] = base[k * padded + i], out.weight[k] = weight[k * padded + i];
+    return out;
   }
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
     uint64_t there, own_label;
     pairs.apply(f, out.block, there, own_label);
+    Side rows[P::kRows];
     NEARFAR_UNROLL
-    for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
+    for (int a = 0; a < P::kRows; ++a) rows[a] = side(out.block.row + f.i(a));
+    NEARFAR_UNROLL
     for (int b = 0; b < P::kCols; ++b) {
-      const uint64_t bit = bit_of<P>(a, b);
-      T w = 0;
-      if (there & bit) {
+      const Side column = side(pairs.same ? out.block.column + f.j(b) : 0);
+      NEARFAR_UNROLL
+      for (int a = 0; a < P::kRows; ++a) {
+        const uint64_t bit = bit_of<P>(a, b);
         const bool alike = own_label & bit;
         const T slope = pairs.slope(f(a, b), alike), logit = pairs.logit(f(a, b), slope, alike);
-        w = one_side(out.block.row + f.i(a), logit, alike);
-        if (pairs.same) w += one_side(out.block.column + f.j(b), logit, alike);
-        w *= slope;
+        T w = rows[a](logit, power, alike);
+        if (pairs.same) w += column(logit, power, alike);
+        f(a, b) = there & bit ? w * slope : T(0);
       }
-      f(a, b) = w;
     }
     out.store(f);
   }
@@ -251,7 +282,7 @@ void gradients(cuda::Context& c, const LabelledLseDevice<T>& p, const Pairs<T, E
 
 template <class T, class E, int K>
 void run(cuda::Context& c, const LabelledLseDevice<T>& p) {
-  const Pairs<T, E> pairs(c, p.x, p.y, p.normalize, false, p.dx != nullptr);
+  const Pairs<T, E> pairs(c, p.x, p.y, p.normalize, false, p.dx != nullptr, true);
   const LabelledPairs<T> known{pairs.scores, {{p.scale_at, p.scale}}, p.x.n, p.y.n, p.same, p.ids_x, p.ids_y, p.maps[0],
                                p.maps[1]};
   p.dx ? gradients<T, E, K>(c, p, pairs, known) : values<T, E, K>(c, p, pairs, known);

@@ -31,9 +31,7 @@ struct PotentialEpilogue {
   }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t tile_m, int64_t tile_n, int64_t) const {
-#if defined(NEARFAR_HOPPER)
     if constexpr (std::is_same_v<P, Wgmma>) return apply_unit(f, tile_m, tile_n);
-#endif
     const T base = reference ? static_cast<T>(*reference) : T(0);
     double total = least ? infinity<double>() : 0;
     auto put = [&](int64_t i, int64_t j, T square, bool near) {
@@ -68,7 +66,6 @@ struct PotentialEpilogue {
     }
     if (cuda::thread_index() == 0) of_tiles[tile_m * tiles_n + tile_n] = total;
   }
-#if defined(NEARFAR_HOPPER)
   /// Rows of norm one, or zero: their factor says which.
   NEARFAR_DEVICE void apply_unit(const Fragment<Wgmma>& f, int64_t tile_m, int64_t tile_n) const {
     const float slope = -cuda::kLog2E * static_cast<float>(t);
@@ -88,7 +85,6 @@ struct PotentialEpilogue {
     if (cuda::thread_index() == 0) of_tiles[tile_m * tiles_n + tile_n] = total;
     if (strip.stored()) strip.store(f);
   }
-#endif
 };
 
 struct LeastOfTiles {

@@ -1,70 +1,165 @@
 // Select: for every row the k best columns. k-means assignment (k = 1) and k nearest neighbours.
 //
-// Keys go to a strip; a warp scans a row of it in ascending order and keeps the 32 best so far in its lanes, so ties go
-// to the lower index. More than 32 are found 32 at a time. The kept candidates are then measured again from the
-// original rows and sorted by (value, index).
+// Of one neighbour every tile leaves the best of each of its rows. Of more, keys go to a strip; a warp scans a row of
+// it in ascending order and keeps the 32 best so far in its lanes; more than 32 are found 32 at a time. Ties go to the
+// lower index. The kept candidates are then measured again from the original rows and sorted by (value, index).
 #include "cuda/coordinate.hpp"
 #include "cuda/ops.hpp"
 
 namespace nearfar {
 namespace {
 
-/// Where keys go, and which pairs have one: +inf where a column is not to be chosen.
-template <class T>
-struct Keys {
-  bool exclude_self;
-  int64_t n, m;
-  Weights<T> strip;
-
-  NEARFAR_DEVICE int64_t row(int64_t i) const { return strip.block.row + i; }
-  NEARFAR_DEVICE int64_t column(int64_t j) const { return strip.block.column + j; }
-  NEARFAR_DEVICE bool inside(int64_t i, int64_t j) const {
-    return row(i) < n && column(j) < m && !(exclude_self && row(i) == column(j));
-  }
-  NEARFAR_DEVICE T& at(int64_t i, int64_t j) const { return strip.w[i * strip.pitch + j]; }
-};
-
 /// What is minimised: the squared distance, 1 - <u, v> of unit rows, or the negative dot product.
 template <class T>
-struct KeyEpilogue {
+struct ScoreKey {
   static constexpr bool kDistances = true;
-  Keys<T> keys;
   Scores<T> scores;
   PairMap map;
 
-  NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
-  template <class P>
-  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    auto key = [&](int64_t i, int64_t j, T product) {
-      const T score = scores(keys.row(i), keys.column(j), product);
-      return map == PairMap::dot ? -score : map == PairMap::one_minus_dot ? 1 - score : score;
-    };
-    f.for_each(
-        [&](int64_t i, int64_t j, T product) {
-          if (!keys.inside(i, j)) return false;
-          const T own = key(i, j, product);
-          return map == PairMap::one_minus_dot ? own <= kNear<T>
-                                               : scores.must_measure(keys.row(i), keys.column(j), own);
-        },
-        [&](int64_t i, int64_t j, T product) {
-          keys.at(i, j) = keys.inside(i, j) ? key(i, j, product) : infinity<T>();
-        },
-        [&](int64_t i, int64_t j) {
-          const T square = scores.measure(keys.row(i), keys.column(j));
-          keys.at(i, j) = map == PairMap::one_minus_dot ? square / 2 : square;
-        });
+  NEARFAR_DEVICE T operator()(int64_t i, int64_t j, T product) const {
+    const T score = scores(i, j, product);
+    return map == PairMap::dot ? -score : map == PairMap::one_minus_dot ? 1 - score : score;
+  }
+  NEARFAR_DEVICE bool must_measure(int64_t i, int64_t j, T key) const {
+    return map == PairMap::one_minus_dot ? key <= scores.near_part : scores.must_measure(i, j, key);
+  }
+  NEARFAR_DEVICE T measure(int64_t i, int64_t j) const {
+    const T square = scores.measure(i, j);
+    return map == PairMap::one_minus_dot ? square / 2 : square;
   }
 };
 
 /// The same of a metric of coordinates: the score, before its root.
 template <class T>
-struct CoordinateKeys {
-  Keys<T> keys;
+struct CoordinateKey {
+  NEARFAR_DEVICE T operator()(int64_t, int64_t, T score) const { return score; }
+  NEARFAR_DEVICE bool must_measure(int64_t, int64_t, T) const { return false; }
+  NEARFAR_DEVICE T measure(int64_t, int64_t) const { return 0; }
+};
+
+/// Keys of a block of pairs, and which pairs have one.
+template <class T, class Key>
+struct Keys : Key {
+  bool exclude_self;
+  int64_t n, m;
+  Block block;
 
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
+  NEARFAR_DEVICE int64_t row(int64_t i) const { return block.row + i; }
+  NEARFAR_DEVICE int64_t column(int64_t j) const { return block.column + j; }
+  NEARFAR_DEVICE bool inside(int64_t i, int64_t j) const {
+    return row(i) < n && column(j) < m && !(exclude_self && row(i) == column(j));
+  }
+  NEARFAR_DEVICE T at(int64_t i, int64_t j, T product) const { return Key::operator()(row(i), column(j), product); }
+  NEARFAR_DEVICE bool must_measure(int64_t i, int64_t j, T own) const {
+    return Key::must_measure(row(i), column(j), own);
+  }
+  NEARFAR_DEVICE T measure(int64_t i, int64_t j) const { return Key::measure(row(i), column(j)); }
+};
+
+/// All of them to a strip, +inf where a column is not to be chosen.
+template <class T, class Key>
+struct StoreKeys : Keys<T, Key> {
+  Weights<T> strip;
+
+  NEARFAR_DEVICE T& place(int64_t i, int64_t j) const { return strip.w[i * strip.pitch + j]; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    f.for_each([&](int64_t i, int64_t j, T score) { keys.at(i, j) = keys.inside(i, j) ? score : infinity<T>(); });
+    f.for_each([&](int64_t i, int64_t j,
+                   T product) { return this->inside(i, j) && this->must_measure(i, j, this->at(i, j, product)); },
+               [&](int64_t i, int64_t j, T product) {
+                 place(i, j) = this->inside(i, j) ? this->at(i, j, product) : infinity<T>();
+               },
+               [&](int64_t i, int64_t j) { place(i, j) = this->measure(i, j); });
+  }
+};
+
+/// The least key and its column, of equal ones the lower. Neither infinity nor NaN is chosen.
+template <class T>
+struct Least {
+  T key;
+  int column;
+
+  NEARFAR_DEVICE static Least none() { return {infinity<T>(), -1}; }
+  NEARFAR_DEVICE void take(T other, int other_column) {
+    if (other < key || (other == key && other_column < column)) key = other, column = other_column;
+  }
+};
+
+/// That of every row of a tile.
+template <class T, class Key>
+struct LeastOfTile : Keys<T, Key> {
+  int64_t tiles_n;
+  Least<T>* of_rows;  // [row][tile_n]; columns of the block
+
+  template <class P>
+  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t tile_n, int64_t) const {
+    static_assert(P::kRows * P::kCols <= 64, "one bit for every accumulator");
+    Least<T> least[P::kRows];
+    NEARFAR_UNROLL
+    for (int a = 0; a < P::kRows; ++a) least[a] = Least<T>::none();
+    uint64_t later = 0;
+    NEARFAR_UNROLL
+    for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
+    for (int b = 0; b < P::kCols; ++b) {
+      const int64_t i = f.i(a), j = f.j(b);
+      if (!this->inside(i, j)) continue;
+      const T key = this->at(i, j, f(a, b));
+      if (this->must_measure(i, j, key)) {
+        later |= uint64_t(1) << (a * P::kCols + b);
+      } else {
+        least[a].take(key, P::col(b));
+      }
+    }
+    for (; later; later &= later - 1) {
+      const int bit = cuda::lowest_bit(later), column = P::col(bit % P::kCols);
+      const T key = this->measure(f.i(bit / P::kCols), f.j0 + column);
+      NEARFAR_UNROLL
+      for (int a = 0; a < P::kRows; ++a)  // registers have no index
+        if (a == bit / P::kCols) least[a].take(key, column);
+    }
+    NEARFAR_SHARED Least<T> parts[P::kWarpsN][P::kM];
+    NEARFAR_UNROLL
+    for (int a = 0; a < P::kRows; ++a) {
+      NEARFAR_UNROLL
+      for (int mask = 1; mask < P::kRowLanes; mask *= 2)
+        least[a].take(cuda::shuffle_xor(least[a].key, mask), cuda::shuffle_xor(least[a].column, mask));
+      if (first_of_row<P>()) parts[P::warp_n()][P::row(a)] = least[a];
+    }
+    cuda::sync_block();
+    for (int i = cuda::thread_index(); i < P::kM; i += cuda::kThreads) {
+      Least<T> all = parts[0][i];
+      for (int warp = 1; warp < P::kWarpsN; ++warp) all.take(parts[warp][i].key, parts[warp][i].column);
+      if (all.column >= 0) all.column += static_cast<int>(f.j0);
+      of_rows[(f.i0 + i) * tiles_n + tile_n] = all;
+    }
+    cuda::sync_block();
+  }
+};
+
+/// The tiles of a row, and what was kept of the columns before them: a warp a row.
+template <class T>
+struct MergeLeast {
+  const Least<T>* of_rows;
+  int64_t tiles_n;
+  Block block;
+  int64_t n;
+  T* kept;
+  int64_t* index;
+
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t local = cuda::global_warp(), i = block.row + local;
+    if (local >= block.rows || i >= n) return;
+    Least<T> least = Least<T>::none();
+    for (int64_t tile = cuda::lane_index(); tile < tiles_n; tile += cuda::kWarp) {
+      const Least<T> other = of_rows[local * tiles_n + tile];
+      least.take(other.key, other.column);
+    }
+    for (int mask = 1; mask < cuda::kWarp; mask *= 2)
+      least.take(cuda::shuffle_xor(least.key, mask), cuda::shuffle_xor(least.column, mask));
+    if (cuda::lane_index() != 0 || (block.column > 0 && !(least.key < kept[i]))) return;
+    kept[i] = least.key;
+    index[i] = least.column < 0 ? -1 : block.column + least.column;
   }
 };
 
@@ -184,19 +279,66 @@ struct MeasureBest {
   NEARFAR_DEVICE bool is_dot() const { return map == PairMap::dot || map == PairMap::one_minus_dot; }
 };
 
-/// put_keys(pairs, a block of the strip): the one thing in which searches differ.
-template <class E, class T, class PutKeys>
-void search(cuda::Context& c, const SelectParams<T>& p, bool distance, PutKeys put_keys) {
-  const Pairs<T, E> pairs(c, p.x, p.y, p.normalize, distance, false);
-  // More than 32 are found round by round, from whole rows.
-  Strip<T, E> strip(c, pairs, p.k > cuda::kWarp, true, nullptr, nullptr);
+/// By scores of packed rows E.
+template <class T, class E>
+struct SearchScores {
+  static constexpr bool kScored = true;
+  PairMap map;
+  using Packed = E;
+  using Points = Pairs<T, E>;
+  ScoreKey<T> key(const Points& pairs) const { return {pairs.scores, map}; }
+  Plan plan(const cuda::Context& c, const Points& pairs, const Block& b) const {
+    return plan_scores(c, "keys", pairs, b);
+  }
+  template <class Epilogue>
+  void launch(cuda::Context& c, const Plan& plan, const Points& pairs, const Block& b, const Epilogue& epilogue) const {
+    launch_scores(c, plan, pairs, b, epilogue);
+  }
+};
+
+/// By a metric of coordinates.
+template <class T, class Score>
+struct SearchCoordinates {
+  static constexpr bool kScored = false;
+  Score score;
+  using Packed = T;
+  using Points = Pairs<T, T>;
+  CoordinateKey<T> key(const Points&) const { return {}; }
+  Plan plan(const cuda::Context&, const Points&, const Block&) const { return {"keys", "simt", 64, 1}; }
+  template <class Epilogue>
+  void launch(cuda::Context& c, const Plan&, const Points& pairs, const Block& b, const Epilogue& epilogue) const {
+    launch_coordinates(c, score, pairs, b, epilogue);
+  }
+};
+
+template <class T, class By>
+void search(cuda::Context& c, const SelectParams<T>& p, const By& by) {
+  const typename By::Points pairs(c, p.x, p.y, p.normalize, By::kScored && is_distance(p.map), false, false,
+                                  By::kScored);
+  const auto key = by.key(pairs);
+  using Key = std::remove_const_t<decltype(key)>;
+  const auto keys_of = [&](const Block& b) { return Keys<T, Key>{key, p.exclude_self, p.x.n, p.y.n, b}; };
   T* kept = c.take<T>(p.x.n * p.k);
-  strip.for_blocks([&](const Weights<T>& weights) {
-    const Block& b = weights.block;
-    put_keys(pairs, weights);
-    for (int64_t first = 0; first < p.k; first += cuda::kWarp)
-      c.launch_warps(b.rows, KeepBest<T>{weights, p.x.n, p.k, first, b.column > 0, kept, p.index});
-  });
+  if (p.k == 1) {
+    constexpr int64_t kNumbers = sizeof(Least<T>) / sizeof(T);
+    const StripShape shape = tile_blocks(c, pairs, kNumbers);
+    Least<T>* of_rows = c.take<Least<T>>(shape.rows * tiles_of(shape));
+    for_tile_blocks(c, pairs, kNumbers, [&](const Block& b) {
+      const Plan plan = by.plan(c, pairs, b);
+      const int64_t tiles_n = ceil_div(b.columns, plan.tile);
+      by.launch(c, plan, pairs, b, LeastOfTile<T, Key>{keys_of(b), tiles_n, of_rows});
+      c.launch_warps(b.rows, MergeLeast<T>{of_rows, tiles_n, b, p.x.n, kept, p.index});
+    });
+  } else {
+    // More than 32 are found round by round, from whole rows.
+    Strip<T, typename By::Packed> strip(c, pairs, p.k > cuda::kWarp, true, nullptr, nullptr);
+    strip.for_blocks([&](const Weights<T>& weights) {
+      const Block& b = weights.block;
+      by.launch(c, by.plan(c, pairs, b), pairs, b, StoreKeys<T, Key>{keys_of(b), weights});
+      for (int64_t first = 0; first < p.k; first += cuda::kWarp)
+        c.launch_warps(b.rows, KeepBest<T>{weights, p.x.n, p.k, first, b.column > 0, kept, p.index});
+    });
+  }
   c.launch_warps(p.x.n, MeasureBest<T>{pairs.scores.x, pairs.scores.y, p.map, p.power, p.k, p.value, p.index});
 }
 
@@ -207,20 +349,10 @@ namespace cuda {
 template <class T>
 void select(Context& c, const SelectParams<T>& p) {
   if (by_coordinate(p.map))
-    return with_coordinate_map(p.map, p.power, [&](auto map) {
-      search<T>(c, p, false, [&](const Pairs<T, T>& pairs, const Weights<T>& weights) {
-        launch_coordinates(c, map.score, pairs, weights.block,
-                           CoordinateKeys<T>{{p.exclude_self, p.x.n, p.y.n, weights}});
-      });
-    });
-  const bool distance = is_distance(p.map);
-  with_element<T>(p.x.dtype, distance, [&](auto element) {
-    search<decltype(element)>(c, p, distance, [&](const auto& pairs, const Weights<T>& weights) {
-      const Block& b = weights.block;
-      launch_scores(c, plan_scores(c, "keys", pairs, b), pairs, b,
-                    KeyEpilogue<T>{{p.exclude_self, p.x.n, p.y.n, weights}, pairs.scores, p.map});
-    });
-  });
+    return with_coordinate_map(p.map, p.power,
+                               [&](auto map) { search(c, p, SearchCoordinates<T, decltype(map.score)>{map.score}); });
+  with_element<T>(p.x.dtype, is_distance(p.map),
+                  [&](auto element) { search(c, p, SearchScores<T, decltype(element)>{p.map}); });
 }
 
 }  // namespace cuda

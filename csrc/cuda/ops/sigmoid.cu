@@ -47,9 +47,7 @@ struct SigmoidEpilogue {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t tile_n, int64_t) const {
-#if defined(NEARFAR_HOPPER)
     if constexpr (std::is_same_v<P, Wgmma>) return apply_blocked(f, tile_n);
-#endif
     const T scale = static_cast<T>(multiplier()), shift = static_cast<T>(bias());
     reduce_sums<P, kSums>(
         [&](int a, T(&sums)[kSums]) {
@@ -71,7 +69,6 @@ struct SigmoidEpilogue {
         });
     if (out.stored()) out.store(f);
   }
-#if defined(NEARFAR_HOPPER)
   NEARFAR_DEVICE void apply_blocked(const Fragment<Wgmma>& f, int64_t tile_n) const {
     using P = Wgmma;
     const float scale = static_cast<float>(multiplier()), shift = static_cast<float>(bias());
@@ -106,7 +103,6 @@ struct SigmoidEpilogue {
     }
     if (out.stored()) out.store(f);
   }
-#endif
 };
 
 /// The diagonal, which is where the sums of rows begin: softplus(-l_ii), and its slope -sigmoid(-l_ii) times the

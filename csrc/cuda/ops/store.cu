@@ -48,7 +48,7 @@ struct StoreMap : Result<T> {
   /// row is at distance 1 from every row but itself.
   NEARFAR_DEVICE bool must_measure(int64_t i, int64_t j, T score) const {
     if (map != PairMap::one_minus_dot) return scores.must_measure(i, j, score);
-    return 1 - score <= kNear<T> || (same && i == j && score == 0);
+    return 1 - score <= scores.near_part || (same && i == j && score == 0);
   }
 };
 
@@ -113,7 +113,7 @@ struct StoredPair {
 
 template <class T>
 void store_coordinates(cuda::Context& c, const StoreParams<T>& p) {
-  const Pairs<T, T> pairs(c, p.x, p.y, false, false, false);
+  const Pairs<T, T> pairs(c, p.x, p.y, false, false, false, false, false);
   with_coordinate_map(p.map, p.power, [&](auto map) {
     launch_coordinates(c, map.score, pairs, pairs.all(),
                        StoreCoordinates<T, decltype(map)>{{p.condensed, p.x.n, p.y.n, p.out}, map});
@@ -122,7 +122,7 @@ void store_coordinates(cuda::Context& c, const StoreParams<T>& p) {
 
 template <class T>
 void store_coordinates_grad(cuda::Context& c, const StoreGradParams<T>& p) {
-  const Pairs<T, T> pairs(c, p.x, p.y, false, false, false);
+  const Pairs<T, T> pairs(c, p.x, p.y, false, false, false, false, false);
   const int64_t n = p.x.n, m = p.y.n;
   with_coordinate_map(p.map, p.power, [&](auto map) {
     StoredPair<T> of{m, p.condensed, false, p.out, p.grad};
@@ -153,7 +153,7 @@ void store_grad(Context& c, const StoreGradParams<T>& p) {
   if (by_coordinate(p.map)) return store_coordinates_grad(c, p);
   const bool distance = is_distance(p.map);
   with_element<T>(p.x.dtype, distance, [&](auto element) {
-    const Pairs<T, decltype(element)> pairs(c, p.x, p.y, p.normalize, distance, true);
+    const Pairs<T, decltype(element)> pairs(c, p.x, p.y, p.normalize, distance, true, false, false);
     Strip<T, decltype(element)> strip(c, pairs, false, true, p.dx, p.dy);
     strip.for_blocks([&](const Weights<T>& weights) {
       const Block& b = weights.block;

@@ -6,7 +6,7 @@
 // merged in order. Then the same scores again become weights, a strip at a time: scores are symmetric, so the weights
 // of a pair for both of its rows add to one matrix, and one product with it is the whole gradient, three in all.
 // Positives are part of these weights: where a tight class cancels against the softmax, it does so before the product.
-#include "cuda/loss.hpp"
+#include "cuda/softmax.hpp"
 
 namespace nearfar {
 namespace {
@@ -15,36 +15,28 @@ using cuda::SupConDevice;
 
 /// Which rows are positives of which: the views of one item, and items of one label, or what a mask of items says.
 struct PositiveSets {
-  const int64_t* labels;  // of items; null: none
-  const uint8_t* mask;    // of pairs of items; null: none
-  int64_t mask_row_stride, mask_col_stride, views;
+  const int64_t* classes;  // of rows, positives are of one class; null: by the mask
+  const uint8_t* mask;     // of pairs of items
+  int64_t mask_row_stride, mask_col_stride, views, n;
 
   NEARFAR_DEVICE int64_t item(int64_t i) const {
     return views == 1 ? i : static_cast<uint32_t>(i) / static_cast<uint32_t>(views);
   }
-  NEARFAR_DEVICE bool operator()(int64_t own, int64_t other) const {
-    if (own == other) return true;
-    if (labels) return labels[own] == labels[other];
-    return mask && mask[own * mask_row_stride + other * mask_col_stride];
+  NEARFAR_DEVICE bool operator()(int64_t i, int64_t j) const {
+    if (i >= n || j >= n || i == j) return false;
+    if (classes) return classes[i] == classes[j];
+    const int64_t own = item(i), other = item(j);
+    return own == other || mask[own * mask_row_stride + other * mask_col_stride];
   }
 };
 
-/// Scaled scores, -inf where a row is its own column, and outside.
-template <class T>
-struct OtherScores {
-  Scores<T> scores;
-  Multiplier multiplier;
-  PositiveSets positives;
-  int64_t n;
-
-  template <class P>
-  NEARFAR_DEVICE void apply(const Fragment<P>& f, const Block& block) const {
-    const T scale = static_cast<T>(multiplier());
-    f.for_each([&](int64_t i, int64_t j, T& score) {
-      i += block.row;
-      j += block.column;
-      score = i < n && j < n && i != j ? scale * scores(i, j, score) : -infinity<T>();
-    });
+struct FillClasses {
+  PositiveSets sets;
+  const int64_t* labels;  // of items; null: none
+  int64_t* classes;
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t i = cuda::global_thread();
+    if (i < sets.n) classes[i] = labels ? labels[sets.item(i)] : sets.item(i);
   }
 };
 
@@ -52,7 +44,8 @@ template <class T>
 struct SupConEpilogue {
   static constexpr bool kDistances = false, kStores = false;
   static constexpr int kSums = 2;  // of a row of a tile: how many positives, the sum of their scores
-  OtherScores<T> others;
+  MaskedScores<T> masked;
+  PositiveSets positives;
   Block block;
   int64_t tiles_n;
   PartialSum<T>* of_rows;  // [row][tile_n]
@@ -61,24 +54,65 @@ struct SupConEpilogue {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t tile_n, int64_t) const {
-    others.apply(f, block);
-    const PositiveSets& positives = others.positives;
+    if constexpr (std::is_same_v<P, Wgmma>) return apply_blocked(f, tile_n);
+    masked.apply(f, block.row, block.column);
     reduce_sums<P, kSums>(
         [&](int a, T(&sums)[kSums]) {
-          const int64_t i = block.row + f.i(a);
           sums[0] = sums[1] = 0;
           NEARFAR_UNROLL
           for (int b = 0; b < P::kCols; ++b) {
-            const int64_t j = block.column + f.j(b);
-            if (i >= others.n || j >= others.n || i == j || !positives(positives.item(i), positives.item(j))) continue;
+            if (!positives(block.row + f.i(a), block.column + f.j(b))) continue;
             sums[0] += 1;
             sums[1] += f(a, b);
           }
         },
-        [&](int i, const T(&totals)[kSums]) {
-          for (int k = 0; k < kSums; ++k) sums_of_rows[((f.i0 + i) * kSums + k) * tiles_n + tile_n] = totals[k];
-        });
+        [&](int i, const T(&totals)[kSums]) { store(f.i0 + i, tile_n, totals[0], totals[1]); });
     reduce_lse<P, true>(f, [&](int i, const PartialSum<T>& sum) { of_rows[(f.i0 + i) * tiles_n + tile_n] = sum; });
+  }
+
+ private:
+  NEARFAR_DEVICE void store(int64_t i, int64_t tile_n, T count, T sum) const {
+    sums_of_rows[i * kSums * tiles_n + tile_n] = count;
+    sums_of_rows[(i * kSums + 1) * tiles_n + tile_n] = sum;
+  }
+  NEARFAR_DEVICE void apply_blocked(const Fragment<Wgmma>& f, int64_t tile_n) const {
+    using P = Wgmma;
+    const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
+    const bool bounded = masked.bounded();
+    uint32_t no_positive[P::kRows];
+    hide_pairs(false, [&](int i, int j) { return positives(i0 + i, j0 + j); }, no_positive);
+    float sums[P::kRows] = {};
+    if (bounded) {
+      const float scale = static_cast<float>(masked.multiplier());
+      float total[P::kRows] = {};
+      uint32_t hidden[P::kRows];
+      masked.hide(i0, j0, hidden);
+      for_each_pair(f, masked.scores.x_factor + i0, masked.scores.y_factor + j0,
+                    [&](float x, float y, float value, int a, int b) {
+                      const float score = scale * (value * (x * y));
+                      if (!(no_positive[a] >> b & 1)) sums[a] += score;
+                      if (!(hidden[a] >> b & 1)) total[a] += cuda::exp2_fast(cuda::kLog2E * (score - scale));
+                      return value;
+                    });
+      NEARFAR_UNROLL
+      for (int a = 0; a < P::kRows; ++a) {
+        const float sum = sum_of_row<P>(total[a]);
+        if (first_of_row<P>()) of_rows[(f.i0 + P::row(a)) * tiles_n + tile_n] = {scale, sum};
+      }
+    } else {
+      masked.apply(f, block.row, block.column);
+      NEARFAR_UNROLL
+      for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
+      for (int b = 0; b < P::kCols; ++b)
+        if (!(no_positive[a] >> b & 1)) sums[a] += f(a, b);
+      reduce_lse<P, true>(f, [&](int i, const PartialSum<T>& sum) { of_rows[(f.i0 + i) * tiles_n + tile_n] = sum; });
+    }
+    NEARFAR_UNROLL
+    for (int a = 0; a < P::kRows; ++a) {
+      const float count = sum_of_row<P>(static_cast<float>(P::kCols - cuda::count_bits(no_positive[a])));
+      const float sum = sum_of_row<P>(sums[a]);
+      if (first_of_row<P>()) store(f.i0 + P::row(a), tile_n, count, sum);
+    }
   }
 };
 
@@ -113,8 +147,8 @@ struct Losses {
   }
 };
 
-/// Of rows: the normaliser, the upstream gradient (0 without a positive, or past the end) and its share for a positive.
-/// What the normaliser is off by rounding, `weight` makes good.
+/// Of rows: the base of exponentials, the upstream gradient (0 without a positive, or past the end) over the sum of
+/// exponentials, and its share for a positive.
 template <class T>
 struct FillRows {
   const LogSumExp* states;
@@ -122,6 +156,8 @@ struct FillRows {
   const T* upstream;         // null: 1
   const double* mean_count;  // divides it; null: 1
   int64_t n, padded;
+  Multiplier multiplier;
+  bool unit;
   T *base, *weight, *share;
 
   NEARFAR_DEVICE void operator()() const {
@@ -129,40 +165,60 @@ struct FillRows {
     if (i >= padded) return;
     base[i] = weight[i] = share[i] = 0;
     if (i >= n) return;
-    const double lse = states[i].value(),
+    const double lse = states[i].value(), scale = multiplier(),
                  own = (upstream ? static_cast<double>(upstream[i]) : 1) / (mean_count ? *mean_count : 1);
-    base[i] = static_cast<T>(lse);  // also without a positive: no exponential may overflow
+    // Also without a positive: no exponential may overflow. What the base is off by rounding, `weight` makes good.
+    base[i] = static_cast<T>(MaskedScores<T>::bounded_by(unit, scale) ? scale : lse);
     if (!(sums[2 * i] > 0)) return;
     weight[i] = static_cast<T>(own * exp(static_cast<double>(base[i]) - lse));
     share[i] = static_cast<T>(own / sums[2 * i]);
   }
 };
 
+/// Weights of pairs, less what a positive adds to them.
 template <class T>
 struct SupConWeightEpilogue {
   static constexpr bool kDistances = false, kStores = true;
-  OtherScores<T> others;
-  const T *base, *weight, *share;
+  WeighPairs<T> weigh;
+  PositiveSets positives;
+  const T* share;
   Weights<T> out;
 
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    others.apply(f, out.block);
-    const PositiveSets& positives = others.positives;
-    f.for_each([&](int64_t i, int64_t j, T& score) {
-      if (score == -infinity<T>()) {
-        score = 0;
-        return;
+    const Block& b = out.block;
+    weigh.apply(f, b);
+    if constexpr (std::is_same_v<P, Wgmma>) {
+      if (positives.classes) {
+        subtract_share<true, true>(f);
+      } else {  // a mask need not be symmetric
+        subtract_share<true, false>(f);
+        subtract_share<false, true>(f);
       }
-      const int64_t own = out.block.row + i, other = out.block.column + j;
-      const int64_t own_item = positives.item(own), other_item = positives.item(other);
-      T w = weight[own] * exp_flush(score - base[own]) + weight[other] * exp_flush(score - base[other]);
-      if (positives(own_item, other_item)) w -= share[own];
-      if (positives(other_item, own_item)) w -= share[other];
-      score = w;
+      return out.store(f);
+    }
+    f.for_each([&](int64_t i, int64_t j, T& value) {
+      i += b.row;
+      j += b.column;
+      if (positives(i, j)) value -= share[i];
+      if (positives(j, i)) value -= share[j];
     });
     out.store(f);
+  }
+
+ private:
+  template <bool OF_ROW, bool OF_COLUMN>
+  NEARFAR_DEVICE void subtract_share(const Fragment<Wgmma>& f) const {
+    const int64_t i0 = out.block.row + f.i0, j0 = out.block.column + f.j0;
+    uint32_t no_positive[Wgmma::kRows];
+    hide_pairs(
+        false, [&](int i, int j) { return OF_ROW ? positives(i0 + i, j0 + j) : positives(j0 + j, i0 + i); },
+        no_positive);
+    for_each_pair(f, share + i0, share + j0, [&](float own, float other, float value, int a, int b) {
+      const float both = (OF_ROW ? own : 0.0f) + (OF_COLUMN ? other : 0.0f);
+      return no_positive[a] >> b & 1 ? value : value - both;
+    });
   }
 };
 
@@ -172,9 +228,14 @@ void run(cuda::Context& c, const SupConDevice<T>& p) {
   const int64_t n = p.x.n;
   constexpr int64_t kNumbers = 4;  // of a row of a tile
   const Pairs<T, E> pairs(c, p.x, p.x, p.normalize, false, p.dx != nullptr, true);
-  const PositiveSets positives{p.labels, p.positives.mask, p.positives.mask_row_stride, p.positives.mask_col_stride,
-                               p.positives.views};
-  const OtherScores<T> others{pairs.scores, {{p.scale_at, p.scale}}, positives, n};
+  const bool by_class = p.labels || !p.positives.mask;
+  int64_t* classes = by_class ? c.take<int64_t>(n) : nullptr;
+  const PositiveSets positives{
+      classes, p.positives.mask, p.positives.mask_row_stride, p.positives.mask_col_stride, p.positives.views, n};
+  if (by_class) c.launch_threads(n, FillClasses{positives, p.labels, classes});
+  const bool unit = p.normalize && pairs.blocked();
+  const Multiplier multiplier{{p.scale_at, p.scale}};
+  const MaskedScores<T> masked{pairs.scores, multiplier, n, n, -1, true, nullptr, nullptr, 0, unit};
 
   LogSumExp* states = c.take<LogSumExp>(n);
   double* sums = c.take<double>(Epilogue::kSums * n);
@@ -184,7 +245,8 @@ void run(cuda::Context& c, const SupConDevice<T>& p) {
   T* sums_of_rows = c.take<T>(shape.rows * Epilogue::kSums * tiles_of(shape));
   for_tile_blocks(c, pairs, kNumbers, [&](const Block& block) {
     const TiledBlock<T, E> tiled(c, "softmax and positives", pairs, block);
-    launch_scores(c, tiled.plan, pairs, block, Epilogue{others, block, tiled.tiles_n, of_rows, sums_of_rows});
+    launch_scores(c, tiled.plan, pairs, block,
+                  Epilogue{masked, positives, block, tiled.tiles_n, of_rows, sums_of_rows});
     c.launch_warps(tiled.valid, MergeLogSumExps<T>{of_rows, tiled.tiles_n, tiled.valid, 1, 1, states + block.row});
     const int64_t lines = Epilogue::kSums * tiled.valid;
     c.launch_warps(lines, MergeSums<T>{sums_of_rows, tiled.tiles_n, lines, sums + Epilogue::kSums * block.row});
@@ -198,16 +260,17 @@ void run(cuda::Context& c, const SupConDevice<T>& p) {
   const int64_t padded = pairs.x.padded;
   T *base = c.take<T>(padded), *weight = c.take<T>(padded), *share = c.take<T>(padded);
   c.launch_threads(padded, FillRows<T>{states, sums, p.weights, p.weight_of_mean ? p.anchors_at : nullptr, n, padded,
-                                       base, weight, share});
+                                       multiplier, unit, base, weight, share});
   Strip<T, E> strip(c, pairs, false, true, p.dx, nullptr);
   strip.for_blocks([&](const Weights<T>& weights) {
     const Plan plan = plan_scores(c, "weights of softmax and positives", pairs, weights.block);
-    launch_scores(c, plan, pairs, weights.block, SupConWeightEpilogue<T>{others, base, weight, share, weights});
+    launch_scores(c, plan, pairs, weights.block,
+                  SupConWeightEpilogue<T>{{masked, {base, weight, base, weight}}, positives, share, weights});
     strip.products(weights);
   });
   double* along = c.take<double>(n);
-  finish_rows(c, pairs.scores.x, p.dx, finish_scaled<T>(others.multiplier, along));
-  c.launch(1, ScaleSlope{{along, n}, others.multiplier, 2, p.dscale_at});
+  finish_rows(c, pairs.scores.x, p.dx, finish_scaled<T>(multiplier, along));
+  c.launch(1, ScaleSlope{{along, n}, multiplier, 2, p.dscale_at});
 }
 
 }  // namespace

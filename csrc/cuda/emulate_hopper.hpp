@@ -1,0 +1,71 @@
+// The words of hopper.hpp on the CPU, by what the PTX ISA says of them (sections "mbarrier", "cp.async.bulk",
+// "wgmma.mma_async"). What is asynchronous happens as late as it may: products when they are waited for, copies to
+// global memory too; copies to shared memory at once, or if NEARFAR_EMULATE_ORDER is odd when their barrier is waited
+// for. So a missing wait, and memory that is written while it is still to be read, show in the result.
+//
+// Not modelled: fences between proxies, the visibility of barriers to the copy engine, banks.
+#pragma once
+
+#include "cuda/number.hpp"
+
+struct float2 {
+  float x, y;
+};
+inline float2 make_float2(float x, float y) { return {x, y}; }
+
+namespace nearfar::cuda {
+
+namespace emulation {
+uint32_t shared_address(const void* at);
+void barrier_init(uint64_t* barrier, int count);
+void barrier_arrive(uint64_t* barrier);
+void barrier_expect(uint64_t* barrier, int bytes);
+void barrier_wait(uint64_t* barrier, int parity);
+void bulk_load(void* to, const void* from, int bytes, uint64_t* barrier);
+void bulk_store(void* to, const void* from, int bytes);
+void bulk_stored();
+void wgmma_begin();
+/// c += a b as descriptors say; `size` bytes an element: 2 is bfloat16, 4 is tf32. fresh: c = a b.
+void wgmma(float* c, uint64_t a, uint64_t b, int size, bool transpose_a, bool transpose_b, bool fresh);
+void wgmma_commit();
+void wgmma_wait(int left);
+void store_pair(uint32_t address, float low, float high);
+}  // namespace emulation
+
+using emulation::barrier_arrive;
+using emulation::barrier_expect;
+using emulation::barrier_init;
+using emulation::barrier_wait;
+using emulation::bulk_load;
+using emulation::bulk_store;
+using emulation::shared_address;
+using emulation::store_pair;
+using emulation::wgmma_begin;
+using emulation::wgmma_commit;
+
+inline void barrier_fence() {}
+inline void fence_async() {}
+template <bool LEFT>
+inline void bulk_stored() {
+  emulation::bulk_stored();
+}
+template <int LEFT>
+inline void wgmma_wait() {
+  emulation::wgmma_wait(LEFT);
+}
+template <int N>
+inline void wgmma_fence(float (&)[N][4]) {}
+template <bool TRANSPOSE_A, bool TRANSPOSE_B>
+inline void wgmma(float (&c)[16][4], uint64_t a, uint64_t b) {
+  emulation::wgmma(&c[0][0], a, b, 2, TRANSPOSE_A, TRANSPOSE_B, false);
+}
+inline void wgmma_tf32(float (&c)[16][4], uint64_t a, uint64_t b, bool fresh) {
+  emulation::wgmma(&c[0][0], a, b, 4, false, false, fresh);
+}
+
+inline float2 load_pair(const float* at) { return {at[0], at[1]}; }
+inline int opaque(int value) { return value; }
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float reciprocal_fast(float x) { return 1 / x; }
+
+}  // namespace nearfar::cuda
