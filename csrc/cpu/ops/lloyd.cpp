@@ -20,9 +20,10 @@ class Lloyd {
 
   void run() {
     strips_ = ceil_div(n, P::kStripRows);
-    // Partial sums take at most about a quarter of the memory of x, but there are enough of them for some threads.
+    // Partial sums take at most about a quarter of the memory of x, but there are enough of them that a thread which is
+    // held up leaves little to wait for.
     int64_t blocks = p.sums ? n * static_cast<int64_t>(sizeof(T)) / (32 * k) : strips_;
-    blocks = blocks < 4 ? 4 : blocks > 64 ? 64 : blocks;
+    blocks = blocks < 8 ? 8 : blocks > 64 ? 64 : blocks;
     blocks_ = blocks < strips_ ? blocks : strips_;
     if (p.sums) {
       sums_ = Buffer<double>(blocks_ * k * d);
