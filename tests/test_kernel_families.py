@@ -10,6 +10,7 @@ from references import KINDS, same_bits, wide
 from test_kernels import EPS
 
 import nearfar as nf
+from nearfar.kernels.named import by_name
 
 k = nf.kernels
 
@@ -623,7 +624,10 @@ def test_bad_parameters():
             "params: expected bias with kernel='linear', got gamma",
         ),
         (lambda: nf.gram(x, kernel="cosine", bias=1), TypeError, "params: expected nothing with kernel='cosine'"),
-        (lambda: nf.gram(x, kernel="chi2"), ValueError, "kernel: expected one of gaussian, rbf, laplacian, matern"),
+        (lambda: nf.gram(x, kernel="chi3"), ValueError, "kernel: expected one of gaussian, rbf, laplacian, matern"),
+        (lambda: nf.gram(-abs(x) - 1, kernel="chi2"), ValueError, "x: expected no negative numbers"),
+        (lambda: nf.gram(abs(x), -abs(x) - 1, "additive_chi2"), ValueError, "y: expected no negative numbers"),
+        (lambda: nf.gram(abs(x), kernel="chi2", gamma=0), ValueError, "gamma: expected a positive number, got 0"),
         (lambda: k.Matern().matmul(x, None, x[:2]), ValueError, "v: expected 5 rows to match y"),
     ):
         with pytest.raises(error) as caught:
@@ -696,3 +700,48 @@ def test_bad_custom():
         with pytest.raises(error) as caught:
             call()
         assert str(caught.value).startswith(message), str(caught.value)
+
+
+# ---- chi-squared -----------------------------------------------------------------------------------------------------
+
+
+def chi_squared(x, y):
+    difference, total = x[..., :, None, :] - y[..., None, :, :], x[..., :, None, :] + y[..., None, :, :]
+    return (difference**2 / np.where(total == 0, 1, total)).sum(-1)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (130, 33), (2, 5, 4)])
+def test_chi_squared(shape, dtype, kind, monkeypatch):
+    monkeypatch.setattr("nearfar.kernels.chi_squared._BLOCK", 500)  # several blocks of rows
+    x = np.maximum(rng(1).standard_normal(shape), 0).astype(dtype)  # zeros too
+    y = np.maximum(rng(2).standard_normal((*shape[:-2], 6, shape[-1])), 0).astype(dtype)
+    a, b = of_kind(kind, x, dtype), of_kind(kind, y, dtype)
+    sums = chi_squared(x.astype(np.float64), y.astype(np.float64))
+    tolerance = {"rtol": 1e-12} if dtype == "float64" else {"rtol": 1e-5, "atol": 1e-6}
+    np.testing.assert_allclose(np.asarray(nf.gram(a, b, "additive_chi2")), -sums, **tolerance)
+    np.testing.assert_allclose(np.asarray(nf.gram(a, b, "chi2")), np.exp(-sums), **tolerance)
+    own = np.asarray(nf.gram(a, kernel="chi2", gamma=0.3))
+    assert np.array_equal(own, np.swapaxes(own, -1, -2))
+    assert np.all(np.diagonal(own, axis1=-2, axis2=-1) == 1)
+
+
+def test_chi_squared_is_that_of_scikit_learn():
+    pairwise = pytest.importorskip("sklearn.metrics.pairwise")
+    x, y = np.abs(points(40, 5)), np.abs(points(30, 5, seed=1))
+    for name in ("chi2", "additive_chi2"):
+        np.testing.assert_allclose(nf.gram(x, y, name), pairwise.pairwise_kernels(x, y, name), rtol=1e-10)
+
+
+def test_chi_squared_gradients():
+    x, y, v = (torch.from_numpy(np.abs(points(*s, seed=s[0]))).requires_grad_() for s in ((5, 3), (4, 3), (4, 2)))
+    for name, params in (("chi2", {"gamma": 0.7}), ("additive_chi2", {})):
+        matrix = lambda x, y, name=name, params=params: nf.gram(x, y, name, **params)  # noqa: E731
+        assert torch.autograd.gradcheck(matrix, (x, y))
+        assert torch.autograd.gradgradcheck(matrix, (x, y))
+    kernel = by_name("chi2", x)
+    assert torch.autograd.gradcheck(lambda x, y, v: kernel.matmul(x, y, v), (x, y, v))
+    assert kernel.is_mercer
+    assert by_name("additive_chi2", x).is_mercer is False
+    np.testing.assert_allclose(kernel.diag(x).detach(), np.ones(5))

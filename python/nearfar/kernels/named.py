@@ -10,6 +10,7 @@ from ..arrays import Array, check_points, number
 from ..distances import check_set
 from . import families
 from .base import Kernel
+from .chi_squared import ChiSquared
 
 
 def _gamma(x: Array, params: dict[str, Any]) -> float | None:
@@ -56,6 +57,8 @@ _NAMES: dict[str, tuple[Callable[..., Kernel], tuple[frozenset[str], ...]]] = {
         ("polynomial", _of(families.Polynomial), "degree gamma coef0"),
         ("sigmoid", _of(families.Sigmoid), "gamma coef0"),
         ("cosine", _of(families.Cosine), ""),
+        ("chi2", _of(ChiSquared), "gamma"),
+        ("additive_chi2", lambda x: ChiSquared(None), ""),
     )
 }
 
@@ -73,8 +76,9 @@ def gram(x: Array, y: Array | None = None, kernel: Any = "gaussian", **params: A
         "gaussian", "matern", "rational_quadratic", "periodic", "linear" or, named and parametrised as in scikit-learn's
         ``pairwise_kernels``, "rbf" (``gamma=``, default 1 / D, meaning ``lengthscale = 1 / sqrt(2 gamma)``),
         "laplacian" (``gamma=``, default 1 / D, meaning ``lengthscale = 1 / gamma``), "poly" or "polynomial"
-        (``degree=``, ``gamma=``, ``coef0=``), "sigmoid" (``gamma=``, ``coef0=``), "cosine". "rbf" and "laplacian"
-        also take ``lengthscale=``. The chi-squared kernels are not available.
+        (``degree=``, ``gamma=``, ``coef0=``), "sigmoid" (``gamma=``, ``coef0=``), "cosine", "chi2"
+        (``gamma=``, default 1), "additive_chi2". "rbf" and "laplacian" also take ``lengthscale=``. The chi-squared
+        kernels take points without negative numbers and are not fused: plain NumPy or torch, a block at a time.
     **params
         Parameters of the named kernel.
 
