@@ -158,6 +158,11 @@ def is_concrete(array: Array) -> bool:
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
+def is_at_hand(array: Array) -> bool:
+    """The same, and looking waits for no device."""
+    return is_concrete(array) and not (is_torch(array) and array.device.type != "cpu")
+
+
 def namespace(array: Array) -> Any:
     """The module of functions for a NumPy or CuPy array."""
     return np if isinstance(array, (np.ndarray, np.generic)) else sys.modules["cupy"]

@@ -4,12 +4,25 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from .. import operations
-from ..arrays import Array, batched, cast, check_points, compute_dtype, dtype_name, is_torch, kind_of, of_kind, to_numpy
+from ..arrays import (
+    Array,
+    batched,
+    cast,
+    check_points,
+    compute_dtype,
+    dtype_name,
+    finite,
+    is_torch,
+    kind_of,
+    of_kind,
+    to_numpy,
+)
 from ..distances import common_batch, pair_shapes
 from .program import Builder, Register
 
@@ -151,13 +164,11 @@ class Kernel:
             return self(x, columns) @ v
 
         if is_torch(x):
-            import torch
             from torch.utils.checkpoint import checkpoint
 
-            parts = [checkpoint(block, own, columns, v, use_reentrant=False) for own in x.split(rows, 1)]
-            return torch.cat(parts, 1)
-        starts = range(0, max(1, x.shape[1]), rows)
-        return np.concatenate([block(x[:, begin : begin + rows], columns, v) for begin in starts], 1)
+            # Always: hyper-parameters may require a gradient where the points do not.
+            return by_rows(lambda own: checkpoint(block, own, columns, v, use_reentrant=False), x, rows)
+        return by_rows(lambda own: block(own, columns, v), x, rows)
 
     def operator(self, x: Array) -> Any:
         """``k(x, x)`` as a `scipy.sparse.linalg.LinearOperator` of NumPy vectors: for `cg`, `eigsh`, `lobpcg`.
@@ -234,6 +245,28 @@ def _is_scalar(value: Any) -> bool:
     )
 
 
+def by_rows(function: Callable[[Array], Array], x: Array, rows: int) -> Array:
+    """A function of rows x (batch, n, d), so many at a time, along the second dimension."""
+    if is_torch(x):
+        import torch
+
+        return torch.cat([function(own) for own in x.split(rows, 1)], 1)
+    starts = range(0, max(1, x.shape[1]), rows)
+    return np.concatenate([function(x[:, begin : begin + rows]) for begin in starts], 1)
+
+
+def checkpointed(function: Callable[..., Any], *arrays: Array) -> Callable[..., Any]:
+    """The function; where torch records it, computed again in the backward pass instead of storing what that needs."""
+    if not is_torch(arrays[0]):
+        return function
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    if not torch.is_grad_enabled() or not any(array.requires_grad for array in arrays):
+        return function
+    return lambda *points: checkpoint(function, *points, use_reentrant=False)
+
+
 def scalar(value: Any, name: str, positive: bool = False) -> Any:
     """A hyper-parameter that is one number: a float, or a tensor as it is, which may require a gradient."""
     if is_torch(value):
@@ -247,10 +280,7 @@ def scalar(value: Any, name: str, positive: bool = False) -> Any:
         number = float(value)
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected {wanted}, got {value!r}") from None
-    # Not math.isfinite, which the compiler cannot trace where a number is its input.
-    if not -math.inf < number < math.inf or (positive and number <= 0):
-        raise ValueError(f"{name}: expected {wanted}, got {number}")
-    return number
+    return finite(number, name, 0.0 if positive else -math.inf, strict=positive)
 
 
 def plain(value: Any) -> float:

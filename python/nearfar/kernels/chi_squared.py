@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..arrays import Array, cast, compute_dtype, finite, is_concrete, is_torch
+from ..arrays import Array, cast, compute_dtype, finite, is_at_hand, is_torch
 from ..distances import pair_shapes
-from .base import Kernel
+from .base import Kernel, by_rows, checkpointed
 from .program import Builder, Register
 
 _BLOCK = 1 << 22  # coordinates of pairs at a time
@@ -40,14 +40,13 @@ class ChiSquared(Kernel):
     def _dense(self, x: Array, y: Array | None) -> Array:
         batch, x3, y3 = pair_shapes(x, y)
         for name, points in (("x", x3), ("y", y3)):
-            if points is None or not is_concrete(points) or (is_torch(points) and points.device.type != "cpu"):
-                continue
-            if (points < 0).any():
+            if points is not None and is_at_hand(points) and (points < 0).any():
                 raise ValueError(f"{name}: expected no negative numbers with a chi-squared kernel")
         x3 = cast(x3, compute_dtype(x3))
         columns = x3 if y3 is None else cast(y3, compute_dtype(y3))
         rows = max(1, _BLOCK // max(1, columns.shape[1] * columns.shape[2]))
-        out = self._map(_rows_of_sums(x3, columns, rows))
+        sums = checkpointed(_sums, x3, columns)
+        out = self._map(by_rows(lambda own: sums(own, columns), x3, rows))
         return out.reshape(*batch, *out.shape[1:])
 
     def _map(self, sums: Array) -> Array:
@@ -67,18 +66,3 @@ def _sums(x: Array, y: Array) -> Array:
     difference, total = x[:, :, None] - y[:, None], x[:, :, None] + y[:, None]
     total = total + (total == 0)  # their difference is 0 too
     return (difference * difference / total).sum(-1)
-
-
-def _rows_of_sums(x: Array, columns: Array, rows: int) -> Array:
-    if not is_torch(x):
-        starts = range(0, max(1, x.shape[1]), rows)
-        return np.concatenate([_sums(x[:, begin : begin + rows], columns) for begin in starts], 1)
-    import torch
-    from torch.utils.checkpoint import checkpoint
-
-    recorded = torch.is_grad_enabled() and (x.requires_grad or columns.requires_grad)
-    parts = [
-        checkpoint(_sums, own, columns, use_reentrant=False) if recorded else _sums(own, columns)
-        for own in x.split(rows, 1)
-    ]
-    return torch.cat(parts, 1)

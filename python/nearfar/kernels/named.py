@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from ..arrays import Array, check_points, number
+from ..arrays import Array, check_points, finite
 from ..distances import check_set
 from . import families
 from .base import Kernel
@@ -22,10 +22,7 @@ def _gamma(x: Array, params: dict[str, Any]) -> float | None:
         check_points(x=x)
         check_set(x, "x")
         return float(1 / x.shape[-1])
-    gamma = number(gamma, "gamma")
-    if not 0 < gamma < math.inf:
-        raise ValueError(f"gamma: expected a positive number, got {gamma}")
-    return gamma
+    return finite(gamma, "gamma", 0.0, strict=True)
 
 
 def _rbf(x: Array, **params: Any) -> Kernel:

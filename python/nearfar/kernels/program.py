@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, cast, compute_dtype, is_concrete, is_torch
+from ..arrays import Array, cast, compute_dtype, is_at_hand, is_torch
 
 # As in csrc/pairwise/program.hpp.
 MAX_SCORES, MAX_STEPS, MAX_PARAMETERS = 8, 64, 64
@@ -95,7 +95,7 @@ class Builder:
 
     def positive(self, value: Any, name: str) -> None:
         """Refuse a tensor of other numbers, where they can be looked at; NumPy's were when the kernel was made."""
-        if is_torch(value) and value.device.type == "cpu" and is_concrete(value):
+        if is_torch(value) and is_at_hand(value):
             good = bool(((value > 0) & value.isfinite()).all())
             if not good:
                 raise ValueError(f"{name}: expected a positive number or (d,) of them, got {value.detach()}")

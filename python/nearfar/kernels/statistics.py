@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +35,7 @@ from ..arrays import (
     of_kind,
     to_numpy,
 )
-from .base import Kernel
+from .base import Kernel, checkpointed
 from .families import Linear
 from .named import resolve
 
@@ -400,24 +399,12 @@ def _tiled_sums(
         return tuple(_inner(tiles[pair[0]], tiles[pair[1]]) for pair in wanted)
 
     totals: list[Array] = [0.0 for _ in wanted]
-    evaluate = _checkpointed(products, x, y, *pieces["x"][0][1:], *pieces["y"][0][1:])
+    evaluate = checkpointed(products, x, y, *pieces["x"][0][1:], *pieces["y"][0][1:])
     for i in range(len(pieces["x"])):
         for j in range(i, len(pieces["x"])):
             parts = evaluate(i == j, *pieces["x"][i], *pieces["x"][j], *pieces["y"][i], *pieces["y"][j])
             totals = [t + (1 if i == j else 2) * part for t, part in zip(totals, parts, strict=True)]
     return totals
-
-
-def _checkpointed(function: Callable[..., Any], *arrays: Array) -> Callable[..., Any]:
-    """The function; where torch records it, computed again in the backward pass instead of storing what that needs."""
-    if not is_torch(arrays[0]):
-        return function
-    import torch
-    from torch.utils.checkpoint import checkpoint
-
-    if not torch.is_grad_enabled() or not any(array.requires_grad for array in arrays):
-        return function
-    return lambda *points: checkpoint(function, *points, use_reentrant=False)
 
 
 def _without_diagonal(tile: Array) -> Array:
