@@ -32,11 +32,16 @@ const Ops& choose() {
   __builtin_cpu_init();
 #endif
   const Level levels[] = {
+#if defined(NEARFAR_EMULATE_AVX512)
+      {"v4_vnni", v4_vnni::table, __builtin_cpu_supports("x86-64-v3") != 0},
+      {"v4", v4::table, __builtin_cpu_supports("x86-64-v3") != 0},
+#else
 #if defined(NEARFAR_HAVE_v4_vnni)
       {"v4_vnni", v4_vnni::table, __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni")},
 #endif
 #if defined(NEARFAR_HAVE_v4)
       {"v4", v4::table, __builtin_cpu_supports("x86-64-v4") != 0},
+#endif
 #endif
 #if defined(NEARFAR_HAVE_v3)
       {"v3", v3::table, __builtin_cpu_supports("x86-64-v3") != 0},

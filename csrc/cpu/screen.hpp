@@ -79,7 +79,7 @@ __attribute__((noinline)) double product_seconds() {
   for (int64_t k = 0; k < kSteps; ++k)
 #pragma GCC unroll 24
     for (int u = 0; u < kSums; ++u) {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(NEARFAR_EMULATE_AVX512)
       asm volatile("" : "+v"(a), "+v"(b));  // or one product serves every sum
 #endif
       if constexpr (QUADS) {

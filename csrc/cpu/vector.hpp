@@ -30,7 +30,9 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
-#if defined(__x86_64__) || defined(__i386__)
+#if defined(NEARFAR_EMULATE_AVX512)
+#include "cpu/emulate_avx512.hpp"
+#elif defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
 
