@@ -2,12 +2,13 @@
 
     python bench/run.py [options of `python -m nearfar bench`]
 
-Files are named after the date and the processor; a run says in its first lines what machine it is of. Options that are
-given win: ``--plot docs/bench.png`` renews the picture of the README.
+Files are named after the date, the processor and, where not all are measured, the operations; a run says in its first
+lines what machine it is of. Options that are given win: ``--plot docs/bench.png`` renews the picture of the README.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import datetime
 import io
@@ -21,11 +22,17 @@ from nearfar.bench import machine
 RESULTS = Path(__file__).parent / "results"
 
 
+def _operations(options: list[str]) -> str:
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--ops", default="")
+    return str(parser.parse_known_args(options)[0].ops)
+
+
 def main() -> int:
     """Run, print the table and keep it."""
     day = datetime.datetime.now(datetime.timezone.utc).date()
     processor = re.sub(r"[^a-z0-9]+", "-", machine.cpu_model().lower()).strip("-")
-    stem = RESULTS / f"{day}-{processor}"
+    stem = RESULTS / "-".join([str(day), processor, *re.findall(r"[a-z0-9_]+", _operations(sys.argv[1:]))])
     text = io.StringIO()
     RESULTS.mkdir(exist_ok=True)
     try:
