@@ -39,7 +39,9 @@ struct Supported {
   Supported() {
     __builtin_cpu_init();
     unsigned a, b, c, d;
-    const auto has = [&](unsigned leaf, unsigned bits) { return __get_cpuid(leaf, &a, &b, &c, &d) && (c & bits) == bits; };
+    const auto has = [&](unsigned leaf, unsigned bits) {
+      return __get_cpuid(leaf, &a, &b, &c, &d) && (c & bits) == bits;
+    };
     v2 = __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("sse4.1") && __builtin_cpu_supports("sse4.2") &&
          __builtin_cpu_supports("popcnt") && has(1, bit_SSE3 | bit_CMPXCHG16B) && has(0x80000001, bit_LAHF_LM);
     v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
@@ -55,7 +57,8 @@ const Ops& choose() {
 #if defined(__x86_64__)
   [[maybe_unused]] const Supported cpu;
 #endif
-  const Level levels[] = {  // best first
+  // Best first.
+  const Level levels[] = {
 #if defined(NEARFAR_HAVE_v4_vnni)
       {"v4_vnni", v4_vnni::table, cpu.v4_vnni},
 #endif

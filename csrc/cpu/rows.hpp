@@ -141,7 +141,10 @@ class Source {
     const double square = squared_norm(row);
     if (square > kLeast && square < kMost) return std::sqrt(square);
     double largest = 0, sum = 0;
-    for (int64_t k = 0; k < rows_.d; ++k) largest = std::fmax(largest, std::fabs(static_cast<double>(row[k])));
+    for (int64_t k = 0; k < rows_.d; ++k) {
+      const double entry = std::fabs(static_cast<double>(row[k]));
+      if (entry > largest) largest = entry;  // GCC 12 for Arm fails on a maximum by fmax
+    }
     if (largest == 0 || std::isinf(largest)) return std::sqrt(square);
     for (int64_t k = 0; k < rows_.d; ++k) sum += (row[k] / largest) * (row[k] / largest);
     return largest * std::sqrt(sum);
