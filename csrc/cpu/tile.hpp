@@ -13,6 +13,7 @@
 #pragma once
 
 #include "cpu/rows.hpp"
+#include "cpu/transpose.hpp"
 #include "pairwise/map.hpp"
 
 namespace nearfar {
