@@ -18,7 +18,7 @@ void softmax(const std::string& mode, py::handle x_, py::handle y_, py::handle p
              const py::tuple& where) {
   Call call;
   const Array x = call.input(x_, "x", 2), y = call.points(y_, "y", 2, x);
-  const auto [n, d] = std::pair(x.shape[0], x.shape[1]);
+  const int64_t n = x.shape[0], d = x.shape[1];
   require_shape(y, "y", {y.shape[0], d});
   Array positive, paired;
   if (!positive_.is_none()) {

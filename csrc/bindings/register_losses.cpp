@@ -1,7 +1,6 @@
 // Losses: value, and gradients into buffers the caller has allocated (and zeroed).
 #include <pybind11/stl.h>
 
-#include <tuple>
 #include <vector>
 
 #include "bindings/call.hpp"
@@ -30,7 +29,7 @@ py::tuple softmax(const std::string& mode, py::handle x_, py::handle y_, py::han
                   double scale, bool normalize, py::handle weights, double weight, py::handle loss, py::handle dx,
                   py::handle dy, py::handle dpositive, py::handle dpaired, int64_t strip_budget, int threads) {
   const Array x = input(x_, "x", 2), y = input(y_, "y", 2);
-  const auto [n, d] = std::pair(x.shape[0], x.shape[1]);
+  const int64_t n = x.shape[0], d = x.shape[1];
   require_dtype(y, "y", x.dtype);
   require_shape(y, "y", {y.shape[0], d});
   Array positive, paired, codes_x, codes_y;
@@ -94,7 +93,7 @@ double softmax_block(py::handle x_, py::handle y_, bool same, py::handle ids_x, 
                      bool normalize, py::handle lse_x, py::handle lse_y, py::handle weight_x, py::handle weight_y,
                      py::handle dx, py::handle dy, int threads) {
   const Array x = input(x_, "x", 2), y = input(y_, "y", 2);
-  const auto [n, m, d] = std::tuple(x.shape[0], y.shape[0], x.shape[1]);
+  const int64_t n = x.shape[0], m = y.shape[0], d = x.shape[1];
   require_dtype(y, "y", x.dtype);
   require_shape(y, "y", {same ? n : m, d});
   return with_compute_type(x.dtype, [&](auto zero) {
@@ -126,7 +125,7 @@ double labelled_lse(py::handle x_, py::handle y_, bool same, py::handle labels_x
                     bool normalize, const std::vector<double>& maps, py::object power, py::handle lse, py::handle grad,
                     py::handle dx, py::handle dy, int threads) {
   const Array x = input(x_, "x", 2), y = input(y_, "y", 2);
-  const auto [n, m, d] = std::tuple(x.shape[0], y.shape[0], x.shape[1]);
+  const int64_t n = x.shape[0], m = y.shape[0], d = x.shape[1];
   require_dtype(y, "y", x.dtype);
   require_shape(y, "y", {same ? n : m, d});
   const Array codes_x = input(labels_x, "labels_x", 1, {DType::i32}),

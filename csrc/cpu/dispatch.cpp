@@ -5,6 +5,10 @@
 
 #include "cpu/ops.hpp"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace nearfar {
 
 #define NEARFAR_LEVEL(name) \
@@ -26,28 +30,51 @@ struct Level {
   bool supported;
 };
 
-const Ops& choose() {
-  // __builtin_cpu_supports asks cpuid and, through xgetbv, the operating system. Best first.
 #if defined(__x86_64__)
-  __builtin_cpu_init();
+/// What this CPU has of the levels of the x86-64 ABI. __builtin_cpu_supports asks cpuid and, through xgetbv, the
+/// operating system; names of levels are known to it since GCC 12 and Clang 18 only, three features not even there.
+struct Supported {
+  bool v2 = false, v3 = false, v4 = false, v4_vnni = false;
+
+  Supported() {
+    __builtin_cpu_init();
+    unsigned a, b, c, d;
+    const auto has = [&](unsigned leaf, unsigned bits) {
+      return __get_cpuid(leaf, &a, &b, &c, &d) && (c & bits) == bits;
+    };
+    v2 = __builtin_cpu_supports("ssse3") && __builtin_cpu_supports("sse4.1") && __builtin_cpu_supports("sse4.2") &&
+         __builtin_cpu_supports("popcnt") && has(1, bit_SSE3 | bit_CMPXCHG16B) && has(0x80000001, bit_LAHF_LM);
+    v3 = v2 && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+         __builtin_cpu_supports("bmi2") && has(1, bit_F16C | bit_MOVBE) && has(0x80000001, bit_LZCNT);
+    v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    v4_vnni = v4 && __builtin_cpu_supports("avx512vnni");
+  }
+};
 #endif
+
+const Ops& choose() {
+#if defined(__x86_64__)
+  [[maybe_unused]] const Supported cpu;
+#endif
+  // Best first.
   const Level levels[] = {
 #if defined(NEARFAR_EMULATE_AVX512)
       {"v4_vnni", v4_vnni::table, __builtin_cpu_supports("x86-64-v3") != 0},
       {"v4", v4::table, __builtin_cpu_supports("x86-64-v3") != 0},
 #else
 #if defined(NEARFAR_HAVE_v4_vnni)
-      {"v4_vnni", v4_vnni::table, __builtin_cpu_supports("x86-64-v4") && __builtin_cpu_supports("avx512vnni")},
+      {"v4_vnni", v4_vnni::table, cpu.v4_vnni},
 #endif
 #if defined(NEARFAR_HAVE_v4)
-      {"v4", v4::table, __builtin_cpu_supports("x86-64-v4") != 0},
+      {"v4", v4::table, cpu.v4},
 #endif
 #endif
 #if defined(NEARFAR_HAVE_v3)
-      {"v3", v3::table, __builtin_cpu_supports("x86-64-v3") != 0},
+      {"v3", v3::table, cpu.v3},
 #endif
 #if defined(NEARFAR_HAVE_v2)
-      {"v2", v2::table, __builtin_cpu_supports("x86-64-v2") != 0},
+      {"v2", v2::table, cpu.v2},
 #endif
 #if defined(NEARFAR_HAVE_generic)
       {"generic", generic::table, true},

@@ -12,18 +12,32 @@
 namespace nearfar {
 namespace {
 
-inline float widen(_Float16 x) { return static_cast<float>(x); }
+inline float float_of(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+/// Sign, 5 bits of exponent, 10 of fraction. By hand: few compilers have the type, and none vectorises its conversion.
+struct Float16 {
+  uint16_t bits;
+};
+inline float widen(Float16 x) {
+  const uint32_t sign = (x.bits & 0x8000u) << 16, magnitude = x.bits & 0x7fffu;
+  const uint32_t normal = (magnitude << 13) + (magnitude < 0x7c00 ? 112u << 23 : 224u << 23);  // or infinity, NaN
+  // Not denormal bits times a power of two: tasks flush denormal numbers to zero.
+  const float small = static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f;
+  const float value = magnitude < 0x400 ? small : float_of(normal);
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return float_of(bits | sign);
+}
 
 /// The upper half of a float32.
 struct BFloat16 {
   uint16_t bits;
 };
-inline float widen(BFloat16 x) {
-  const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
+inline float widen(BFloat16 x) { return float_of(static_cast<uint32_t>(x.bits) << 16); }
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 
@@ -55,11 +69,11 @@ class Source {
   T inverse_norm(int64_t i) const { return inverse_norm_.get() ? inverse_norm_[i] : T(1); }
   bool normalized() const { return inverse_norm_.get() != nullptr; }
 
-  /// Row i as given, converted to T.
-  void read(int64_t i, T* out) const {
+  /// Row i as given, converted to T. Not inlined: four loops, and many callers.
+  __attribute__((noinline)) void read(int64_t i, T* out) const {
     switch (rows_.dtype) {
       case DType::f16:
-        return copy<_Float16>(i, out);
+        return copy<Float16>(i, out);
       case DType::bf16:
         return copy<BFloat16>(i, out);
       case DType::f64:
@@ -127,7 +141,10 @@ class Source {
     const double square = squared_norm(row);
     if (square > kLeast && square < kMost) return std::sqrt(square);
     double largest = 0, sum = 0;
-    for (int64_t k = 0; k < rows_.d; ++k) largest = std::fmax(largest, std::fabs(static_cast<double>(row[k])));
+    for (int64_t k = 0; k < rows_.d; ++k) {
+      const double entry = std::fabs(static_cast<double>(row[k]));
+      if (entry > largest) largest = entry;  // GCC 12 for Arm fails on a maximum by fmax
+    }
     if (largest == 0 || std::isinf(largest)) return std::sqrt(square);
     for (int64_t k = 0; k < rows_.d; ++k) sum += (row[k] / largest) * (row[k] / largest);
     return largest * std::sqrt(sum);

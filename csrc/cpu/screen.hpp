@@ -12,7 +12,8 @@
 //
 // One instruction multiplies and adds four products of an unsigned and a signed number: vpdpbusd of AVX512-VNNI, with
 // sums of 32 bits. pmaddubsw of SSSE3 and AVX2 makes two sums of 16 bits of them; they are widened after kBlockSteps
-// steps, and scales are such that no sum is larger before (Cauchy and Schwarz). Integer sums are exact.
+// steps, and scales are such that no sum is larger before (Cauchy and Schwarz). Integer sums are exact. sdot of Arm has
+// sums of 32 bits too; its first operand is signed, which changes nothing for numbers up to 127.
 #pragma once
 
 #include <chrono>
@@ -41,6 +42,8 @@ NEARFAR_INLINE Quads multiply_quads(Quads sum, Quads a, Quads b) {
   return (Quads)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)a, (__m256i)b));
 #elif defined(__SSSE3__)
   return (Quads)_mm_add_epi16((__m128i)sum, _mm_maddubs_epi16((__m128i)a, (__m128i)b));
+#elif defined(__ARM_FEATURE_DOTPROD)
+  return (Quads)vdotq_s32((int32x4_t)sum, (int8x16_t)a, (int8x16_t)b);  // a is at most 127
 #else
   for (int shift = 0; shift < 32; shift += 8) sum += (a >> shift & 0xff) * (b << (24 - shift) >> 24);
   return sum;
@@ -68,7 +71,7 @@ NEARFAR_INLINE Vec<float> to_float(Quads v) { return __builtin_convertvector(v, 
 template <bool QUADS>
 __attribute__((noinline)) double product_seconds() {
   constexpr int64_t kSteps = 20000;
-  constexpr int kSums = kVectorBytes == 64 ? 24 : 12;
+  constexpr int kSums = kRegisters == 32 ? 24 : 12;
   using V = std::conditional_t<QUADS, Quads, Vec<float>>;
   V sum[kSums];
 #pragma GCC unroll 24
@@ -81,6 +84,8 @@ __attribute__((noinline)) double product_seconds() {
     for (int u = 0; u < kSums; ++u) {
 #if defined(__x86_64__) && !defined(NEARFAR_EMULATE_AVX512)
       asm volatile("" : "+v"(a), "+v"(b));  // or one product serves every sum
+#elif defined(__aarch64__)
+      asm volatile("" : "+w"(a), "+w"(b));
 #endif
       if constexpr (QUADS) {
         sum[u] = multiply_quads(sum[u], a, b);

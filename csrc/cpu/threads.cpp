@@ -29,6 +29,8 @@ using Clock = std::chrono::steady_clock;
 void relax() {
 #if defined(__x86_64__)
   _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("isb");  // as long as a pause; most cores take `yield` for nothing
 #endif
 }
 
@@ -59,6 +61,14 @@ struct FlushToZero {
   unsigned before = _mm_getcsr();
   FlushToZero() { _mm_setcsr(before | 0x8040); }
   ~FlushToZero() { _mm_setcsr(before); }
+#elif defined(__aarch64__)
+  uint64_t before;
+  FlushToZero() {
+    asm volatile("mrs %0, fpcr" : "=r"(before));
+    set(before | uint64_t(1) << 24);
+  }
+  ~FlushToZero() { set(before); }
+  static void set(uint64_t fpcr) { asm volatile("msr fpcr, %0" : : "r"(fpcr) : "memory"); }
 #endif
 };
 
@@ -261,11 +271,16 @@ void advise_huge_pages(void* data, int64_t bytes) {
   constexpr uintptr_t kHuge = uintptr_t(2) << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(data) + static_cast<uintptr_t>(bytes)) / kHuge * kHuge;
+#if defined(MADV_HUGEPAGE)
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)begin, (void)end;
+#endif
 }
 
 int available_cpus() {
   int cpus = static_cast<int>(std::thread::hardware_concurrency());
+#if defined(__linux__)
   cpu_set_t set;
   if (sched_getaffinity(0, sizeof(set), &set) == 0) cpus = CPU_COUNT(&set);
   // cgroup v2 "max 100000" or "200000 100000", then v1 in two files.
@@ -278,6 +293,7 @@ int available_cpus() {
     std::ifstream("/sys/fs/cgroup/cpu/cpu.cfs_period_us") >> period;
   }
   if (quota > 0 && period > 0) cpus = std::min(cpus, static_cast<int>(quota / period + 0.999));
+#endif
   return std::max(1, cpus);
 }
 

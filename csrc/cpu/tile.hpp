@@ -13,17 +13,19 @@
 #pragma once
 
 #include "cpu/rows.hpp"
+#include "cpu/transpose.hpp"
 #include "pairwise/map.hpp"
 
 namespace nearfar {
 namespace {
 
-/// MR x 2 accumulators, two vectors of x and one broadcast fill the register file: 32 registers with AVX-512, else 16.
+/// MR x 2 accumulators, two vectors of x and one broadcast fill the register file; on Arm a broadcast is a lane of a
+/// register, and compilers hold all MR of them.
 template <class T>
 struct Policy {
   static constexpr int kVectors = 2;
   static constexpr int NR = kVectors * kLanes<T>;
-  static constexpr int MR = kVectorBytes == 64 ? 12 : 6;
+  static constexpr int MR = kVectorBytes == 64 ? 12 : kRegisters == 32 ? 8 : 6;
   static constexpr int kStripRows = 128;
   static constexpr int kPanels = kStripRows / NR;
   static constexpr int kTilesPerChunk = 240 / MR;  // a chunk of 240 columns: its block of scores fits in L1

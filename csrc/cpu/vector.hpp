@@ -27,6 +27,7 @@
 //   exp_flush 1.17   0.89    1.14   0.87     0.74   0.25   0.11   -         2.4    0.69   0.34   -
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -34,6 +35,8 @@
 #include "cpu/emulate_avx512.hpp"
 #elif defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 // Always inlined, in an anonymous namespace: no symbol of its own in any object, and no call in a kernel's inner loop.
@@ -50,6 +53,11 @@ constexpr int kVectorBytes = 64;
 constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
+#endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
 #endif
 
 // Specialised by hand: GCC drops vector_size from an alias template when the element type is dependent.
@@ -170,6 +178,9 @@ NEARFAR_INLINE Vec<double> sqrt(Vec<double> v) { return _mm256_sqrt_pd(v); }
 #elif defined(__SSE2__)
 NEARFAR_INLINE Vec<float> sqrt(Vec<float> v) { return _mm_sqrt_ps(v); }
 NEARFAR_INLINE Vec<double> sqrt(Vec<double> v) { return _mm_sqrt_pd(v); }
+#elif defined(__aarch64__)
+NEARFAR_INLINE Vec<float> sqrt(Vec<float> v) { return (Vec<float>)vsqrtq_f32((float32x4_t)v); }
+NEARFAR_INLINE Vec<double> sqrt(Vec<double> v) { return (Vec<double>)vsqrtq_f64((float64x2_t)v); }
 #else
 template <class V>
 NEARFAR_INLINE V sqrt(V v) {
@@ -191,38 +202,13 @@ NEARFAR_INLINE void stream(double* to, Vec<double> v) { _mm_stream_pd(to, v); }
 #else
 template <class T, class V>
 NEARFAR_INLINE void stream(T* to, V v) {
-  store(to, v);
+  store<T>(to, v);
 }
 #endif
 NEARFAR_INLINE void fence() {
 #if defined(__SSE2__)
   _mm_sfence();
 #endif
-}
-
-// Transposes kLanes vectors of kLanes lanes in place, by exchanging halves of ever smaller blocks.
-template <class T, int STEP>
-NEARFAR_INLINE void transpose_step(Vec<T> (&v)[kLanes<T>]) {
-  constexpr int L = kLanes<T>;
-  IVec<T> low = IVec<T>{}, high = IVec<T>{};
-#pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) {
-    low[i] = (i & STEP) ? L + i - STEP : i;
-    high[i] = (i & STEP) ? L + i : i + STEP;
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < L; ++i) {
-    if (i & STEP) continue;
-    const Vec<T> a = v[i], b = v[i + STEP];
-    v[i] = __builtin_shuffle(a, b, low);
-    v[i + STEP] = __builtin_shuffle(a, b, high);
-  }
-  if constexpr (STEP > 1) transpose_step<T, STEP / 2>(v);
-}
-
-template <class T>
-NEARFAR_INLINE void transpose(Vec<T> (&v)[kLanes<T>]) {
-  transpose_step<T, kLanes<T> / 2>(v);
 }
 
 template <class V>
@@ -239,6 +225,8 @@ NEARFAR_INLINE bool any(Mask mask) {
   return _mm256_movemask_epi8((__m256i)mask) != 0;
 #elif defined(__SSE2__)
   return _mm_movemask_epi8((__m128i)mask) != 0;
+#elif defined(__aarch64__)
+  return vmaxvq_u32((uint32x4_t)mask) != 0;
 #else
   int64_t part[sizeof mask / 8], all = 0;
   std::memcpy(part, &mask, sizeof mask);
@@ -255,6 +243,8 @@ NEARFAR_INLINE unsigned lanes_set(IVec<float> mask) {
   return static_cast<unsigned>(_mm256_movemask_ps((__m256)mask));
 #elif defined(__SSE2__)
   return static_cast<unsigned>(_mm_movemask_ps((__m128)mask));
+#elif defined(__aarch64__)
+  return vaddvq_u32((uint32x4_t)mask & uint32x4_t{1, 2, 4, 8});
 #else
   unsigned bits = 0;
   for (int i = 0; i < kLanes<float>; ++i) bits |= static_cast<unsigned>(mask[i] & 1) << i;

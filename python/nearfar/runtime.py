@@ -67,9 +67,9 @@ def build_info() -> dict[str, Any]:
     Returns
     -------
     dict
-        version, isa (the level in use: v2, v3, v4, v4_vnni on x86-64; the environment variable NEARFAR_ISA overrides
-        the choice before import), vector_bytes, threads, available_cpus, compiler, debug, cuda (the toolkit the CUDA
-        part was compiled with, or None), cuda_devices (0 without a driver).
+        version, isa (the level in use: v2, v3, v4, v4_vnni on x86-64, else generic; the variable NEARFAR_ISA
+        overrides the choice before import), vector_bytes, threads, available_cpus, compiler, debug, cuda (the toolkit
+        the CUDA part was compiled with, or None), cuda_devices (0 without a driver).
 
     Examples
     --------

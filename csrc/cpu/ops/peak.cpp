@@ -8,7 +8,7 @@
 namespace nearfar {
 namespace {
 
-constexpr int kAccumulators = kVectorBytes == 64 ? 24 : 12;
+constexpr int kAccumulators = kRegisters == 32 ? 24 : 12;
 
 /// `steps` multiply-adds on each of enough accumulators to hide their latency.
 __attribute__((noinline)) float burn(int64_t steps) {
