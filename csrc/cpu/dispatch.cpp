@@ -60,8 +60,7 @@ const Ops& choose() {
   // Best first.
   const Level levels[] = {
 #if defined(NEARFAR_EMULATE_AVX512)
-      {"v4_vnni", v4_vnni::table, __builtin_cpu_supports("x86-64-v3") != 0},
-      {"v4", v4::table, __builtin_cpu_supports("x86-64-v3") != 0},
+      {"v4_vnni", v4_vnni::table, cpu.v3}, {"v4", v4::table, cpu.v3},
 #else
 #if defined(NEARFAR_HAVE_v4_vnni)
       {"v4_vnni", v4_vnni::table, cpu.v4_vnni},
