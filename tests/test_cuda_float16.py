@@ -21,8 +21,9 @@ on_device = test_cuda.on_device
 small_strips = test_cuda.small_strips
 
 KEYS = ["query", "positive_key"]
-# On Hopper, of a gradient's norm; elsewhere weights keep twice the digits.
-BOUND = 5e-5 if on_hopper() else 1e-5
+# Of a gradient's norm. A weight is off by 2^-11 of itself at most on Hopper, 2e-4 in the root mean square, which is what
+# remains where no exact terms of positives join them; elsewhere weights keep twice the digits.
+BOUND = 3e-4 if on_hopper() else 1e-5
 
 
 def wide_gradients(loss, arguments):
@@ -40,19 +41,22 @@ def wide_gradients(loss, arguments):
     return [(part.names, grad) for part, grad in zip(call.parts, grads, strict=True)]
 
 
-def check(loss, wanted, bound=None, **arguments):
-    """Gradients of rows within the bound of their norm, each part of the call by itself; returns the largest error."""
+def error_of(grad, exact):
+    """Relative to the norm."""
+    return np.linalg.norm(g.numpy_of(grad).reshape(exact.shape) - exact) / np.linalg.norm(exact)
+
+
+def check(loss, wanted, **arguments):
+    """Gradients of rows within the bound of their norm, each part of the call by itself."""
     expected = dict(zip(wanted, g.reference(loss, wanted, **arguments)[1], strict=True))
     worst = 0.0
     for names, grad in wide_gradients(loss, arguments):
-        if grad is None or not set(names) <= set(wanted):
+        if grad is None or not names or not set(names) <= set(wanted):
             continue
         assert grad.dtype == torch.float32
         exact = np.concatenate([expected[name].reshape(-1, grad.shape[-1]) for name in names])
-        error = np.linalg.norm(g.numpy_of(grad) - exact) / np.linalg.norm(exact)
-        worst = max(worst, error)
-    assert 0 < worst <= (bound or BOUND), f"error {worst:.3g} of the norm"
-    return worst
+        worst = max(worst, error_of(grad, exact))
+    assert 0 < worst <= BOUND, f"error {worst:.3g} of the norm"
 
 
 def keys(n, d, **options):
@@ -85,9 +89,7 @@ def test_temperatures(temperature):
 @pytest.mark.parametrize("temperature", [0.01, 0.034, 0.07, 0.5])
 @pytest.mark.parametrize("loss", [nf.nt_xent_loss, nf.hcl_loss])
 def test_temperatures_of_views(loss, temperature):
-    # In float32 the logits of 1 / 0.01 are rounded to 4e-6, and so are weights.
-    check(loss, VIEWS, 1e-4 if temperature == 0.01 else None, **dict(zip(VIEWS, pair(80, 40, "float16"), strict=True)),
-          temperature=temperature)  # fmt: skip
+    check(loss, VIEWS, **dict(zip(VIEWS, pair(80, 40, "float16"), strict=True)), temperature=temperature)
 
 
 @pytest.mark.parametrize("toward", [1, -1])
@@ -110,7 +112,8 @@ def test_faint_rows_beside_bright_ones(small_strips):
 def test_many_keys(in_sum, small_strips):
     """Weights of 1 / M, and rows of own negatives that outweigh them."""
     query, key = pair(20, 20, "float16")
-    many, own = tensor(g.points(3000, 20, seed=5), "float16"), tensor(g.points(40, 20, seed=6).reshape(20, 2, 20), "float16")
+    many = tensor(g.points(3000, 20, seed=5), "float16")
+    own = tensor(g.points(40, 20, seed=6).reshape(20, 2, 20), "float16")
     names = [*KEYS, "negative_keys"]
     for negatives in (many, own):
         check(nf.info_nce_loss, names, query=query, positive_key=key, negative_keys=negatives, in_batch=in_sum)
@@ -151,31 +154,24 @@ def test_scores_up_to_a_billion():
     assert all(torch.isfinite(grad).all() for grad in grads)
 
 
-@pytest.mark.parametrize("factor", [2.0**-20, 1.0, 2.0**16])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("loss", [nf.info_nce_loss, nf.clip_loss, nf.siglip_loss])
-def test_loss_scalers(loss, reduction, factor):
+def test_loss_scalers(loss, reduction):
     """A factor on the loss is a factor on the gradient, to the bit: a power of two moves nothing else."""
-    names = KEYS if loss is nf.info_nce_loss else BOTH
 
     def grads(times):
-        leaves = [(1 * z).requires_grad_() for z in pair(150, 40, "float16")]
+        leaves = [z.requires_grad_() for z in pair(150, 40, "float16")]
         value = loss(*leaves, reduction=reduction)
         weights = torch.linspace(0.5, 1, len(value), device=DEVICE) if value.ndim else torch.ones((), device=DEVICE)
         value.backward(times * weights)
         return [leaf.grad.double() for leaf in leaves]
 
-    assert names
-    # Both large enough for float16 and small enough.
-    base = 2.0**8 if reduction == "mean" else 1.0
-    for plain, scaled in zip(grads(base), grads(base * max(factor, 1.0)), strict=True):
-        inside = (scaled.abs() < 65504) & (plain.abs() > 2.0**-13)
+    factor = 2.0**16
+    for plain, scaled in zip(grads(1.0), grads(factor), strict=True):
+        inside = (scaled.abs() < 65504) & (plain.abs() > 2.0**-13)  # normal numbers both
         assert inside.any()
-        if factor <= 1.0:
-            assert torch.equal(plain, scaled)
-        else:
-            assert torch.equal(plain[inside] * factor, scaled[inside])
-            assert torch.isinf(scaled[plain.abs() * factor > 65536]).all()
+        assert torch.equal(plain[inside] * factor, scaled[inside])
+        assert torch.isinf(scaled[plain.abs() * factor > 65536]).all()
 
 
 def test_upstream_factors_of_rows():
@@ -188,8 +184,7 @@ def test_upstream_factors_of_rows():
         _, *grads = operation(weights, *(part.value() for part in call.parts), *call.extra, *call.config, True)
         _, expected = g.reference(loss, names, weights, **dict(zip(names, (query, key), strict=True)), reduction="none")
         for grad, exact in zip(grads, expected, strict=False):
-            error = np.linalg.norm(g.numpy_of(grad) - exact) / np.linalg.norm(exact)
-            assert 0 < error <= BOUND
+            assert 0 < error_of(grad, exact) <= BOUND
 
 
 @pytest.mark.parametrize(("scale", "bias"), [(10.0, -10.0), (5.0, 0.0), (100.0, -12.0)])
@@ -208,7 +203,7 @@ def test_losses_by_label(loss, normalize):
         names, arguments = ["embeddings"], labelled(150, 40, "float16")
     if not normalize:
         arguments |= {name: arguments[name] / 8 for name in names}
-    check(loss, names, 1e-4, **arguments, normalize=normalize)
+    check(loss, names, **arguments, normalize=normalize)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.5, 2.0])
@@ -247,7 +242,7 @@ def test_blocks_of_known_normalisers(small_strips):
     of = [(z.to(DEVICE), w.to(DEVICE)) for z, w in ((rows, u), (columns, v))]
     found = operations.softmax_block_grad(x, y, 14.0, None, None, True, *of)
     for grad, exact in zip(found, expected, strict=False):
-        assert torch.linalg.norm(grad.cpu().double() - exact) <= BOUND * torch.linalg.norm(exact)
+        assert 0 < error_of(grad, exact.numpy()) <= BOUND
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
