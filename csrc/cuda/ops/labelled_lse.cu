@@ -248,7 +248,7 @@ double largest_slope(const LabelledLseDevice<T>& p) {
   double most = 0;
   for (const ScoreMap& map : p.maps) {
     const double rise = map.q == 0 ? 0 : fabs(map.q) * p.scale;  // the scale may be on the device
-    most = largest(most, fabs(map.sign) * (rise + fabs(map.r)));
+    most = fmax(most, fabs(map.sign) * (rise + fabs(map.r)));
   }
   return most;
 }
