@@ -76,16 +76,19 @@ struct KnowsWgmma : std::false_type {};
 template <class Epilogue>
 struct KnowsWgmma<Epilogue, std::void_t<decltype(Epilogue::kStores)>> : std::true_type {};
 
+/// Of blocked rows.
+template <class T, class E, class Epilogue>
+void launch_blocked(cuda::Context& c, const Pairs<T, E>& pairs, const Block& b, const Epilogue& epilogue) {
+  const BlockedOperand<true, E> x{pairs.x.blocks(b.row / Blocked::kRows)}, y{pairs.y.blocks(b.column / Blocked::kRows)};
+  launch_wgmma(c, x, y, ceil_div(b.rows, Blocked::kRows), ceil_div(b.columns, Blocked::kRows),
+               ceil_div(pairs.x.d, Blocked::kColumns), 1, epilogue);
+}
+
 template <class T, class E, class Epilogue>
 void launch_scores(cuda::Context& c, const Plan& plan, const Pairs<T, E>& pairs, const Block& b,
                    const Epilogue& epilogue) {
   if constexpr (sizeof(E) == 2 && KnowsWgmma<Epilogue>::value) {
-    if (pairs.blocked()) {
-      const BlockedOperand<true, E> x{pairs.x.blocks(b.row / Blocked::kRows)},
-          y{pairs.y.blocks(b.column / Blocked::kRows)};
-      return launch_wgmma(c, x, y, ceil_div(b.rows, Blocked::kRows), ceil_div(b.columns, Blocked::kRows),
-                          ceil_div(pairs.x.d, Blocked::kColumns), 1, epilogue);
-    }
+    if (pairs.blocked()) return launch_blocked(c, pairs, b, epilogue);
   }
   if constexpr (std::is_same_v<E, float>) {
     if (pairs.split()) {

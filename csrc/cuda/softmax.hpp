@@ -143,9 +143,8 @@ struct WeightEpilogue {
   static constexpr bool kDistances = false, kStores = true;
   WeighPairs<T> weigh;
   Weights<T> out;
-  const int32_t* only = nullptr;  // of 128 rows each: are they wanted? null: all are
 
-  NEARFAR_DEVICE bool wants(int64_t i0, int64_t, int, int) const { return !only || only[i0 / kPadRows]; }
+  NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
     weigh.apply(f, out.block);

@@ -118,16 +118,16 @@ struct WeighStrip {
 };
 
 /// Weights of float16 that were stored as e^{s - bound} are too faint where all scores of a row lie far below the
-/// bound. Such rows take their own log-sum-exp for a base, and their tile is stored again. A warp for 128 rows, from
-/// `first`.
+/// bound. Such rows take their own log-sum-exp for a base, and their tile is stored again, under other factors of its
+/// rows. A warp for 128 rows, from `first`.
 template <class T>
 struct FindFaint {
   static constexpr double kFaintest = 1.0 / (1 << 25);  // mean of a row: 2^12 of it is a normal number, with room
   const LogSumExp* states;
-  const T* total;
+  const T *factor, *total;
   int64_t first, rows, valid, columns;
   Multiplier multiplier;
-  T *own, *weight;  // e^{s - bound} times own is what is stored, and times weight is what is meant
+  T *own, *weight;  // the other factor; what rows of the strip are still to be multiplied by
   int32_t* again;
 
   NEARFAR_DEVICE void operator()() const {
@@ -140,11 +140,27 @@ struct FindFaint {
       faint |= sum(i) < kFaintest * static_cast<double>(columns) && states[i].s > 0;
     faint = cuda::ballot(faint);
     if (cuda::lane_index() == 0) again[tile] = faint;
-    for (int64_t i = from + cuda::lane_index(); i < from + kPadRows; i += cuda::kWarp) {
+    for (int64_t i = from + cuda::lane_index(); faint && i < from + kPadRows; i += cuda::kWarp) {
       const bool some = i < valid && states[i].s > 0;
-      own[i] = faint ? static_cast<T>(some ? 1 / sum(i) : 0.0) : T(1);
-      if (faint) weight[i] = total[i];
+      own[i] = static_cast<T>(some ? static_cast<double>(factor[i]) / sum(i) : 0.0);
+      weight[i] = total[i];
     }
+  }
+};
+
+/// Stores these tiles.
+template <class T>
+struct StoreFaint {
+  static constexpr bool kStores = true;
+  MaskedScores<T> masked;
+  Weights<T> out;
+  const int32_t* again;
+
+  NEARFAR_DEVICE bool wants(int64_t i0, int64_t, int, int) const { return again[i0 / kPadRows]; }
+  template <class P>
+  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
+    masked.exponentials(f, out.block.row, out.block.column);
+    out.store(f);
   }
 };
 
@@ -217,7 +233,6 @@ class Softmax {
       strip_.fit(1);
       own_ = c.take<T>(pairs_.x.padded);
       again_ = c.take<int32_t>(shape.rows / kPadRows);
-      take_absent_columns();
     }
     shape.for_blocks(pairs_.x.padded, pairs_.y.padded, [&](const Block& block) { lse_block(masked, block); });
     if (p.dx && !keeps_scores()) weight_pass(masked);
@@ -277,17 +292,13 @@ class Softmax {
     c.launch_threads(count, FillWeights<T>{denominator(), states, weights, first, count, valid, base, weight, total,
                                            multiplier_, unit()});
   }
-  void take_absent_columns() {
-    column_base_ = c.take<T>(pairs_.y.padded);
-    column_weight_ = c.take<T>(pairs_.y.padded);
-    fill_absent(c, pairs_.y.padded, column_base_, column_weight_);
-  }
   void store_faint(const MaskedScores<T>& masked, const Weights<T>& kept) {
     const Block& b = kept.block;
-    c.launch_warps(b.rows / kPadRows,
-                   FindFaint<T>{states_, row_total_, b.row, b.rows, n, m, multiplier_, own_, row_weight_, again_});
-    launch_scores(c, plan_scores(c, "faint weights", pairs_, b), pairs_, b,
-                  WeightEpilogue<T>{{masked, {row_base_, own_, column_base_, column_weight_}}, kept, again_});
+    c.launch_warps(b.rows / kPadRows, FindFaint<T>{states_, kept.x_factor, row_total_, b.row, b.rows, n, m, multiplier_,
+                                                   own_, row_weight_, again_});
+    Weights<T> other = kept;
+    other.x_factor = own_;
+    launch_blocked(c, pairs_, b, StoreFaint<T>{masked, other, again_});
   }
 
   void weight_pass(const MaskedScores<T>& masked) {
@@ -299,7 +310,11 @@ class Softmax {
       fill(column_states_, 0, pairs_.y.padded, m, column_base_, column_weight_, column_total);
       c.launch(1, LargestOf<T>{column_total, pairs_.y.padded, largest, true});
     }
-    if (p.mode == SoftmaxMode::rows) take_absent_columns();
+    if (p.mode == SoftmaxMode::rows) {
+      column_base_ = c.take<T>(pairs_.y.padded);
+      column_weight_ = c.take<T>(pairs_.y.padded);
+      fill_absent(c, pairs_.y.padded, column_base_, column_weight_);
+    }
     strip_.fit(2, largest);
     weight_blocks(c, pairs_, strip_, masked, {row_base_, row_weight_, column_base_, column_weight_});
   }
