@@ -14,7 +14,7 @@ from test_cuda import DEVICE, EMULATED, on_hopper, pair, tensor
 from test_cuda_losses import BOTH, VIEWS, classes, labelled, proxies
 
 import nearfar as nf
-from nearfar import gradients, operations
+from nearfar import backend, gradients, operations
 
 pytestmark = test_cuda.pytestmark
 on_device = test_cuda.on_device
@@ -107,11 +107,13 @@ def test_rows_far_below_the_common_base(temperature, toward):
     check(nf.info_nce_loss, KEYS, query=query, positive_key=key, temperature=temperature)
 
 
-def test_faint_rows_beside_bright_ones(small_strips):
-    """Queries on either side, so that some tiles of rows are stored again and others hold both."""
+@pytest.mark.parametrize("strips", [1, 3])
+def test_faint_rows_beside_bright_ones(strips, monkeypatch):
+    """Queries on either side: a tile of rows that is stored once, one stored again, and one that holds both."""
+    monkeypatch.setattr(backend, "STRIP_BYTES", 2 * 384 * 384 // strips)
     query, key = shifted(300, 40, 1)
-    query[5::7] *= -1
     query[130:256] *= -1
+    query[290] *= -1
     check(nf.info_nce_loss, KEYS, query=query, positive_key=key, temperature=0.05)
 
 
