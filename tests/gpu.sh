@@ -37,7 +37,7 @@ run=$(mktemp -d)
 trap 'rm -rf "$run"' EXIT
 cp -r tests pyproject.toml "$run/"
 cd "$run"
-part tests 150 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider tests/test_cuda.py tests/test_cuda_losses.py tests/test_cuda_kernels.py tests/test_cuda_points.py tests/test_cuda_statistics.py -k "not million"
+part tests 150 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider tests/test_cuda.py tests/test_cuda_losses.py tests/test_cuda_float16.py tests/test_cuda_kernels.py tests/test_cuda_points.py tests/test_cuda_statistics.py -k "not million"
 part million-rows 45 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py -k million
 if [ "$capability" = 90 ]; then
   # Scores of float32 rows on the tensor cores: right first, then both paths side by side.
@@ -45,21 +45,24 @@ if [ "$capability" = 90 ]; then
   part split-times 60 "$python" tests/gpu_split.py
 fi
 part bench 130 "$python" -m nearfar bench --device cuda --budget 0.3 --json "$out/bench.json"
+# Beside the lines of bfloat16: float16 takes the same kernels.
+part bench-float16 60 "$python" -m nearfar bench --device cuda --budget 0.3 --json "$out/bench-float16.json" \
+  --dtype float16 --ops 'info_nce,nt_xent,siglip,sup_con,uniformity'
 
 small="(info_nce or clip or nt_xent or uniformity or alignment or cdist or matmul or knn or kmeans)"
 small="$small and (37-16 or 65-33 or 5-66-3 or 65-16-2 or 40-3 or 33 or kmeans) and not float64"
-# initcheck does not see what the bulk copy engine writes, which on Hopper is the weights of bfloat16 rows.
+# initcheck does not see what the bulk copy engine writes, which on Hopper is the weights of 16-bit rows.
 for tool in memcheck racecheck synccheck initcheck; do
   if command -v compute-sanitizer >/dev/null; then
     part "sanitizer-$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
       "$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda.py \
-      -k "$small$([ "$tool" = initcheck ] && echo ' and not bfloat16')"
+      -k "$small$([ "$tool" = initcheck ] && echo ' and not float16')"
   else
     echo "sanitizer-$tool: SKIPPED, no compute-sanitizer on PATH" | tee -a "$out/summary.txt"
   fi
 done
 
-cat "$out/bench.log"
+cat "$out/bench.log" "$out/bench-float16.log"
 if [ "$capability" = 90 ]; then cat "$out/split-times.log"; fi
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"

@@ -74,8 +74,9 @@ def on_hopper():
 
 
 def check(loss, wanted, dtype, **arguments):
-    """A loss and its gradients at the contract's tolerances; Hopper rounds weights of bfloat16 rows to bfloat16."""
-    tolerance = {"gradient": 2.0**-10} if dtype == "bfloat16" and on_hopper() else {}
+    """A loss and its gradients at the contract's tolerances; Hopper rounds weights to the type of 16-bit rows."""
+    rounded = {"bfloat16": 2.0**-10, "float16": 2.0**-12}
+    tolerance = {"gradient": rounded[dtype]} if dtype in rounded and on_hopper() else {}
     g.compare(loss, wanted, dtype, value_floor=1e-3, floor=1e-3, **tolerance, **arguments)
 
 
@@ -115,7 +116,7 @@ def test_nt_xent(n, d, dtype):
     check(nf.nt_xent_loss, ["z1", "z2"], dtype, z1=z1, z2=z2)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("in_batch", [False, True])
 @pytest.mark.parametrize("own", [False, True])
 def test_negative_keys(own, in_batch, dtype):
@@ -135,7 +136,7 @@ def test_ids_leave_duplicates_out(symmetric):
 
 
 @pytest.mark.parametrize("loss", [nf.info_nce_loss, nf.clip_loss])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
 def test_blocks_of_weights(loss, dtype, small_strips):
     x, y = pair(300, 40, dtype)
     names = list(g.inspect.signature(loss).parameters)[:2]

@@ -72,7 +72,7 @@ def test_siglip_reductions(reduction):
     check(nf.siglip_loss, BOTH, "float64", **both(40, 12, "float64"), reduction=reduction, weights=weights)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_siglip_in_blocks(dtype, small_strips):
     arguments = both(300, 20, dtype)
     check(nf.siglip_loss, BOTH, dtype, **arguments, logit_bias=-3.0)
@@ -120,7 +120,7 @@ def test_proxy_anchor(n, d, dtype):
 
 
 @pytest.mark.parametrize("loss", [nf.hcl_loss, nf.multi_similarity_loss, nf.circle_loss, nf.proxy_anchor_loss])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_labelled_in_blocks(loss, dtype, small_strips):
     if loss is nf.hcl_loss:
         return check(loss, VIEWS, dtype, **views(150, 20, dtype))
@@ -166,7 +166,7 @@ def test_dcl(n, d, dtype):
     check(nf.dcl_loss, VIEWS, dtype, **views(n, d, dtype))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("temperature", [0.02, 0.1])  # below 1/30 exponentials have no common base
 @pytest.mark.parametrize("v", [1, 2, 3])
 @pytest.mark.parametrize("which", ["labels", "mask", "views"])
@@ -188,7 +188,7 @@ def test_sup_con_reductions(reduction):
           weights=weights)  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 def test_sup_con_in_blocks(dtype, small_strips):
     check(nf.sup_con_loss, ["embeddings"], dtype, **labelled(270, 20, dtype, count=20))
 

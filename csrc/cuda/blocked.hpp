@@ -11,8 +11,8 @@
 namespace nearfar {
 inline namespace device {
 
-/// Of bfloat16, 64 columns; or of float32, 32 columns in two pieces, one block behind the other: the number rounded to
-/// tf32 and what is left, rounded too.
+/// Of 16-bit numbers, 64 columns; or of float32, 32 columns in two pieces, one block behind the other: the number
+/// rounded to tf32 and what is left, rounded too.
 template <class E>
 struct Blocks {
   static constexpr int kPieces = sizeof(E) / 2, kWide = 16 / sizeof(E);
@@ -33,7 +33,7 @@ struct Blocks {
            within(static_cast<int>(row % kRows), static_cast<int>(column % kColumns));
   }
 };
-using Blocked = Blocks<BF16>;
+using Blocked = Blocks<uint16_t>;  // the bits of bfloat16 or float16: who multiplies them knows which
 using SplitBlocked = Blocks<float>;
 
 }  // namespace device

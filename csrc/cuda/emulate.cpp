@@ -46,7 +46,8 @@ struct Copies {
 /// A product of a warpgroup: done when all its threads have given it and one of them waits.
 struct Multiply {
   uint64_t a, b;
-  int size, given;
+  Operand type;
+  int given;
   bool transpose_a, transpose_b, fresh;
   float* c[kGroup];
 };
@@ -199,17 +200,21 @@ void put(Copies& copies, const Copy& copy) {
   copies.queue[copies.count++] = copy;
 }
 
-float element(const char* at, int size) {
+int size_of(Operand type) { return type == Operand::tf32 ? 4 : 2; }
+
+float element(const char* at, Operand type) {
   uint32_t bits = 0;
-  std::memcpy(size == 2 ? reinterpret_cast<char*>(&bits) + 2 : reinterpret_cast<char*>(&bits), at,
-              static_cast<size_t>(size));
-  return float_of(bits & 0xffffe000u);  // tf32: the tensor cores do not read the rest
+  std::memcpy(&bits, at, static_cast<size_t>(size_of(type)));
+  if (type == Operand::f16) return half_to_float(static_cast<uint16_t>(bits));
+  if (type == Operand::bf16) return float_of(bits << 16);
+  return float_of(bits & 0xffffe000u);  // the tensor cores do not read the rest
 }
 
 /// Lines of an operand, 32 bytes along the sum: out[line][k] ("Matrix Descriptor Format", "Canonical Layouts", 128-byte
 /// swizzle). K-major: eight lines of 128 bytes lie together, `stride` is from eight to the next. MN-major: eight along
 /// the sum, of 128 bytes of lines, and `leading` is from 128 bytes of lines to the next.
-void read_operand(uint64_t descriptor, int size, bool transpose, int lines, double* out) {
+void read_operand(uint64_t descriptor, Operand type, bool transpose, int lines, double* out) {
+  const int size = size_of(type);
   const auto field = [&](int from) { return static_cast<uint32_t>(descriptor >> from & 0x3fff) * 16; };
   const uint32_t start = field(0), leading = field(16), stride = field(32);
   expect(descriptor >> 62 == 1, "a descriptor of another swizzle than 128 bytes");
@@ -223,7 +228,7 @@ void read_operand(uint64_t descriptor, int size, bool transpose, int lines, doub
       const uint32_t plain = start + (transpose ? l / w * leading + d / 8 * stride + d % 8 * 128 + l % w * bytes
                                                 : l / 8 * stride + l % 8 * 128 + d * bytes);
       const uint32_t address = plain ^ (plain >> 7 & 7) << 4;  // Swizzle<3, 4, 3>
-      out[line * depth + k] = static_cast<double>(element(at_address(address, bytes), size));
+      out[line * depth + k] = static_cast<double>(element(at_address(address, bytes), type));
     }
 }
 
@@ -238,9 +243,9 @@ float truncated(double value) {
 void multiply(const Multiply& m) {
   constexpr int kRows = 64, kColumns = 128, kMostDepth = 16;
   static double a[kRows * kMostDepth], b[kColumns * kMostDepth];
-  read_operand(m.a, m.size, m.transpose_a, kRows, a);
-  read_operand(m.b, m.size, m.transpose_b, kColumns, b);
-  const int depth = 32 / m.size;
+  read_operand(m.a, m.type, m.transpose_a, kRows, a);
+  read_operand(m.b, m.type, m.transpose_b, kColumns, b);
+  const int depth = 32 / size_of(m.type);
   for (int t = 0; t < kGroup; ++t)
     for (int q = 0; q < 64; ++q) {
       const int row = t / 32 * 16 + t % 32 / 4 + q % 4 / 2 * 8, column = q / 4 * 8 + t % 4 * 2 + q % 2;
@@ -305,8 +310,7 @@ void wgmma_commit() {
   group.ends[group.committed[own]++ % Warpgroup::kMost] = group.given[own];
 }
 
-void store_pair(uint32_t address, float low, float high) {
-  const uint32_t bits = narrow<BF16>(low).bits | static_cast<uint32_t>(narrow<BF16>(high).bits) << 16;
+void store_pair(uint32_t address, uint32_t bits) {
   std::memcpy(at_address(address, sizeof(bits)), &bits, sizeof(bits));
 }
 
@@ -314,15 +318,15 @@ char* large_memory() { return machine->large; }
 
 void bulk_stored() { finish(machine->stores, nullptr); }
 
-void wgmma(float* c, uint64_t a, uint64_t b, int size, bool transpose_a, bool transpose_b, bool fresh) {
+void wgmma(float* c, uint64_t a, uint64_t b, Operand type, bool transpose_a, bool transpose_b, bool fresh) {
   sync_warp();
   Warpgroup& group = own_group();
   const int own = machine->current % kGroup;
   const uint64_t at = group.given[own]++;
   expect(at - group.done < Warpgroup::kMost, "too many products in flight");
   Multiply& m = group.queue[at % Warpgroup::kMost];
-  if (m.given == 0) m = {a, b, size, 0, transpose_a, transpose_b, fresh, {}};
-  expect(m.a == a && m.b == b && m.size == size, "threads of a warpgroup that give different products");
+  if (m.given == 0) m = {a, b, type, 0, transpose_a, transpose_b, fresh, {}};
+  expect(m.a == a && m.b == b && m.type == type, "threads of a warpgroup that give different products");
   m.c[own] = c;
   if (++m.given < kGroup) return;
   ++group.ready;

@@ -25,11 +25,12 @@ void bulk_load(void* to, const void* from, int bytes, uint64_t* barrier);
 void bulk_store(void* to, const void* from, int bytes);
 void bulk_stored();
 void wgmma_begin();
-/// c += a b as descriptors say; `size` bytes an element: 2 is bfloat16, 4 is tf32. fresh: c = a b.
-void wgmma(float* c, uint64_t a, uint64_t b, int size, bool transpose_a, bool transpose_b, bool fresh);
+enum class Operand { bf16, f16, tf32 };
+/// c += a b as descriptors say. fresh: c = a b.
+void wgmma(float* c, uint64_t a, uint64_t b, Operand type, bool transpose_a, bool transpose_b, bool fresh);
 void wgmma_commit();
 void wgmma_wait(int left);
-void store_pair(uint32_t address, float low, float high);
+void store_pair(uint32_t address, uint32_t bits);
 }  // namespace emulation
 
 using emulation::barrier_arrive;
@@ -39,7 +40,6 @@ using emulation::barrier_wait;
 using emulation::bulk_load;
 using emulation::bulk_store;
 using emulation::shared_address;
-using emulation::store_pair;
 using emulation::wgmma_begin;
 using emulation::wgmma_commit;
 
@@ -55,14 +55,20 @@ inline void wgmma_wait() {
 }
 template <int N>
 inline void wgmma_fence(float (&)[N][4]) {}
-template <bool TRANSPOSE_A, bool TRANSPOSE_B>
+template <class E, bool TRANSPOSE_A, bool TRANSPOSE_B>
 inline void wgmma(float (&c)[16][4], uint64_t a, uint64_t b) {
-  emulation::wgmma(&c[0][0], a, b, 2, TRANSPOSE_A, TRANSPOSE_B, false);
+  using emulation::Operand;
+  emulation::wgmma(&c[0][0], a, b, std::is_same_v<E, F16> ? Operand::f16 : Operand::bf16, TRANSPOSE_A, TRANSPOSE_B,
+                   false);
 }
 inline void wgmma_tf32(float (&c)[16][4], uint64_t a, uint64_t b, bool fresh) {
-  emulation::wgmma(&c[0][0], a, b, 4, false, false, fresh);
+  emulation::wgmma(&c[0][0], a, b, emulation::Operand::tf32, false, false, fresh);
 }
 
+template <class E>
+inline void store_pair(uint32_t address, float low, float high) {
+  emulation::store_pair(address, narrow<E>(low).bits | static_cast<uint32_t>(narrow<E>(high).bits) << 16);
+}
 inline float2 load_pair(const float* at) { return {at[0], at[1]}; }
 inline int opaque(int value) { return value; }
 inline float exp2_fast(float x) { return std::exp2(x); }

@@ -98,10 +98,15 @@ NEARFAR_DEVICE float2 load_pair(const float* at) {
   return pair;
 }
 
-/// Rounded to bfloat16, to shared memory.
+/// Rounded to E, to shared memory.
+template <class E>
 NEARFAR_DEVICE void store_pair(uint32_t address, float low, float high) {
   uint32_t bits;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  if constexpr (std::is_same_v<E, BF16>) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  } else {
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
+  }
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(bits) : "memory");
 }
 /// The same number, computed here: what depends on it does not leave the loop around, to wait in registers.
@@ -134,14 +139,21 @@ NEARFAR_DEVICE float reciprocal_fast(float x) {
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63},"
-/// c += a b for a of 64 x 16 and b of 16 x 128. TRANSPOSE: lines lie along the sum.
-template <bool TRANSPOSE_A, bool TRANSPOSE_B>
+/// c += a b for a of 64 x 16 and b of 16 x 128, both of E. TRANSPOSE: lines lie along the sum.
+template <class E, bool TRANSPOSE_A, bool TRANSPOSE_B>
 NEARFAR_DEVICE void wgmma(float (&c)[16][4], uint64_t a, uint64_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 " NEARFAR_SUMS_TEXT
-               " %64, %65, 1, 1, 1, %66, %67;"
-               : NEARFAR_SUMS(c)
-               : "l"(a), "l"(b), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B));
+#define NEARFAR_WGMMA(type)                                                                       \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " NEARFAR_SUMS_TEXT \
+               " %64, %65, 1, 1, 1, %66, %67;"                                                    \
+               : NEARFAR_SUMS(c)                                                                  \
+               : "l"(a), "l"(b), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B))
+  if constexpr (std::is_same_v<E, BF16>) {
+    NEARFAR_WGMMA("bf16");
+  } else {
+    NEARFAR_WGMMA("f16");
+  }
+#undef NEARFAR_WGMMA
 #else
   __trap();
 #endif

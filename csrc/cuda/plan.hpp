@@ -39,6 +39,13 @@ inline bool splits_rows(const cuda::Context& c, int64_t n, int64_t m, int64_t d)
   return d > kDirectDims && ceil_div(n, 128) * ceil_div(m, 128) >= c.device.multiprocessors;
 }
 
+/// Do products of packed rows, and of weights with them, go to Hopper's tensor cores by blocks (wgmma.hpp)? Weights are
+/// then of the rows' type.
+template <class E>
+bool blocks_rows(const cuda::Context& c) {
+  return sizeof(E) == 2 && c.hopper();
+}
+
 /// Large tiles read less, small tiles are more: large where they fill the device. float64 has room for small ones only.
 template <class E>
 Plan plan(const cuda::Context& c, const char* operation, int64_t rows, int64_t columns, int64_t depth, bool split,
@@ -81,8 +88,8 @@ void with_score_policy(const cuda::Context& c, const Plan& plan, F f) {
   }
 }
 
-/// f(policy of weights times packed rows); A_CONTIGUOUS: the weights as they lie, else transposed. Weights of float16
-/// rows are too small for float16: tf32, which holds the rows exactly.
+/// f(policy of weights times packed rows); A_CONTIGUOUS: the weights as they lie, else transposed. These weights of
+/// float16 rows have no bound that float16 would need: tf32, which holds the rows exactly.
 template <class E, bool A_CONTIGUOUS, class F>
 void with_product_policy(const cuda::Context& c, const Plan& plan, F f) {
   if constexpr (sizeof(E) == 8) {

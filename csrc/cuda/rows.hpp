@@ -120,17 +120,17 @@ struct Packed {
   T* factor = nullptr;
   T* squares = nullptr;  // squared norms of the packed rows, for distances
   int64_t n = 0, d = 0, padded = 0, pitch = 0;
-  bool blocked = false;  // as blocked.hpp says, bfloat16 on Hopper
+  bool blocked = false;  // as blocked.hpp says, 16-bit rows on Hopper
   SplitBlocked split{};  // the same rows in two pieces, where scores take them: float32 on Hopper
 
   NEARFAR_DEVICE E* at(int64_t i, int64_t k) const {
-    if constexpr (std::is_same_v<E, BF16>)
-      if (blocked) return blocks().at(i, k);
+    if constexpr (sizeof(E) == 2)
+      if (blocked) return reinterpret_cast<E*>(blocks().at(i, k));
     return data + i * pitch + k;
   }
   /// From row block `down` on.
   NEARFAR_HOST_DEVICE Blocked blocks(int64_t down = 0) const {
-    return {data + down * Blocked::kRows * pitch, pitch / Blocked::kColumns};
+    return {reinterpret_cast<uint16_t*>(data) + down * Blocked::kRows * pitch, pitch / Blocked::kColumns};
   }
   NEARFAR_HOST_DEVICE SplitBlocked splits(int64_t down) const {
     return {split.data + down * split.across * split.kBlock, split.across};
@@ -187,7 +187,7 @@ Packed<T, E> pack(cuda::Context& c, const Source<T>& source, const T* center, bo
   out.n = source.rows.n;
   out.d = source.rows.d;
   out.padded = round_up(out.n, kPadRows);
-  if constexpr (std::is_same_v<E, BF16>) out.blocked = blocked && c.hopper();
+  out.blocked = blocked;
   out.pitch = round_up(out.d, out.blocked ? 2 * Blocked::kColumns : kPadDepth);
   out.data = c.take<E>((out.padded + 1) * out.pitch);
   if (sizeof(E) == 2 && (source.inverse || out.blocked)) out.factor = c.take<T>(out.padded);

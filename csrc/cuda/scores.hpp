@@ -42,7 +42,7 @@ struct Pairs {
   Scores<T> scores;
 
   /// products: packed rows are also multiplied by weights, so distances must be centred in any case.
-  /// blocked: the operation's epilogues store weights by `Weights::store` only, so that bfloat16 rows may be blocked.
+  /// blocked: the operation's epilogues store weights by `Weights::store` only, so that 16-bit rows may be blocked.
   /// scored: launch_scores will be asked for scores.
   Pairs(cuda::Context& c, const Rows& x_rows, const Rows& y_rows, bool normalize, bool distance, bool products,
         bool blocked = false, bool scored = true) {
@@ -52,8 +52,9 @@ struct Pairs {
     const bool direct = distance && x_rows.d <= kDirectDims;
     const T* center = distance && (products || !direct) ? center_of(c, of_y) : nullptr;
     const bool split = std::is_same_v<E, float> && scored && !direct && splits_rows(c, x_rows.n, y_rows.n, x_rows.d);
-    y = pack<E>(c, of_y, center, distance, blocked, split);
-    x = same ? y : pack<E>(c, of_x, center, distance, blocked, split);
+    const bool by_blocks = blocked && blocks_rows<E>(c);
+    y = pack<E>(c, of_y, center, distance, by_blocks, split);
+    x = same ? y : pack<E>(c, of_x, center, distance, by_blocks, split);
     scores = {of_x, of_y, x.factor, y.factor, x.squares, y.squares, distance, direct, split ? kNearSplit : kNear<T>};
   }
   Block all() const { return {0, x.padded, 0, y.padded}; }
@@ -75,16 +76,19 @@ struct KnowsWgmma : std::false_type {};
 template <class Epilogue>
 struct KnowsWgmma<Epilogue, std::void_t<decltype(Epilogue::kStores)>> : std::true_type {};
 
+/// Of blocked rows.
+template <class T, class E, class Epilogue>
+void launch_blocked(cuda::Context& c, const Pairs<T, E>& pairs, const Block& b, const Epilogue& epilogue) {
+  const BlockedOperand<true, E> x{pairs.x.blocks(b.row / Blocked::kRows)}, y{pairs.y.blocks(b.column / Blocked::kRows)};
+  launch_wgmma(c, x, y, ceil_div(b.rows, Blocked::kRows), ceil_div(b.columns, Blocked::kRows),
+               ceil_div(pairs.x.d, Blocked::kColumns), 1, epilogue);
+}
+
 template <class T, class E, class Epilogue>
 void launch_scores(cuda::Context& c, const Plan& plan, const Pairs<T, E>& pairs, const Block& b,
                    const Epilogue& epilogue) {
-  if constexpr (std::is_same_v<E, BF16> && KnowsWgmma<Epilogue>::value) {
-    if (pairs.blocked()) {
-      const BlockedOperand<true> x{pairs.x.blocks(b.row / Blocked::kRows)},
-          y{pairs.y.blocks(b.column / Blocked::kRows)};
-      return launch_wgmma(c, x, y, ceil_div(b.rows, Blocked::kRows), ceil_div(b.columns, Blocked::kRows),
-                          ceil_div(pairs.x.d, Blocked::kColumns), 1, epilogue);
-    }
+  if constexpr (sizeof(E) == 2 && KnowsWgmma<Epilogue>::value) {
+    if (pairs.blocked()) return launch_blocked(c, pairs, b, epilogue);
   }
   if constexpr (std::is_same_v<E, float>) {
     if (pairs.split()) {

@@ -34,23 +34,24 @@ struct MaskedScores {
   NEARFAR_DEVICE bool bounded() const { return bounded_by(unit, multiplier()); }
   NEARFAR_HOST_DEVICE static bool bounded_by(bool unit, double scale) { return unit && scale <= 30; }
   /// In place, e^{s - bound}.
-  NEARFAR_DEVICE void exponentials(const Fragment<Wgmma>& f, int64_t row, int64_t column) const {
+  template <class P>
+  NEARFAR_DEVICE void exponentials(const Fragment<P>& f, int64_t row, int64_t column) const {
     const float scale = static_cast<float>(multiplier()) * cuda::kLog2E;
     const int64_t i0 = row + f.i0, j0 = column + f.j0;
-    uint32_t hidden[Wgmma::kRows];
+    uint32_t hidden[P::kRows];
     hide(i0, j0, hidden);
     for_each_pair(f, scores.x_factor + i0, scores.y_factor + j0, [&](float x, float y, float value, int a, int b) {
       return hidden[a] >> b & 1 ? 0.0f : cuda::exp2_fast(scale * (value * (x * y)) - scale);
     });
   }
-  NEARFAR_DEVICE void hide(int64_t i0, int64_t j0, uint32_t (&hidden)[Wgmma::kRows]) const {
+  NEARFAR_DEVICE void hide(int64_t i0, int64_t j0, uint32_t (&hidden)[WgmmaTile::kRows]) const {
     hide_pairs(whole(i0, j0), [&](int i, int j) { return has(i0 + i, j0 + j); }, hidden);
   }
   /// In place, for a whole tile.
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t row, int64_t column) const {
     const T scale = static_cast<T>(multiplier());
-    if constexpr (std::is_same_v<P, Wgmma>) {
+    if constexpr (is_blocked<P>) {
       uint32_t hidden[P::kRows];
       hide(row + f.i0, column + f.j0, hidden);
       return for_each_pair(f, scores.x_factor + row + f.i0, scores.y_factor + column + f.j0,
@@ -80,7 +81,7 @@ struct LseEpilogue {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t tile_m, int64_t tile_n, int64_t) const {
-    if constexpr (std::is_same_v<P, Wgmma>) {
+    if constexpr (is_blocked<P>) {
       if (masked.bounded()) {
         const T base = static_cast<T>(masked.multiplier());
         masked.exponentials(f, block.row, block.column);
@@ -119,7 +120,7 @@ struct WeighPairs {
 
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, const Block& b) const {
-    if constexpr (std::is_same_v<P, Wgmma>) {
+    if constexpr (is_blocked<P>) {
       if (masked.bounded()) {
         masked.exponentials(f, b.row, b.column);
         return for_each_pair(f, weight.row_weight + b.row + f.i0, weight.column_weight + b.column + f.j0,

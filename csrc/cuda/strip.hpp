@@ -15,8 +15,8 @@ inline namespace device {
 /// A block of weights: element (i, j) of all pairs is w[(i - row) * pitch + j - column]. Bits of `near` mark pairs that
 /// enter by their difference, where x_i and y_j would cancel in the products.
 ///
-/// Of blocked rows the weights are blocked too, bfloat16, and hold the factors of both rows: the products are divided
-/// by their own row's.
+/// Of blocked rows the weights are blocked too, of the rows' type, and hold the factors of both rows: the products are
+/// divided by their own row's.
 template <class T>
 struct Weights {
   T* w;
@@ -30,7 +30,7 @@ struct Weights {
   /// A tile whose accumulators are weights, whole: once in an epilogue, at its end.
   template <class P>
   NEARFAR_DEVICE void store(const Fragment<P>& f) const {
-    if constexpr (std::is_same_v<P, Wgmma>) {
+    if constexpr (is_blocked<P>) {
       for_each_pair(f, x_factor + block.row + f.i0, y_factor + block.column + f.j0,
                     [](float x, float y, float value, int, int) { return value * (x * y); });
       return store_blocked(f, blocks, f.i0 / P::kM, f.j0 / P::kN);
@@ -43,6 +43,53 @@ struct Weights {
     return near + ((i - block.row) * pitch + j - block.column) / 32;
   }
   NEARFAR_DEVICE void mark(int64_t i, int64_t j) const { cuda::atomic_or(word(i, j), 1u << ((j - block.column) & 31)); }
+};
+
+/// The largest |value| that is finite, by one block.
+template <class V>
+struct LargestOf {
+  const V* values;
+  int64_t count;
+  double* out;
+  bool joins = false;  // what lies there counts too
+  NEARFAR_DEVICE void operator()() const {
+    double most = 0;
+    NEARFAR_UNROLL_4
+    for (int64_t k = cuda::thread_index(); k < count; k += cuda::kThreads) {
+      const double value = fabs(static_cast<double>(values[k]));
+      most = value > most && value < infinity<double>() ? value : most;
+    }
+    most = block_largest(most);
+    if (cuda::thread_index() == 0) *out = joins && *out > most ? *out : most;
+  }
+};
+template <class V>
+const double* largest_of(cuda::Context& c, const V* values, int64_t count) {
+  double* out = c.take<double>(1);
+  c.launch(1, LargestOf<V>{values, count, out});
+  return out;
+}
+
+/// The power of two that takes numbers up to `most` below 2^order; 1 where there are none.
+NEARFAR_DEVICE float power_below(double most, int order) {
+  if (!(most > 0)) return 1;
+  const int power = order - 1 - ilogb(most);
+  return ldexpf(1.0f, power < -100 ? -100 : power > 100 ? 100 : power);
+}
+
+/// Factors of rows, times what takes numbers up to times * *largest below 2^order.
+template <class T>
+struct FitFactors {
+  const T* factor;
+  int64_t count;
+  double times;
+  const double* largest;
+  int order;
+  T* out;
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t k = cuda::global_thread();
+    if (k < count) out[k] = factor[k] * power_below(largest ? times * *largest : times, order);
+  }
 };
 
 template <class T>
@@ -138,7 +185,7 @@ struct StoreParts {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t split) const {
-    if constexpr (std::is_same_v<P, Wgmma>)
+    if constexpr (is_blocked<P>)
       return put_rows<false>(f, out + split * rows * d, rows, d, [](int64_t) { return 1.0f; });
     f.for_each([&](int64_t i, int64_t k, T value) {
       if (i < rows && k < d) out[(split * rows + i) * d + k] = value;
@@ -172,19 +219,22 @@ struct MergeParts {
   }
 };
 
-/// Blocked rows times a number each.
-template <class T>
+/// Blocked rows times a number each, and of float16 times what takes the largest of these numbers below 2^order.
+template <class T, class E>
 struct WeighRows {
   Blocked rows;
   const T* weight;
+  const double* largest;  // null: 1
+  int order;
   int64_t count;  // of numbers
-  BF16* out;
+  uint16_t* out;
   NEARFAR_DEVICE void operator()() const {
     const int64_t at = cuda::global_thread(), block = at / Blocked::kBlock,
                   line = at % Blocked::kBlock / Blocked::kColumns;
-    if (at < count)
-      out[at] =
-          narrow<BF16>(static_cast<float>(widen(rows.data[at]) * weight[block / rows.across * Blocked::kRows + line]));
+    if (at >= count) return;
+    float factor = static_cast<float>(weight[block / rows.across * Blocked::kRows + line]);
+    if (largest) factor *= power_below(*largest, order);
+    out[at] = narrow<E>(widen(E{rows.data[at]}) * factor).bits;
   }
 };
 
@@ -202,7 +252,7 @@ struct AddRows {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    if constexpr (std::is_same_v<P, Wgmma>)
+    if constexpr (is_blocked<P>)
       return put_rows<true>(f, out, rows, d, [&](int64_t i) { return reciprocal(factor, i); });
     f.for_each([&](int64_t i, int64_t k, T value) {
       if (i < rows && k < d)
@@ -221,8 +271,10 @@ void multiply_transposed(cuda::Context& c, const Plan& plan, const Operand<T, fa
                          const Block& b, int64_t d, const AddRows<T>& add);
 
 /// The same of blocked weights and rows: b.columns (or, transposed, b.rows) is the depth.
+template <class E>
 void multiply_blocked(cuda::Context& c, int64_t splits, const Blocked& w, const Blocked& rows, const Block& b,
                       int64_t d, float* parts);
+template <class E>
 void multiply_blocked_transposed(cuda::Context& c, const Blocked& w, const Blocked& rows, const Block& b, int64_t d,
                                  const AddRows<float>& add);
 
@@ -269,25 +321,46 @@ class Strip {
   Strip(cuda::Context& c, const Pairs<T, E>& pairs, bool whole_rows, bool stored, T* dx, T* dy)
       : c_(c), pairs_(pairs), dx_(dx), dy_(dy) {
     const bool blocked = pairs.blocked();
-    shape = StripShape::of(pairs.x.n, pairs.y.n, c.strip_bytes / (blocked ? sizeof(BF16) : sizeof(T)), whole_rows);
+    shape = StripShape::of(pairs.x.n, pairs.y.n, c.strip_bytes / (blocked ? sizeof(E) : sizeof(T)), whole_rows);
     if (!stored) return;
     const int64_t size = shape.rows * shape.columns;
     if (blocked) {
-      weights_.blocks = {c.take<BF16>(size), shape.columns / Blocked::kColumns};
+      weights_.blocks = {c.take<uint16_t>(size), shape.columns / Blocked::kColumns};
       weights_.x_factor = pairs.x.factor;
-      weights_.y_factor = pairs.y.factor;
+      weights_.y_factor = y_divisor_ = pairs.y.factor;
     } else {
       weights_.w = c.take<T>(size);
     }
     weights_.near = pairs.scores.distance && dx ? c.take<uint32_t>(size / 32) : nullptr;
     weights_.pitch = shape.columns;
     if (!dx) return;
-    if (blocked && whole_rows && dy)
-      weighed_rows_ = {c.take<BF16>(shape.rows * pairs.x.pitch), pairs.x.pitch / Blocked::kColumns};
+    if (blocked && whole_rows && dy) {
+      weighed_rows_ = {c.take<uint16_t>(shape.rows * pairs.x.pitch), pairs.x.pitch / Blocked::kColumns};
+      if (std::is_same_v<E, F16>) largest_row_ = c.take<double>(1), weighed_divisor_ = c.take<T>(shape.columns);
+    }
     plan_ = plan<E>(c, "weights times rows", shape.rows, pairs.x.d, shape.columns, true, blocked);
     parts_ = c.take<T>(plan_.splits * shape.rows * pairs.x.d);
     row_sums_ = c.take<T>(shape.rows);
     column_sums_ = c.take<T>(shape.columns);
+  }
+
+  /// No weight of a pair is further from 0 than times * *largest, which may be on the device; null: 1. To be said
+  /// before blocked weights are stored.
+  ///
+  /// Those of float16 lie below 2^15, the largest near it: what is 2^-29 of it still has all its digits. A power of two
+  /// does that, in the factor of x with which weights are stored and by which both products are divided. Unit rows have
+  /// factors from 2^-8 to 2^-7 already (Pack), and numbers up to 2^8, which leaves 2^7 for their own weights.
+  void fit(double times, const double* largest = nullptr) {
+    fitted_ = true;
+    if (!std::is_same_v<E, F16> || !weights_.blocks.data) return;
+    const int order = kWeightOrder + (pairs_.scores.x.inverse ? 7 : 0) + (pairs_.scores.y.inverse ? 7 : 0);
+    const auto fitted = [&](const Packed<T, E>& rows) {
+      T* out = c_.take<T>(rows.padded);
+      c_.launch_threads(rows.padded, FitFactors<T>{rows.factor, rows.padded, times, largest, order, out});
+      return out;
+    };
+    weights_.x_factor = fitted(pairs_.x);
+    y_divisor_ = pairs_.x.factor == pairs_.y.factor ? weights_.x_factor : fitted(pairs_.y);
   }
 
   /// f(weights of a block, empty so far) for every block, row by row.
@@ -296,6 +369,7 @@ class Strip {
     shape.for_blocks(pairs_.x.padded, pairs_.y.padded, [&](const Block& block) { f(open(block)); });
   }
   Weights<T> open(const Block& block) {
+    if (weights_.blocks.data && !fitted_) throw std::logic_error("blocked weights without a bound");
     Weights<T> weights = weights_;
     weights.block = block;
     return weights;
@@ -311,7 +385,7 @@ class Strip {
     const Block& b = weights.block;
     const bool distance = pairs_.scores.distance;
     const int64_t d = pairs_.x.d;
-    if constexpr (std::is_same_v<E, BF16>)
+    if constexpr (sizeof(E) == 2)
       if (pairs_.blocked()) return blocked_products(weights, offset(of_rows, weights.block.row));
     if (distance) {
       if (dy_) c_.launch_warps(b.columns, NearColumns<T>{weights, pairs_.scores.x, pairs_.scores.y, dy_});
@@ -344,20 +418,26 @@ class Strip {
     const int64_t d = pairs_.x.d;
     const int64_t rows = b.rows < pairs_.x.n - b.row ? b.rows : pairs_.x.n - b.row;
     const int64_t columns = b.columns < pairs_.y.n - b.column ? b.columns : pairs_.y.n - b.column;
-    multiply_blocked(c_, plan_.splits, weights.blocks, pairs_.y.blocks(b.column / Blocked::kRows), b, d, parts_);
+    multiply_blocked<E>(c_, plan_.splits, weights.blocks, pairs_.y.blocks(b.column / Blocked::kRows), b, d, parts_);
     c_.launch_threads(rows * d, MergeParts<T>{parts_, plan_.splits, b.rows, rows, d, nullptr, nullptr, 0,
-                                              dx_ + b.row * d, offset(pairs_.x.factor, b.row), of_rows});
+                                              dx_ + b.row * d, offset(weights.x_factor, b.row), of_rows});
     if (!dy_) return;
     Blocked own = pairs_.x.blocks(b.row / Blocked::kRows);
+    const T* divisor = offset(y_divisor_, b.column);
     if (of_rows) {
       const int64_t count = b.rows * pairs_.x.pitch;
-      c_.launch_threads(count, WeighRows<T>{own, of_rows, count, weighed_rows_.data});
+      if (largest_row_) {
+        c_.launch(1, LargestOf<T>{of_rows, b.rows, largest_row_});
+        c_.launch_threads(b.columns, FitFactors<T>{divisor, b.columns, 1, largest_row_, kRowOrder, weighed_divisor_});
+        divisor = weighed_divisor_;
+      }
+      c_.launch_threads(count, WeighRows<T, E>{own, of_rows, largest_row_, kRowOrder, count, weighed_rows_.data});
       own = weighed_rows_;
     }
-    multiply_blocked_transposed(
-        c_, weights.blocks, own, b, d,
-        AddRows<T>{dy_ + b.column * d, columns, d, nullptr, nullptr, 0, offset(pairs_.y.factor, b.column)});
+    multiply_blocked_transposed<E>(c_, weights.blocks, own, b, d,
+                                   AddRows<T>{dy_ + b.column * d, columns, d, nullptr, nullptr, 0, divisor});
   }
+  static constexpr int kWeightOrder = 15, kRowOrder = 7;
   static const T* offset(const T* factor, int64_t row) { return factor ? factor + row : nullptr; }
 
   static const float* factor(const Packed<T, E>& packed, int64_t row) {
@@ -373,7 +453,11 @@ class Strip {
   const Pairs<T, E>& pairs_;
   T *dx_, *dy_;
   Weights<T> weights_{};
+  bool fitted_ = false;
   Blocked weighed_rows_;
+  const T* y_divisor_ = nullptr;  // of blocked rows: what the product for row j of y is divided by
+  T* weighed_divisor_ = nullptr;  // the same for rows of x times a number each, of a strip's columns
+  double* largest_row_ = nullptr;
   Plan plan_{};
   T *parts_ = nullptr, *row_sums_ = nullptr, *column_sums_ = nullptr;
 };

@@ -1,7 +1,7 @@
 // Multiply on Hopper's tensor cores: blocks (blocked.hpp) through the copy engine, float32 accumulators.
 //
 // C[i][j] = sum_k A[i][k] B[j][k] as in tile.hpp, with the same epilogues. Tiles of 128 x 128, two warpgroups of 64
-// rows; one thread keeps copies of the next steps in flight. Of bfloat16, two blocks share a multiprocessor, so that
+// rows; one thread keeps copies of the next steps in flight. Of 16-bit rows, two blocks share a multiprocessor, so that
 // one multiplies while the other is in its epilogue; float32 rows in two pieces of tf32 take the memory of both.
 #pragma once
 
@@ -14,15 +14,16 @@ inline namespace device {
 
 /// An operand: with SUM_COLUMNS, tile t is its t-th 128 rows and a step of the sum a block's columns; else the other
 /// way about.
-template <bool SUM_COLUMNS, class E = BF16>
+template <bool SUM_COLUMNS, class E>
 struct BlockedOperand {
   using Element = E;
   static constexpr bool kSumColumns = SUM_COLUMNS;
-  Blocks<E> blocks;
+  Blocks<std::conditional_t<sizeof(E) == 2, uint16_t, E>> blocks;
   int first = 0;  // the tile of its set with which it begins
 };
 
-struct Wgmma {
+/// What epilogues see, whatever is multiplied.
+struct WgmmaTile {
   using T = float;
   static constexpr int kM = 128, kN = 128, kDepth = 64;
   static constexpr int kRows = 2, kCols = 32, kRowLanes = 4, kWarpsM = 8, kWarpsN = 1;
@@ -34,14 +35,7 @@ struct Wgmma {
   NEARFAR_DEVICE static int row(int a) { return cuda::warp_index() * 16 + a * 8 + cuda::lane_index() / 4; }
   NEARFAR_DEVICE static int col(int b) { return b / 2 * 8 + b % 2 + cuda::lane_index() % 4 * 2; }
   NEARFAR_DEVICE static float& value(Accumulators& acc, int a, int b) { return acc.v[b / 2][a * 2 + b % 2]; }
-
-  static constexpr int kHalf = 8192, kOperand = Blocked::kBytes, kStage = 2 * kOperand;
-  static constexpr int kResident = 2;    // blocks of a multiprocessor
-  static constexpr bool kWaits = false;  // is a step's memory free at its end?
-  template <class Epilogue>
-  static constexpr bool stores() {
-    return Epilogue::kStores;
-  }
+  static constexpr int kHalf = 8192;
 
   /// Step k of tile t.
   template <class Op>
@@ -61,16 +55,40 @@ struct Wgmma {
     return Op::kSumColumns ? cuda::descriptor(at + group * kHalf + k * 32, 16, 1024)
                            : cuda::descriptor(at + group * kHalf + k * 2048, kHalf, 1024);
   }
+};
+
+/// Of bfloat16 or float16.
+template <class E>
+struct Wgmma : WgmmaTile {
+  using Element = E;
+  static constexpr int kOperand = Blocked::kBytes, kStage = 2 * kOperand;
+  static constexpr int kResident = 2;    // blocks of a multiprocessor
+  static constexpr bool kWaits = false;  // is a step's memory free at its end?
+  template <class Epilogue>
+  static constexpr bool stores() {
+    return Epilogue::kStores;
+  }
+
   template <class A, class B>
   NEARFAR_DEVICE static void step(const char* stage, Accumulators& acc, int) {
     const int group = cuda::warp_index() / 4;
     cuda::wgmma_begin();
     NEARFAR_UNROLL
     for (int k = 0; k < 4; ++k)
-      cuda::wgmma<!A::kSumColumns, !B::kSumColumns>(acc.v, view<A>(stage, group, k), view<B>(stage + kOperand, 0, k));
+      cuda::wgmma<E, !A::kSumColumns, !B::kSumColumns>(acc.v, view<A>(stage, group, k),
+                                                       view<B>(stage + kOperand, 0, k));
     cuda::wgmma_commit();
   }
 };
+
+/// Is P the policy of blocked 16-bit rows? Then float32 accumulators lie as a WgmmaTile says, and an epilogue may store
+/// weights by blocks.
+template <class P>
+struct IsBlocked : std::false_type {};
+template <class E>
+struct IsBlocked<Wgmma<E>> : std::true_type {};
+template <class P>
+constexpr bool is_blocked = IsBlocked<P>::value;
 
 /// Scores of float32 rows x = high + low, both tf32: high high' + high low' + low high', which leaves out 2^-22 of a
 /// product. Tensor cores cut sums off where others round them, so that long ones lose digits: those of a step start
@@ -78,7 +96,7 @@ struct Wgmma {
 ///
 /// Sums that are cut off depend on their order, and <x, y> has the bits of <y, x>: of two tiles that mirror each other
 /// the one begins with high low', the other with low high'; of one that mirrors itself both are summed apart.
-struct WgmmaSplit : Wgmma {
+struct WgmmaSplit : WgmmaTile {
   static constexpr int kDepth = SplitBlocked::kColumns, kOperand = SplitBlocked::kBytes, kStage = 2 * kOperand;
   static constexpr int kResident = 1;
   static constexpr bool kWaits = true;
@@ -140,7 +158,7 @@ struct WgmmaSplit : Wgmma {
 /// in the cache.
 template <class A, class B, class Epilogue>
 struct WgmmaKernel {
-  using P = std::conditional_t<std::is_same_v<typename A::Element, float>, WgmmaSplit, Wgmma>;
+  using P = std::conditional_t<std::is_same_v<typename A::Element, float>, WgmmaSplit, Wgmma<typename A::Element>>;
   static constexpr int kGroup = 16, kResident = P::kResident;
   static constexpr bool kStores = P::template stores<Epilogue>();
   static constexpr int kStages = kStores ? 2 : 3;
@@ -250,17 +268,16 @@ struct WgmmaKernel {
 
 /// Every accumulator becomes value(of_rows[its row], of_columns[its column], accumulator, a, b); pointers are to the
 /// numbers of the tile.
-template <class Value>
-NEARFAR_DEVICE void for_each_pair(const Fragment<Wgmma>& f, const float* of_rows, const float* of_columns,
-                                  Value value) {
+template <class P, class Value>
+NEARFAR_DEVICE void for_each_pair(const Fragment<P>& f, const float* of_rows, const float* of_columns, Value value) {
   const int lane = cuda::opaque(cuda::lane_index());
   const float *rows = of_rows + cuda::warp_index() * 16 + lane / 4, *columns = of_columns + lane % 4 * 2;
   const float x[2] = {rows[0], rows[8]};
   NEARFAR_UNROLL
-  for (int b = 0; b < Wgmma::kCols; b += 2) {
+  for (int b = 0; b < P::kCols; b += 2) {
     const float2 y = cuda::load_pair(columns + b / 2 * 8);
     NEARFAR_UNROLL
-    for (int a = 0; a < Wgmma::kRows; ++a) {
+    for (int a = 0; a < P::kRows; ++a) {
       f(a, b) = value(x[a], y.x, f(a, b), a, b);
       f(a, b + 1) = value(x[a], y.y, f(a, b + 1), a, b + 1);
     }
@@ -268,15 +285,15 @@ NEARFAR_DEVICE void for_each_pair(const Fragment<Wgmma>& f, const float* of_rows
 }
 
 /// The same of two numbers of each: value(of_rows, of_columns, others of both, accumulator).
-template <class Value>
-NEARFAR_DEVICE void for_each_pair(const Fragment<Wgmma>& f, const float* of_rows, const float* of_columns,
+template <class P, class Value>
+NEARFAR_DEVICE void for_each_pair(const Fragment<P>& f, const float* of_rows, const float* of_columns,
                                   const float* rows_too, const float* columns_too, Value value) {
   const int lane = cuda::opaque(cuda::lane_index()), row = cuda::warp_index() * 16 + lane / 4, column = lane % 4 * 2;
   NEARFAR_UNROLL
-  for (int a = 0; a < Wgmma::kRows; ++a) {
+  for (int a = 0; a < P::kRows; ++a) {
     const float x = of_rows[row + 8 * a], x_too = rows_too[row + 8 * a];
     NEARFAR_UNROLL
-    for (int b = 0; b < Wgmma::kCols; b += 2) {
+    for (int b = 0; b < P::kCols; b += 2) {
       const float2 y = cuda::load_pair(of_columns + column + b / 2 * 8);
       const float2 y_too = cuda::load_pair(columns_too + column + b / 2 * 8);
       f(a, b) = value(x, y.x, x_too, y_too.x, f(a, b));
@@ -288,26 +305,26 @@ NEARFAR_DEVICE void for_each_pair(const Fragment<Wgmma>& f, const float* of_rows
 /// Bits of a thread's columns, for each of its rows: does the pair (row, column of the tile) not count? whole: all do.
 /// The loop is not unrolled, because its addresses would take the accumulators' registers.
 template <class Has>
-NEARFAR_DEVICE void hide_pairs(bool whole, Has has, uint32_t (&hidden)[Wgmma::kRows]) {
+NEARFAR_DEVICE void hide_pairs(bool whole, Has has, uint32_t (&hidden)[WgmmaTile::kRows]) {
   NEARFAR_UNROLL
-  for (int a = 0; a < Wgmma::kRows; ++a) {
+  for (int a = 0; a < WgmmaTile::kRows; ++a) {
     hidden[a] = 0;
     if (whole) continue;
     NEARFAR_ROLLED
-    for (int b = 0; b < Wgmma::kCols; ++b) hidden[a] |= uint32_t(!has(Wgmma::row(a), Wgmma::col(b))) << b;
+    for (int b = 0; b < WgmmaTile::kCols; ++b) hidden[a] |= uint32_t(!has(WgmmaTile::row(a), WgmmaTile::col(b))) << b;
   }
 }
 
 /// out_ik = value, or with ADD += value * factor(i), of a tile of (rows, d).
-template <bool ADD, class Factor>
-NEARFAR_DEVICE void put_rows(const Fragment<Wgmma>& f, float* out, int64_t rows, int64_t d, Factor factor) {
+template <bool ADD, class P, class Factor>
+NEARFAR_DEVICE void put_rows(const Fragment<P>& f, float* out, int64_t rows, int64_t d, Factor factor) {
   NEARFAR_UNROLL
-  for (int a = 0; a < Wgmma::kRows; ++a) {
+  for (int a = 0; a < P::kRows; ++a) {
     const int64_t i = f.i(a);
     if (i >= rows) continue;
     const float multiply = ADD ? factor(i) : 1.0f;
     NEARFAR_UNROLL
-    for (int b = 0; b < Wgmma::kCols; b += 2) {
+    for (int b = 0; b < P::kCols; b += 2) {
       const int64_t k = f.j(b);
       float* at = out + i * d + k;
       if (d % 2 == 0 && k < d) {
@@ -335,9 +352,8 @@ NEARFAR_DEVICE void fold(float* v, int mask) {
 
 /// Sums of every row and, with `columns`, of every column of the tile; place_row(i, sum), place_column(j, sum), once
 /// each.
-template <class PlaceRow, class PlaceColumn>
-NEARFAR_DEVICE void sum_lines(const Fragment<Wgmma>& f, bool columns, PlaceRow place_row, PlaceColumn place_column) {
-  using P = Wgmma;
+template <class P, class PlaceRow, class PlaceColumn>
+NEARFAR_DEVICE void sum_lines(const Fragment<P>& f, bool columns, PlaceRow place_row, PlaceColumn place_column) {
   const int lane = cuda::lane_index();
   NEARFAR_UNROLL
   for (int a = 0; a < P::kRows; ++a) {
@@ -372,23 +388,24 @@ NEARFAR_DEVICE void sum_lines(const Fragment<Wgmma>& f, bool columns, PlaceRow p
   place_column(j, sum);
 }
 
-/// The tile to a blocked matrix, tile (down, right) of it, through shared memory.
-NEARFAR_DEVICE void store_blocked(const Fragment<Wgmma>& f, const Blocked& to, int64_t down, int64_t right) {
+/// The tile to a blocked matrix, tile (down, right) of it, through shared memory, rounded to what the rows are.
+template <class P>
+NEARFAR_DEVICE void store_blocked(const Fragment<P>& f, const Blocked& to, int64_t down, int64_t right) {
   if (cuda::thread_index() == 0) cuda::bulk_stored<true>();
   cuda::sync_block();
   // Rows 8 apart keep their low bits, and so the order of the pieces of 16 bytes.
   const int lane = cuda::opaque(cuda::lane_index());
   const uint32_t line = cuda::shared_address(f.memory) + (cuda::warp_index() * 16 + lane / 4) * 128 + lane % 4 * 4;
   NEARFAR_UNROLL
-  for (int b = 0; b < Wgmma::kCols; b += 2) {
+  for (int b = 0; b < P::kCols; b += 2) {
     const int piece = b / 2;
-    const uint32_t at = line + piece / 8 * Wgmma::kOperand + (piece % 8 ^ lane / 4) * 16;
+    const uint32_t at = line + piece / 8 * P::kOperand + (piece % 8 ^ lane / 4) * 16;
     NEARFAR_UNROLL
-    for (int a = 0; a < Wgmma::kRows; ++a) cuda::store_pair(at + a * 8 * 128, f(a, b), f(a, b + 1));
+    for (int a = 0; a < P::kRows; ++a) cuda::store_pair<typename P::Element>(at + a * 8 * 128, f(a, b), f(a, b + 1));
   }
   cuda::fence_async();
   cuda::sync_block();
-  if (cuda::thread_index() == 0) cuda::bulk_store(to.block(down, 2 * right), f.memory, 2 * Wgmma::kOperand);
+  if (cuda::thread_index() == 0) cuda::bulk_store(to.block(down, 2 * right), f.memory, 2 * P::kOperand);
 }
 
 /// steps: of a block's columns along the sum.

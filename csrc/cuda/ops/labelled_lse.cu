@@ -54,7 +54,7 @@ struct LabelledPairs {
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, const Block& block, uint64_t& there, uint64_t& own_label) const {
     const T scale = static_cast<T>(multiplier());
-    if constexpr (std::is_same_v<P, Wgmma>) return apply_blocked(f, block, scale, there, own_label);
+    if constexpr (is_blocked<P>) return apply_blocked(f, block, scale, there, own_label);
     there = own_label = 0;
     NEARFAR_UNROLL
     for (int b = 0; b < P::kCols; ++b) {
@@ -72,9 +72,9 @@ struct LabelledPairs {
   }
 
  private:
-  NEARFAR_DEVICE void apply_blocked(const Fragment<Wgmma>& f, const Block& block, float scale, uint64_t& there,
+  template <class P>
+  NEARFAR_DEVICE void apply_blocked(const Fragment<P>& f, const Block& block, float scale, uint64_t& there,
                                     uint64_t& own_label) const {
-    using P = Wgmma;
     const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
     const bool whole = i0 + P::kM <= n && j0 + P::kN <= m && !(same && i0 == j0);
     uint32_t hidden[P::kRows];
@@ -242,6 +242,23 @@ struct LabelledWeightEpilogue {
   }
 };
 
+/// No slope of a logit is further from 0, of unit rows or a map that is linear.
+template <class T>
+double largest_slope(const LabelledLseDevice<T>& p) {
+  double most = 0;
+  for (const ScoreMap& map : p.maps) {
+    const double rise = map.q == 0 ? 0 : fabs(map.q) * p.scale;  // the scale may be on the device
+    most = fmax(most, fabs(map.sign) * (rise + fabs(map.r)));
+  }
+  return most;
+}
+/// Is that known here?
+template <class T>
+bool knows_slopes(const LabelledLseDevice<T>& p) {
+  const bool linear = p.maps[0].q == 0 && p.maps[1].q == 0;
+  return linear || (p.normalize && !p.scale_at);
+}
+
 template <class T, class E, int K>
 void values(cuda::Context& c, const LabelledLseDevice<T>& p, const Pairs<T, E>& pairs, const LabelledPairs<T>& known) {
   const int64_t states_count = K * p.x.n;
@@ -268,6 +285,8 @@ void gradients(cuda::Context& c, const LabelledLseDevice<T>& p, const Pairs<T, E
   Strip<T, E> strip(c, pairs, false, true, p.dx, p.same ? nullptr : p.dy);
   T *base = c.take<T>(K * padded), *weight = c.take<T>(K * padded);
   c.launch_threads(K * padded, FillTerms<T>{p.lse, p.grad, n, padded, K, base, weight});
+  // As a row and as a column; with the third sum.
+  strip.fit(2 * (K == 3 ? 1 + p.power : 1) * largest_slope(p), largest_of(c, weight, K * padded));
   strip.for_blocks([&](const Weights<T>& weights) {
     const Plan plan = plan_scores(c, "weights by label", pairs, weights.block);
     launch_scores(c, plan, pairs, weights.block,
@@ -282,7 +301,8 @@ void gradients(cuda::Context& c, const LabelledLseDevice<T>& p, const Pairs<T, E
 
 template <class T, class E, int K>
 void run(cuda::Context& c, const LabelledLseDevice<T>& p) {
-  const Pairs<T, E> pairs(c, p.x, p.y, p.normalize, false, p.dx != nullptr, true);
+  const bool blocked = !std::is_same_v<E, F16> || knows_slopes(p);
+  const Pairs<T, E> pairs(c, p.x, p.y, p.normalize, false, p.dx != nullptr, blocked);
   const LabelledPairs<T> known{pairs.scores, {{p.scale_at, p.scale}}, p.x.n, p.y.n, p.same, p.ids_x, p.ids_y, p.maps[0],
                                p.maps[1]};
   p.dx ? gradients<T, E, K>(c, p, pairs, known) : values<T, E, K>(c, p, pairs, known);

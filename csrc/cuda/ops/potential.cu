@@ -31,7 +31,7 @@ struct PotentialEpilogue {
   }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t tile_m, int64_t tile_n, int64_t) const {
-    if constexpr (std::is_same_v<P, Wgmma>) return apply_unit(f, tile_m, tile_n);
+    if constexpr (is_blocked<P>) return apply_unit(f, tile_m, tile_n);
     const T base = reference ? static_cast<T>(*reference) : T(0);
     double total = least ? infinity<double>() : 0;
     auto put = [&](int64_t i, int64_t j, T square, bool near) {
@@ -67,14 +67,15 @@ struct PotentialEpilogue {
     if (cuda::thread_index() == 0) of_tiles[tile_m * tiles_n + tile_n] = total;
   }
   /// Rows of norm one, or zero: their factor says which.
-  NEARFAR_DEVICE void apply_unit(const Fragment<Wgmma>& f, int64_t tile_m, int64_t tile_n) const {
+  template <class P>
+  NEARFAR_DEVICE void apply_unit(const Fragment<P>& f, int64_t tile_m, int64_t tile_n) const {
     const float slope = -cuda::kLog2E * static_cast<float>(t);
     const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
-    uint32_t hidden[Wgmma::kRows];
+    uint32_t hidden[P::kRows];
     hide_pairs(
-        i0 + Wgmma::kM <= n && j0 + Wgmma::kN <= n && i0 != j0,
-        [&](int i, int j) { return inside(f.i0 + i, f.j0 + j); }, hidden);
-    float sums[Wgmma::kRows] = {0, 0};
+        i0 + P::kM <= n && j0 + P::kN <= n && i0 != j0, [&](int i, int j) { return inside(f.i0 + i, f.j0 + j); },
+        hidden);
+    float sums[P::kRows] = {0, 0};
     for_each_pair(f, scores.x_factor + i0, scores.y_factor + j0, [&](float x, float y, float value, int a, int b) {
       const float square = (x == 0 ? 0.0f : 1.0f) + (y == 0 ? 0.0f : 1.0f) - 2 * (value * (x * y));
       const float w = hidden[a] >> b & 1 ? 0.0f : cuda::exp2_fast(slope * square);
@@ -115,13 +116,18 @@ struct FinishPotential {
 
 constexpr double kSafeExponent = 60;
 
-/// Packed bfloat16 rows are unit rows in blocks. There |x - y|^2 is 2 - 2 <x, y>, and of the gradient sum_j w_ij (x_i -
+/// Weights of float16 are from 2^12 on for near pairs, and must be normal numbers: 2^-14 is the smallest. The mean of
+/// e^{-t r} is e^{-t r'} at least, r' the mean of r, which is 2 n / (n - 1) at most.
+bool faint(double t, int64_t n) { return 2 * t * n > 18 * (n - 1); }
+
+/// Packed 16-bit rows are unit rows in blocks. There |x - y|^2 is 2 - 2 <x, y>, and of the gradient sum_j w_ij (x_i -
 /// x_j) the part along x_i is nothing to the row itself: -sum_j w_ij x_j is left, in which near pairs need no care.
 template <class T, class E>
 void run(cuda::Context& c, const PotentialDevice<T>& p) {
-  constexpr bool kUnit = std::is_same_v<E, BF16>;
+  constexpr bool kUnit = sizeof(E) == 2;
   const Pairs<T, E> pairs(c, p.x, p.x, p.normalize, !kUnit, p.dx != nullptr, kUnit);
   Strip<T, E> strip(c, pairs, false, p.dx != nullptr, p.dx, nullptr);
+  strip.fit(1);
   // By strips also where nothing is stored: the partial sums are of one launch each.
   const int64_t per_row = ceil_div(pairs.x.padded, 64);
   double* of_tiles = c.take<double>(per_row * per_row);
@@ -164,8 +170,12 @@ void run(cuda::Context& c, const PotentialDevice<T>& p) {
 namespace cuda {
 template <class T>
 void potential(Context& c, const PotentialDevice<T>& p) {
-  if constexpr (sizeof(T) == 4)
-    if (c.hopper() && p.normalize && p.x.dtype == DType::bf16 && 4 * p.t <= kSafeExponent) return run<T, BF16>(c, p);
+  if constexpr (sizeof(T) == 4) {
+    if (p.normalize && 4 * p.t <= kSafeExponent) {
+      if (blocks_rows<BF16>(c) && p.x.dtype == DType::bf16) return run<T, BF16>(c, p);
+      if (blocks_rows<F16>(c) && p.x.dtype == DType::f16 && !faint(p.t, p.x.n)) return run<T, F16>(c, p);
+    }
+  }
   run<T, T>(c, p);
 }
 }  // namespace cuda

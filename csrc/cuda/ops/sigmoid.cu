@@ -47,7 +47,7 @@ struct SigmoidEpilogue {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t tile_n, int64_t) const {
-    if constexpr (std::is_same_v<P, Wgmma>) return apply_blocked(f, tile_n);
+    if constexpr (is_blocked<P>) return apply_blocked(f, tile_n);
     const T scale = static_cast<T>(multiplier()), shift = static_cast<T>(bias());
     reduce_sums<P, kSums>(
         [&](int a, T(&sums)[kSums]) {
@@ -69,8 +69,8 @@ struct SigmoidEpilogue {
         });
     if (out.stored()) out.store(f);
   }
-  NEARFAR_DEVICE void apply_blocked(const Fragment<Wgmma>& f, int64_t tile_n) const {
-    using P = Wgmma;
+  template <class P>
+  NEARFAR_DEVICE void apply_blocked(const Fragment<P>& f, int64_t tile_n) const {
     const float scale = static_cast<float>(multiplier()), shift = static_cast<float>(bias());
     const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
     uint32_t hidden[P::kRows];
@@ -157,6 +157,7 @@ void run(cuda::Context& c, const SigmoidDevice<T>& p) {
   const T weight = static_cast<T>(p.weight);
   const Pairs<T, E> pairs(c, p.x, p.y, p.normalize, false, p.dx != nullptr, true);
   Strip<T, E> strip(c, pairs, false, p.dx != nullptr, p.dx, p.dy);
+  if (p.dx) p.weights ? strip.fit(1, largest_of(c, p.weights, n)) : strip.fit(fabs(p.weight));
 
   double* sums = c.take<double>(Epilogue::kSums * n);
   T* slopes = c.take<T>(n);

@@ -78,22 +78,24 @@ struct RowWeights {
 };
 
 /// Normalisers and weights of lines [first, first + count): w e^{s - base}. An empty denominator has no weight.
+/// `total`: the weights of a line together, the positive left out.
 template <class T>
 struct FillWeights {
   Denominator denominator;
   const LogSumExp* states;
   RowWeights<T> weights;
   int64_t first, count, valid;
-  T *base, *weight;
+  T *base, *weight, *total;
   Multiplier multiplier;
   bool unit;
 
   NEARFAR_DEVICE void operator()() const {
     const int64_t at = cuda::global_thread(), i = first + at;
     if (at >= count) return;
-    double lse = 0, w = 0;
-    if (i < valid) lse = denominator.whole(states[i], i), w = weights(i);
+    double lse = 0, w = 0, own = 0;
+    if (i < valid) lse = denominator.whole(states[i], i), w = weights(i), own = states[i].value();
     const bool empty = lse == -infinity<double>();
+    total[i] = static_cast<T>(empty ? 0 : w * exp(own - lse));
     const double scale = multiplier();
     if (MaskedScores<T>::bounded_by(unit, scale)) w *= exp(scale - lse), lse = scale;
     base[i] = static_cast<T>(empty ? 0 : lse);
@@ -112,6 +114,53 @@ struct WeighStrip {
     if (i >= b.rows) return;
     T& place = strip.w[i * strip.pitch + j];
     place = weight(b.row + i, b.column + j, place);
+  }
+};
+
+/// Weights of float16 that were stored as e^{s - bound} are too faint where all scores of a row lie far below the
+/// bound. Such rows take their own log-sum-exp for a base, and their tile is stored again, under other factors of its
+/// rows. A warp for 128 rows, from `first`.
+template <class T>
+struct FindFaint {
+  static constexpr double kFaintest = 1.0 / (1 << 25);  // mean of a row: 2^12 of it is a normal number, with room
+  const LogSumExp* states;
+  const T *factor, *total;
+  int64_t first, rows, valid, columns;
+  Multiplier multiplier;
+  T *own, *weight;  // the other factor; what rows of the strip are still to be multiplied by
+  int32_t* again;
+
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t tile = cuda::global_warp(), from = first + tile * kPadRows;
+    if (tile * kPadRows >= rows) return;
+    const double scale = multiplier();
+    const auto sum = [&](int64_t i) { return exp(states[i].value() - scale); };
+    bool faint = false;
+    for (int64_t i = from + cuda::lane_index(); i < from + kPadRows && i < valid; i += cuda::kWarp)
+      faint |= sum(i) < kFaintest * static_cast<double>(columns) && states[i].s > 0;
+    faint = cuda::ballot(faint);
+    if (cuda::lane_index() == 0) again[tile] = faint;
+    for (int64_t i = from + cuda::lane_index(); faint && i < from + kPadRows; i += cuda::kWarp) {
+      const bool some = i < valid && states[i].s > 0;
+      own[i] = static_cast<T>(some ? static_cast<double>(factor[i]) / sum(i) : 0.0);
+      weight[i] = total[i];
+    }
+  }
+};
+
+/// Stores these tiles.
+template <class T>
+struct StoreFaint {
+  static constexpr bool kStores = true;
+  MaskedScores<T> masked;
+  Weights<T> out;
+  const int32_t* again;
+
+  NEARFAR_DEVICE bool wants(int64_t i0, int64_t, int, int) const { return again[i0 / kPadRows]; }
+  template <class P>
+  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
+    masked.exponentials(f, out.block.row, out.block.column);
+    out.store(f);
   }
 };
 
@@ -178,6 +227,12 @@ class Softmax {
       row_weight_ = c.take<T>(pairs_.x.padded);
       column_base_ = columns_ ? c.take<T>(pairs_.y.padded) : row_base_;
       column_weight_ = columns_ ? c.take<T>(pairs_.y.padded) : row_weight_;
+      row_total_ = c.take<T>(pairs_.x.padded);
+    }
+    if (keeps_blocks()) {
+      strip_.fit(1);
+      own_ = c.take<T>(pairs_.x.padded);
+      again_ = c.take<int32_t>(shape.rows / kPadRows);
     }
     shape.for_blocks(pairs_.x.padded, pairs_.y.padded, [&](const Block& block) { lse_block(masked, block); });
     if (p.dx && !keeps_scores()) weight_pass(masked);
@@ -186,14 +241,15 @@ class Softmax {
 
  private:
   bool unit() const { return p.normalize && pairs_.blocked(); }
-  /// Three products in place of four. Blocked strips hold bfloat16, which is too little for scores; exponentials with a
-  /// common base are kept there, and rows are divided by their sums afterwards.
+  /// Three products in place of four. Blocked strips hold 16-bit numbers, which is too little for scores; exponentials
+  /// with a common base are kept there, and rows are divided by their sums afterwards.
   bool keeps_scores() const {
     if (p.mode != SoftmaxMode::rows || !p.dx) return false;
     if (pairs_.blocked() && (p.scale_at || !MaskedScores<T>::bounded_by(unit(), p.scale))) return false;
-    const int64_t size = pairs_.blocked() ? sizeof(BF16) : sizeof(T);
+    const int64_t size = pairs_.blocked() ? sizeof(E) : sizeof(T);
     return round_up(m, kPadRows) * kPadRows * size <= c.strip_bytes;
   }
+  bool keeps_blocks() const { return pairs_.blocked() && keeps_scores(); }
   RowWeights<T> row_weights() const { return {p.weights, p.weight, columns_ ? 0.5 : 1.0}; }
   Denominator denominator() const { return {p.positive_in_sum, positive_score_}; }
 
@@ -215,36 +271,51 @@ class Softmax {
     if (keeps_scores()) kept = strip_.open(b);
     const Plan plan = plan_scores(c, "log-sum-exp", pairs_, b);
     const int64_t tiles_m = ceil_div(b.rows, plan.tile), tiles_n = ceil_div(b.columns, plan.tile);
-    const bool keeps_blocks = pairs_.blocked() && keeps_scores();
-    if constexpr (std::is_same_v<E, BF16>)
-      if (keeps_blocks)
+    if constexpr (sizeof(E) == 2)
+      if (keeps_blocks())
         launch_scores(c, plan, pairs_, b, LseEpilogue<T, true>{masked, kept, b, tiles_m, tiles_n, of_rows_, nullptr});
-    if (!keeps_blocks)
+    if (!keeps_blocks())
       launch_scores(c, plan, pairs_, b,
                     LseEpilogue<T, false>{masked, kept, b, tiles_m, tiles_n, of_rows_, of_columns_});
     merge_lse(c, pairs_, b, plan, of_rows_, of_columns_, states_, column_states_);
     if (!keeps_scores()) return;
-    fill(states_, b.row, b.rows, n, row_base_, row_weight_);
-    if (keeps_blocks) return strip_.products(kept, row_weight_);
+    fill(states_, b.row, b.rows, n, row_base_, row_weight_, row_total_);
+    if constexpr (std::is_same_v<E, F16>)
+      if (keeps_blocks()) store_faint(masked, kept);
+    if (keeps_blocks()) return strip_.products(kept, row_weight_);
     c.launch_threads(b.rows * b.columns, WeighStrip<T>{PairWeight<T>{row_base_, row_weight_, nullptr, nullptr}, kept});
     strip_.products(kept);
   }
 
-  void fill(const LogSumExp* states, int64_t first, int64_t count, int64_t valid, T* base, T* weight) {
+  void fill(const LogSumExp* states, int64_t first, int64_t count, int64_t valid, T* base, T* weight, T* total) {
     RowWeights<T> weights = row_weights();
-    c.launch_threads(
-        count, FillWeights<T>{denominator(), states, weights, first, count, valid, base, weight, multiplier_, unit()});
+    c.launch_threads(count, FillWeights<T>{denominator(), states, weights, first, count, valid, base, weight, total,
+                                           multiplier_, unit()});
+  }
+  void store_faint(const MaskedScores<T>& masked, const Weights<T>& kept) {
+    const Block& b = kept.block;
+    c.launch_warps(b.rows / kPadRows, FindFaint<T>{states_, kept.x_factor, row_total_, b.row, b.rows, n, m, multiplier_,
+                                                   own_, row_weight_, again_});
+    Weights<T> other = kept;
+    other.x_factor = own_;
+    launch_blocked(c, pairs_, b, StoreFaint<T>{masked, other, again_});
   }
 
   void weight_pass(const MaskedScores<T>& masked) {
-    fill(states_, 0, pairs_.x.padded, n, row_base_, row_weight_);
-    if (columns_) fill(column_states_, 0, pairs_.y.padded, m, column_base_, column_weight_);
-    const bool rows_only = p.mode == SoftmaxMode::rows;
-    if (rows_only) {
+    fill(states_, 0, pairs_.x.padded, n, row_base_, row_weight_, row_total_);
+    double* largest = c.take<double>(1);
+    c.launch(1, LargestOf<T>{row_total_, pairs_.x.padded, largest});
+    if (columns_) {
+      T* column_total = c.take<T>(pairs_.y.padded);
+      fill(column_states_, 0, pairs_.y.padded, m, column_base_, column_weight_, column_total);
+      c.launch(1, LargestOf<T>{column_total, pairs_.y.padded, largest, true});
+    }
+    if (p.mode == SoftmaxMode::rows) {
       column_base_ = c.take<T>(pairs_.y.padded);
       column_weight_ = c.take<T>(pairs_.y.padded);
       fill_absent(c, pairs_.y.padded, column_base_, column_weight_);
     }
+    strip_.fit(2, largest);
     weight_blocks(c, pairs_, strip_, masked, {row_base_, row_weight_, column_base_, column_weight_});
   }
 
@@ -297,6 +368,8 @@ class Softmax {
   T* paired_score_ = nullptr;
   PartialSum<T>*of_rows_ = nullptr, *of_columns_ = nullptr;
   T *row_base_ = nullptr, *row_weight_ = nullptr, *column_base_ = nullptr, *column_weight_ = nullptr;
+  T *row_total_ = nullptr, *own_ = nullptr;
+  int32_t* again_ = nullptr;
 };
 
 }  // namespace

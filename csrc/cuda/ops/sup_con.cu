@@ -54,7 +54,7 @@ struct SupConEpilogue {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t tile_n, int64_t) const {
-    if constexpr (std::is_same_v<P, Wgmma>) return apply_blocked(f, tile_n);
+    if constexpr (is_blocked<P>) return apply_blocked(f, tile_n);
     masked.apply(f, block.row, block.column);
     reduce_sums<P, kSums>(
         [&](int a, T(&sums)[kSums]) {
@@ -75,8 +75,8 @@ struct SupConEpilogue {
     sums_of_rows[i * kSums * tiles_n + tile_n] = count;
     sums_of_rows[(i * kSums + 1) * tiles_n + tile_n] = sum;
   }
-  NEARFAR_DEVICE void apply_blocked(const Fragment<Wgmma>& f, int64_t tile_n) const {
-    using P = Wgmma;
+  template <class P>
+  NEARFAR_DEVICE void apply_blocked(const Fragment<P>& f, int64_t tile_n) const {
     const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
     const bool bounded = masked.bounded();
     uint32_t no_positive[P::kRows];
@@ -147,8 +147,8 @@ struct Losses {
   }
 };
 
-/// Of rows: the base of exponentials, the upstream gradient (0 without a positive, or past the end) over the sum of
-/// exponentials, and its share for a positive.
+/// Of rows: the base of exponentials, the upstream gradient (0 without a positive, or past the end), the same over the
+/// sum of exponentials, and its share for a positive.
 template <class T>
 struct FillRows {
   const LogSumExp* states;
@@ -158,20 +158,21 @@ struct FillRows {
   int64_t n, padded;
   Multiplier multiplier;
   bool unit;
-  T *base, *weight, *share;
+  T *base, *own, *weight, *share;
 
   NEARFAR_DEVICE void operator()() const {
     const int64_t i = cuda::global_thread();
     if (i >= padded) return;
-    base[i] = weight[i] = share[i] = 0;
+    base[i] = own[i] = weight[i] = share[i] = 0;
     if (i >= n) return;
     const double lse = states[i].value(), scale = multiplier(),
-                 own = (upstream ? static_cast<double>(upstream[i]) : 1) / (mean_count ? *mean_count : 1);
+                 factor = (upstream ? static_cast<double>(upstream[i]) : 1) / (mean_count ? *mean_count : 1);
     // Also without a positive: no exponential may overflow. What the base is off by rounding, `weight` makes good.
     base[i] = static_cast<T>(MaskedScores<T>::bounded_by(unit, scale) ? scale : lse);
     if (!(sums[2 * i] > 0)) return;
-    weight[i] = static_cast<T>(own * exp(static_cast<double>(base[i]) - lse));
-    share[i] = static_cast<T>(own / sums[2 * i]);
+    own[i] = static_cast<T>(factor);
+    weight[i] = static_cast<T>(factor * exp(static_cast<double>(base[i]) - lse));
+    share[i] = static_cast<T>(factor / sums[2 * i]);
   }
 };
 
@@ -189,7 +190,7 @@ struct SupConWeightEpilogue {
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
     const Block& b = out.block;
     weigh.apply(f, b);
-    if constexpr (std::is_same_v<P, Wgmma>) {
+    if constexpr (is_blocked<P>) {
       if (positives.classes) {
         subtract_share<true, true>(f);
       } else {  // a mask need not be symmetric
@@ -208,10 +209,10 @@ struct SupConWeightEpilogue {
   }
 
  private:
-  template <bool OF_ROW, bool OF_COLUMN>
-  NEARFAR_DEVICE void subtract_share(const Fragment<Wgmma>& f) const {
+  template <bool OF_ROW, bool OF_COLUMN, class P>
+  NEARFAR_DEVICE void subtract_share(const Fragment<P>& f) const {
     const int64_t i0 = out.block.row + f.i0, j0 = out.block.column + f.j0;
-    uint32_t no_positive[Wgmma::kRows];
+    uint32_t no_positive[P::kRows];
     hide_pairs(
         false, [&](int i, int j) { return OF_ROW ? positives(i0 + i, j0 + j) : positives(j0 + j, i0 + i); },
         no_positive);
@@ -258,10 +259,11 @@ void run(cuda::Context& c, const SupConDevice<T>& p) {
   if (!p.dx) return;
 
   const int64_t padded = pairs.x.padded;
-  T *base = c.take<T>(padded), *weight = c.take<T>(padded), *share = c.take<T>(padded);
+  T *base = c.take<T>(padded), *own = c.take<T>(padded), *weight = c.take<T>(padded), *share = c.take<T>(padded);
   c.launch_threads(padded, FillRows<T>{states, sums, p.weights, p.weight_of_mean ? p.anchors_at : nullptr, n, padded,
-                                       multiplier, unit, base, weight, share});
+                                       multiplier, unit, base, own, weight, share});
   Strip<T, E> strip(c, pairs, false, true, p.dx, nullptr);
+  strip.fit(2, largest_of(c, own, padded));
   strip.for_blocks([&](const Weights<T>& weights) {
     const Plan plan = plan_scores(c, "weights of softmax and positives", pairs, weights.block);
     launch_scores(c, plan, pairs, weights.block,

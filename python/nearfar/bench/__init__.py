@@ -27,6 +27,9 @@ SCHEMA = 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the benchmark to a parser."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float16"), help="of the lines with 16 bits on the GPU (default: bfloat16)"
+    )
     parser.add_argument("--ops", metavar="A,B", help="only these operations; shell patterns (default: all)")
     parser.add_argument("--quick", action="store_true", help="small sizes: whether everything runs, not how fast")
     parser.add_argument("--threads", type=int, metavar="N", help="threads for everybody (default: nearfar's)")
@@ -53,6 +56,9 @@ def run(args: argparse.Namespace) -> int:
                 print(f"nearfar bench: {option}: only on the CPU", file=sys.stderr)
                 return 2
         return gpu.run(args)
+    if args.dtype:
+        print("nearfar bench: --dtype: only with --device cuda", file=sys.stderr)
+        return 2
     try:
         cases = select(args.ops)
         if args.threads is not None and args.threads < 1:

@@ -14,7 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import nearfar as nf
@@ -352,6 +352,8 @@ def run(args: argparse.Namespace) -> int:
     if not chosen:
         print(f"nearfar bench: ops: no operation matches {args.ops!r}", file=sys.stderr)
         return 2
+    if args.dtype:
+        chosen = [replace(line, dtype=args.dtype) if line.dtype == "bfloat16" else line for line in chosen]
     budget = args.budget if args.budget is not None else 0.2 if args.quick else 1.0
     rate = matrix_product_rate(device, budget, 64 if args.quick else 8192)
     name = "emulation on the CPU: these are no speeds" if backend.emulate else torch.cuda.get_device_name()
