@@ -17,7 +17,7 @@ import references
 import torch
 
 import nearfar as nf
-from nearfar import _core, backend
+from nearfar import _core, backend, operations
 
 CUDA = getattr(_core, "cuda", None)
 EMULATED = CUDA is not None and CUDA.emulated
@@ -36,9 +36,16 @@ SHAPES = [(1, 1), (2, 3), (37, 16), (64, 17), (65, 33), (128, 64), (130, 70)]
 
 
 @pytest.fixture(autouse=True)
-def on_device(monkeypatch):
-    """The operations of this file go to the CUDA kernels."""
+def on_device(monkeypatch, request):
+    """The operations of this file go to the CUDA kernels.
+
+    On a GPU a scale that is given as a number reaches them as one. In emulation it would count as on the device, which
+    takes another path: only where a test's name says so.
+    """
     monkeypatch.setattr(backend, "emulate", EMULATED)
+    if EMULATED and "scale" not in request.node.name.partition("[")[0]:
+        multiplier = operations._multiplier
+        monkeypatch.setattr(operations, "_multiplier", lambda scale, like: multiplier(float(scale), like))
 
 
 @pytest.fixture
@@ -152,6 +159,14 @@ def test_learnable_scale_stays_on_the_device():
     ]
     assert scale.grad.device == scale.device
     g.assert_value(scale.grad, expected, 1e-10)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_info_nce_with_a_scale_on_the_device(dtype, small_strips):
+    query, key = pair(300, 40, dtype)
+    scale = torch.tensor(12.0, dtype=torch.float64, device=DEVICE)
+    wanted = ["query", "positive_key", "logit_scale"]
+    check(nf.info_nce_loss, wanted, dtype, query=query, positive_key=key, logit_scale=scale)
 
 
 def test_a_scale_on_the_device_that_is_not_positive_gives_nan():

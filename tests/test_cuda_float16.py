@@ -26,13 +26,6 @@ KEYS = ["query", "positive_key"]
 BOUND = 3e-4 if on_hopper() else 5e-5
 
 
-@pytest.fixture(autouse=True)
-def scales_are_numbers(monkeypatch, request):
-    """On a GPU a scale that is given as a number reaches kernels as one; in emulation it would count as on the device."""
-    if EMULATED and "learnable" not in request.node.name:
-        monkeypatch.setattr(operations, "_multiplier", lambda scale, like: float(scale))
-
-
 def wide_gradients(loss, arguments):
     """The float32 gradients, by part of the call, and their names."""
     call = loss.__nearfar_plan__(**arguments)

@@ -7,6 +7,8 @@
 // every time.
 #pragma once
 
+#include <utility>
+
 #include "cuda/scores.hpp"
 
 namespace nearfar {
@@ -51,7 +53,7 @@ struct LargestOf {
   const V* values;
   int64_t count;
   double* out;
-  bool joins = false;  // what lies there counts too
+  bool joins;  // what lies there counts too
   NEARFAR_DEVICE void operator()() const {
     double most = 0;
     NEARFAR_UNROLL_4
@@ -63,12 +65,12 @@ struct LargestOf {
     if (cuda::thread_index() == 0) *out = joins && *out > most ? *out : most;
   }
 };
+/// `count` numbers on the device.
 template <class V>
-const double* largest_of(cuda::Context& c, const V* values, int64_t count) {
-  double* out = c.take<double>(1);
-  c.launch(1, LargestOf<V>{values, count, out});
-  return out;
-}
+struct Numbers {
+  const V* values;
+  int64_t count;
+};
 
 /// The power of two that takes numbers up to `most` below 2^order; 1 where there are none.
 NEARFAR_DEVICE float power_below(double most, int order) {
@@ -344,15 +346,19 @@ class Strip {
     column_sums_ = c.take<T>(shape.columns);
   }
 
-  /// No weight of a pair is further from 0 than times * *largest, which may be on the device; null: 1. To be said
-  /// before blocked weights are stored.
+  /// No weight of a pair is further from 0 than `times` the largest of numbers on the device; without these, than
+  /// `times`. To be said before blocked weights are stored.
   ///
   /// Those of float16 lie below 2^15, the largest near it: what is 2^-29 of it still has all its digits. A power of two
   /// does that, in the factor of x with which weights are stored and by which both products are divided. Unit rows have
   /// factors from 2^-8 to 2^-7 already (Pack), and numbers up to 2^8, which leaves 2^7 for their own weights.
-  void fit(double times, const double* largest = nullptr) {
+  template <class... V>
+  void fit(double times, const Numbers<V>&... numbers) {
     fitted_ = true;
     if (!std::is_same_v<E, F16> || !weights_.blocks.data) return;
+    double* largest = sizeof...(V) ? c_.take<double>(1) : nullptr;
+    bool joins = false;
+    (c_.launch(1, LargestOf<V>{numbers.values, numbers.count, largest, std::exchange(joins, true)}), ...);
     const int order = kWeightOrder + (pairs_.scores.x.inverse ? 7 : 0) + (pairs_.scores.y.inverse ? 7 : 0);
     const auto fitted = [&](const Packed<T, E>& rows) {
       T* out = c_.take<T>(rows.padded);
@@ -427,7 +433,7 @@ class Strip {
     if (of_rows) {
       const int64_t count = b.rows * pairs_.x.pitch;
       if (largest_row_) {
-        c_.launch(1, LargestOf<T>{of_rows, b.rows, largest_row_});
+        c_.launch(1, LargestOf<T>{of_rows, b.rows, largest_row_, false});
         c_.launch_threads(b.columns, FitFactors<T>{divisor, b.columns, 1, largest_row_, kRowOrder, weighed_divisor_});
         divisor = weighed_divisor_;
       }

@@ -286,7 +286,7 @@ void gradients(cuda::Context& c, const LabelledLseDevice<T>& p, const Pairs<T, E
   T *base = c.take<T>(K * padded), *weight = c.take<T>(K * padded);
   c.launch_threads(K * padded, FillTerms<T>{p.lse, p.grad, n, padded, K, base, weight});
   // As a row and as a column; with the third sum.
-  strip.fit(2 * (K == 3 ? 1 + p.power : 1) * largest_slope(p), largest_of(c, weight, K * padded));
+  strip.fit(2 * (K == 3 ? 1 + p.power : 1) * largest_slope(p), Numbers<T>{weight, K * padded});
   strip.for_blocks([&](const Weights<T>& weights) {
     const Plan plan = plan_scores(c, "weights by label", pairs, weights.block);
     launch_scores(c, plan, pairs, weights.block,

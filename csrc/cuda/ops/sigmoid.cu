@@ -157,7 +157,7 @@ void run(cuda::Context& c, const SigmoidDevice<T>& p) {
   const T weight = static_cast<T>(p.weight);
   const Pairs<T, E> pairs(c, p.x, p.y, p.normalize, false, p.dx != nullptr, true);
   Strip<T, E> strip(c, pairs, false, p.dx != nullptr, p.dx, p.dy);
-  if (p.dx) p.weights ? strip.fit(1, largest_of(c, p.weights, n)) : strip.fit(fabs(p.weight));
+  if (p.dx) p.weights ? strip.fit(1, Numbers<T>{p.weights, n}) : strip.fit(fabs(p.weight));
 
   double* sums = c.take<double>(Epilogue::kSums * n);
   T* slopes = c.take<T>(n);

@@ -303,19 +303,18 @@ class Softmax {
 
   void weight_pass(const MaskedScores<T>& masked) {
     fill(states_, 0, pairs_.x.padded, n, row_base_, row_weight_, row_total_);
-    double* largest = c.take<double>(1);
-    c.launch(1, LargestOf<T>{row_total_, pairs_.x.padded, largest});
+    Numbers<T> of_columns{nullptr, 0};
     if (columns_) {
       T* column_total = c.take<T>(pairs_.y.padded);
       fill(column_states_, 0, pairs_.y.padded, m, column_base_, column_weight_, column_total);
-      c.launch(1, LargestOf<T>{column_total, pairs_.y.padded, largest, true});
+      of_columns = {column_total, pairs_.y.padded};
     }
     if (p.mode == SoftmaxMode::rows) {
       column_base_ = c.take<T>(pairs_.y.padded);
       column_weight_ = c.take<T>(pairs_.y.padded);
       fill_absent(c, pairs_.y.padded, column_base_, column_weight_);
     }
-    strip_.fit(2, largest);
+    strip_.fit(2, Numbers<T>{row_total_, pairs_.x.padded}, of_columns);
     weight_blocks(c, pairs_, strip_, masked, {row_base_, row_weight_, column_base_, column_weight_});
   }
 

@@ -82,10 +82,7 @@ class SoftmaxBlock {
       weight.column_base = base;
       weight.column_weight = none;
     }
-    double* largest = c.take<double>(1);
-    c.launch(1, LargestOf<double>{p.weight_x, n, largest});
-    if (p.lse_y) c.launch(1, LargestOf<double>{p.weight_y, m, largest, true});
-    strip.fit(2, largest);
+    strip.fit(2, Numbers<double>{p.weight_x, n}, Numbers<double>{p.weight_y, p.lse_y ? m : 0});
     weight_blocks(c, pairs_, strip, masked_, weight);
     double* along = c.take<double>(n);
     finish_rows(c, pairs_.scores.x, p.dx, finish_scaled<T>(multiplier_, along));

@@ -263,7 +263,7 @@ void run(cuda::Context& c, const SupConDevice<T>& p) {
   c.launch_threads(padded, FillRows<T>{states, sums, p.weights, p.weight_of_mean ? p.anchors_at : nullptr, n, padded,
                                        multiplier, unit, base, own, weight, share});
   Strip<T, E> strip(c, pairs, false, true, p.dx, nullptr);
-  strip.fit(2, largest_of(c, own, padded));
+  strip.fit(2, Numbers<T>{own, padded});
   strip.for_blocks([&](const Weights<T>& weights) {
     const Plan plan = plan_scores(c, "weights of softmax and positives", pairs, weights.block);
     launch_scores(c, plan, pairs, weights.block,
