@@ -87,7 +87,7 @@ def test_siglip_of_a_match_keeps_its_digits():
 
 
 @pytest.mark.parametrize("name", ["logit_scale", "logit_bias"])
-def test_siglip_numbers_on_the_device_that_are_no_good_give_nan(name):
+def test_siglip_scale_or_bias_on_the_device_that_is_no_good_gives_nan(name):
     bad = torch.tensor(-torch.inf, device=DEVICE)
     assert nf.siglip_loss(**both(5, 4, "float32"), **{name: bad}).isnan()
 
