@@ -77,7 +77,7 @@ def on_hopper():
     """Whether kernels take what only sm_90a has; an emulation is told to by its environment."""
     if EMULATED:
         return os.environ.get("NEARFAR_EMULATE_ARCHITECTURE") == "90"
-    return torch.cuda.get_device_capability() == (9, 0)
+    return ON_GPU and torch.cuda.get_device_capability() == (9, 0)
 
 
 def check(loss, wanted, dtype, **arguments):
