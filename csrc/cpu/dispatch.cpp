@@ -49,6 +49,9 @@ struct Supported {
     v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     v4_vnni = v4 && __builtin_cpu_supports("avx512vnni");
+#if defined(NEARFAR_EMULATE_AVX512)
+    v4 = v4_vnni = v3;
+#endif
   }
 };
 #endif
@@ -59,15 +62,11 @@ const Ops& choose() {
 #endif
   // Best first.
   const Level levels[] = {
-#if defined(NEARFAR_EMULATE_AVX512)
-      {"v4_vnni", v4_vnni::table, cpu.v3}, {"v4", v4::table, cpu.v3},
-#else
 #if defined(NEARFAR_HAVE_v4_vnni)
       {"v4_vnni", v4_vnni::table, cpu.v4_vnni},
 #endif
 #if defined(NEARFAR_HAVE_v4)
       {"v4", v4::table, cpu.v4},
-#endif
 #endif
 #if defined(NEARFAR_HAVE_v3)
       {"v3", v3::table, cpu.v3},
