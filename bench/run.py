@@ -24,8 +24,8 @@ RESULTS = Path(__file__).parent / "results"
 
 def _operations(options: list[str]) -> str:
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--ops", default="")
-    return str(parser.parse_known_args(options)[0].ops)
+    bench.add_arguments(parser)
+    return parser.parse_known_args(options)[0].ops or ""
 
 
 def main() -> int:
