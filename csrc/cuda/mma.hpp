@@ -61,6 +61,7 @@ struct Mma {
   static constexpr bool kHalves = sizeof(Cell) == 2;
   static constexpr int kM = TILE, kN = TILE;
   static constexpr int kDepth = (PIECES == 1 ? 2 : 1) * Type::kDepth;
+  static constexpr int kResident = 1;
   static constexpr int kWarpsM = 2, kWarpsN = 4, kRowLanes = 4;
   static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
   static constexpr int kMmaM = kWarpM / 16, kMmaN = kWarpN / 8;

@@ -109,8 +109,8 @@ template <class T>
 struct PutScore {
   bool mend;
   NEARFAR_DEVICE PutScore begin() const { return *this; }
-  NEARFAR_DEVICE void operator()(T& place, int64_t i, int64_t j, T score) const {
-    place = mend && i == j && score > T(0.5) ? T(1) : score;
+  NEARFAR_DEVICE T operator()(int64_t i, int64_t j, T score) const {
+    return mend && i == j && score > T(0.5) ? T(1) : score;
   }
 };
 
@@ -119,7 +119,7 @@ struct PutGaussian {
   const T* parameter;
   struct Put {
     GaussianStep<T> step;
-    NEARFAR_DEVICE void operator()(T& place, int64_t, int64_t, T score) const { place = step.value(score); }
+    NEARFAR_DEVICE T operator()(int64_t, int64_t, T score) const { return step.value(score); }
   };
   NEARFAR_DEVICE Put begin() const { return {GaussianStep<T>(parameter)}; }
 };
@@ -132,8 +132,8 @@ struct PutGaussianPull {
   struct Put {
     GaussianStep<T> step;
     const Weights<T>& upstream;
-    NEARFAR_DEVICE void operator()(T& place, int64_t i, int64_t j, T score) const {
-      place = finite(upstream.at(i, j) * (2 * step.slope(score, step.value(score))));
+    NEARFAR_DEVICE T operator()(int64_t i, int64_t j, T score) const {
+      return finite(upstream.at(i, j) * (2 * step.slope(score, step.value(score))));
     }
   };
   NEARFAR_DEVICE Put begin() const { return {GaussianStep<T>(parameter), upstream}; }
@@ -152,26 +152,18 @@ struct ProgramEpilogue {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    const int64_t row = out.block.row, column = out.block.column;
+    const int64_t i0 = out.block.row + f.i0, j0 = out.block.column + f.j0;
+    const uint64_t hidden = f.without(i0 + P::kM <= n && j0 + P::kN <= m, [&](int64_t i, int64_t j) {
+      return out.block.row + i < n && out.block.column + j < m;
+    });
+    const uint64_t near = scores.apply(f, i0, j0, hidden);
     const auto one = put.begin();
-    auto inside = [&](int64_t i, int64_t j) { return row + i < n && column + j < m; };
-    auto leave = [&](int64_t i, int64_t j, T score, bool near) {
-      one(out.w[i * out.pitch + j], row + i, column + j, score);
-      if (near) out.mark(row + i, column + j);
-    };
-    f.for_each(
-        [&](int64_t i, int64_t j, T product) {
-          return inside(i, j) && scores.must_measure(row + i, column + j, scores(row + i, column + j, product));
-        },
-        [&](int64_t i, int64_t j, T product) {
-          if (inside(i, j)) {
-            const T score = scores(row + i, column + j, product);
-            leave(i, j, score, out.near && scores.near(row + i, column + j, score));
-          } else if (outside) {
-            out.w[i * out.pitch + j] = 0;
-          }
-        },
-        [&](int64_t i, int64_t j) { leave(i, j, scores.measure(row + i, column + j), out.near != nullptr); });
+    NEARFAR_UNROLL
+    for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
+    for (int b = 0; b < P::kCols; ++b)
+      f(a, b) = hidden >> (a * P::kCols + b) & 1 ? T(0) : one(i0 + P::row(a), j0 + P::col(b), f(a, b));
+    f.store(outside ? 0 : hidden, [&](int a) { return out.w + f.i(a) * out.pitch + f.j0; });
+    if (out.near) f.for_bits(near, [&](int a, int b) { out.mark(i0 + P::row(a), j0 + P::col(b)); });
   }
 };
 

@@ -21,16 +21,28 @@ struct Scores {
   bool distance, direct;
   T near_part;  // of |x|^2 + |y|^2: pairs as near as this are measured
 
+  /// Of a pair.
+  NEARFAR_DEVICE T operator()(int64_t i, int64_t j, T product) const {
+    return x_factor ? product * (x_factor[i] * y_factor[j]) : product;
+  }
   NEARFAR_DEVICE bool near(int64_t i, int64_t j, T square) const {
     return square <= (x_squares[i] + y_squares[j]) * near_part;
   }
-  /// Of a pair inside the sets; what `must_measure` says is to be measured instead.
-  NEARFAR_DEVICE T operator()(int64_t i, int64_t j, T product) const {
-    if (x_factor) product *= x_factor[i] * y_factor[j];
-    return distance && !direct ? (x_squares[i] + y_squares[j]) - 2 * product : product;
-  }
-  NEARFAR_DEVICE bool must_measure(int64_t i, int64_t j, T score) const {
-    return distance && !direct && near(i, j, score);
+  /// The products of a tile that begins at (i0, j0) of the sets become scores; bits of near pairs, which are measured.
+  /// `hidden` pairs are none. Padding has numbers too, so there is no bound.
+  template <class P>
+  NEARFAR_DEVICE uint64_t apply(const Fragment<P>& f, int64_t i0, int64_t j0, uint64_t hidden) const {
+    if (x_factor) f.for_each(x_factor + i0, y_factor + j0, [](T& value, T x, T y) { value *= x * y; });
+    if (!distance) return 0;
+    const T *x = x_squares + i0, *y = y_squares + j0;
+    if (!direct) f.for_each(x, y, [](T& value, T u, T v) { value = (u + v) - 2 * value; });
+    bool any = false;
+    f.for_each(x, y, [&](T value, T u, T v) { any |= value <= (u + v) * near_part; });
+    if (!any) return 0;
+    const uint64_t near =
+        f.find([&](int a, int b) { return f(a, b) <= (x[P::row(a)] + y[P::col(b)]) * near_part; }) & ~hidden;
+    if (!direct) f.for_bits(near, [&](int a, int b) { f.set(a, b, measure(i0 + P::row(a), j0 + P::col(b))); });
+    return near;
   }
   NEARFAR_DEVICE T measure(int64_t i, int64_t j) const { return direct_distance(x, y, i, j); }
 };

@@ -14,6 +14,7 @@ struct Simt {
 
   static constexpr int kM = TILE, kN = TILE, kDepth = 16;
   static constexpr int kRows = TILE / 16, kCols = TILE / 16;
+  static constexpr int kResident = 2;  // while one waits, the other multiplies
   static constexpr int kRowLanes = 16, kWarpsM = cuda::kWarps, kWarpsN = 1;
   static constexpr int kPitch = TILE + 4;
   static_assert(TILE % 64 == 0 && kRows == kCols, "each thread takes groups of four");

@@ -59,12 +59,12 @@ struct MaskedScores {
                              return hidden[a] >> b & 1 ? -infinity<float>() : scale * (value * (x * y));
                            });
     }
-    NEARFAR_UNROLL
-    for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
-    for (int b = 0; b < P::kCols; ++b) {
-      const int64_t i = row + f.i(a), j = column + f.j(b);
-      f(a, b) = has(i, j) ? scale * scores(i, j, f(a, b)) : -infinity<T>();
-    }
+    const int64_t i0 = row + f.i0, j0 = column + f.j0;
+    const uint64_t hidden =
+        f.without(whole(i0, j0), [&](int64_t i, int64_t j) { return has(row + i, column + j); });
+    scores.apply(f, i0, j0, hidden);
+    f.for_each([&](int64_t, int64_t, T& value) { value *= scale; });
+    f.replace(hidden, -infinity<T>());
   }
 };
 

@@ -80,6 +80,12 @@ struct Stage {
   }
 };
 
+/// Two neighbours.
+template <class T>
+struct alignas(2 * sizeof(T)) Two {
+  T first, second;
+};
+
 /// The tile as an epilogue sees it.
 template <class P>
 struct Fragment {
@@ -95,31 +101,108 @@ struct Fragment {
     for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
     for (int b = 0; b < P::kCols; ++b) f(i(a), j(b), P::value(acc, a, b));
   }
-  /// The same, of pairs for which `hard` is true only `rest(i, j)` afterwards: rare and long work, which would keep the
-  /// accumulators waiting and be in the code once for every one of them.
-  template <class Hard, class F, class Rest>
-  NEARFAR_DEVICE void for_each(Hard hard, F f, Rest rest) const {
-    static_assert(P::kRows * P::kCols <= 64, "one bit for every accumulator");
-    uint64_t later = 0;
+  /// f(value, x, y) with the numbers of its row and column, of which these are the tile's.
+  template <class F>
+  NEARFAR_DEVICE void for_each(const typename P::T* of_rows, const typename P::T* of_columns, F f) const {
+    using T = typename P::T;
+    T x[P::kRows];
     NEARFAR_UNROLL
-    for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
-    for (int b = 0; b < P::kCols; ++b) {
-      if (hard(i(a), j(b), P::value(acc, a, b))) {
-        later |= uint64_t(1) << (a * P::kCols + b);
-      } else {
-        f(i(a), j(b), P::value(acc, a, b));
+    for (int a = 0; a < P::kRows; ++a) x[a] = of_rows[P::row(a)];
+    NEARFAR_UNROLL
+    for (int b = 0; b < P::kCols; b += 2) {  // neighbours
+      const Two<T> y = *reinterpret_cast<const Two<T>*>(of_columns + P::col(b));
+      NEARFAR_UNROLL
+      for (int a = 0; a < P::kRows; ++a) {
+        f(P::value(acc, a, b), x[a], y.first);
+        f(P::value(acc, a, b + 1), x[a], y.second);
       }
     }
-    for (; later; later &= later - 1) {
-      const int bit = cuda::lowest_bit(later);
-      rest(i(bit / P::kCols), j(bit % P::kCols));
+  }
+
+  // Pairs that need something else are a bit each of a word, (a, b) at a * kCols + b, looked at before or after the
+  // others: a branch for every pair would make each wait for its own loads.
+
+  /// Those that `has(i, j)` denies; none of a tile that is whole.
+  template <class Has>
+  NEARFAR_DEVICE uint64_t without(bool whole, Has has) const {
+    uint64_t bits = 0;
+    if (whole) return bits;
+    NEARFAR_ROLLED
+    for (int bit = 0; bit < P::kRows * P::kCols; ++bit)
+      bits |= uint64_t(!has(i(bit / P::kCols), j(bit % P::kCols))) << bit;
+    return bits;
+  }
+  /// Those with `is(a, b)`, which are few.
+  template <class Is>
+  NEARFAR_DEVICE uint64_t find(Is is) const {
+    static_assert(P::kRows * P::kCols <= 64, "one bit for every accumulator");
+    bool any = false;
+    NEARFAR_UNROLL
+    for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
+    for (int b = 0; b < P::kCols; ++b) any |= is(a, b);
+    uint64_t bits = 0;
+    if (!any) return bits;
+    NEARFAR_UNROLL
+    for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
+    for (int b = 0; b < P::kCols; ++b) bits |= uint64_t(is(a, b)) << (a * P::kCols + b);
+    return bits;
+  }
+  NEARFAR_DEVICE void replace(uint64_t bits, typename P::T value) const {
+    if (bits == 0) return;
+    NEARFAR_UNROLL
+    for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
+    for (int b = 0; b < P::kCols; ++b)
+      if (bits >> (a * P::kCols + b) & 1) P::value(acc, a, b) = value;
+  }
+  /// By numbers known at run time only: registers have no index.
+  NEARFAR_DEVICE void set(int row, int column, typename P::T value) const {
+    NEARFAR_UNROLL
+    for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
+    for (int b = 0; b < P::kCols; ++b)
+      if (a == row && b == column) P::value(acc, a, b) = value;
+  }
+  /// f(a, b) of each.
+  template <class F>
+  NEARFAR_DEVICE static void for_bits(uint64_t bits, F f) {
+    for (; bits; bits &= bits - 1) {
+      const int bit = cuda::lowest_bit(bits);
+      f(bit / P::kCols, bit % P::kCols);
     }
+  }
+  /// Row a to line(a)[column], which has room for the tile.
+  template <class Line>
+  NEARFAR_DEVICE void store(Line line) const {
+    NEARFAR_UNROLL
+    for (int a = 0; a < P::kRows; ++a) store_line(a, line(a));
+  }
+  /// The same without the pairs in `hidden`, to any place.
+  template <class Line>
+  NEARFAR_DEVICE void store(uint64_t hidden, Line line) const {
+    NEARFAR_UNROLL
+    for (int a = 0; a < P::kRows; ++a) {
+      typename P::T* to = line(a);
+      if (hidden == 0 && reinterpret_cast<uintptr_t>(to) % sizeof(Two<typename P::T>) == 0) {
+        store_line(a, to);
+      } else {
+        NEARFAR_UNROLL
+        for (int b = 0; b < P::kCols; ++b)
+          if (!(hidden >> (a * P::kCols + b) & 1)) to[P::col(b)] = P::value(acc, a, b);
+      }
+    }
+  }
+
+ private:
+  NEARFAR_DEVICE void store_line(int a, typename P::T* to) const {
+    NEARFAR_UNROLL
+    for (int b = 0; b < P::kCols; b += 2)
+      *reinterpret_cast<Two<typename P::T>*>(to + P::col(b)) = {P::value(acc, a, b), P::value(acc, a, b + 1)};
   }
 };
 
 /// One tile a block. Rows of tiles run fastest: neighbouring blocks share the tile of B.
 template <class P, class A, class B, class Epilogue>
 struct TileKernel {
+  static constexpr int kResident = P::kResident;
   A a;
   B b;
   int64_t tiles_m, tiles_n, depth;

@@ -2,37 +2,140 @@
 //
 //   out_i  = sum_j k(x_i, y_j) v_j
 //   dx_i   = sum_j <g_i, v_j> pull_ij (x_i - y_j)     (of <g, K v>; v's own gradient is K(y, x) g: the same operation)
-#include "cuda/ops.hpp"
+#include "cuda/loss.hpp"
 #include "cuda/program.hpp"
 
 namespace nearfar {
 namespace {
 
-/// out_i += sum_j w_ij v_j for a few columns of v: a warp a row.
-template <class T, int MOST>
+/// Few columns of v are no product for the engine: rows of K times them, a number of each for every row.
+constexpr int64_t kFew = 4;
+template <class F>
+void with_few(int64_t r, F f) {
+  if (r == 1) return f(std::integral_constant<int, 1>{});
+  if (r == 2) return f(std::integral_constant<int, 2>{});
+  if (r == 3) return f(std::integral_constant<int, 3>{});
+  f(std::integral_constant<int, 4>{});
+}
+
+/// Columns of v one behind the other, zero up to whole tiles.
+template <class T>
+struct Columns {
+  const T* data;
+  int64_t padded;
+  NEARFAR_DEVICE const T* operator()(int k) const { return data + k * padded; }
+};
+template <class T>
+struct TurnColumns {
+  Source<T> v;
+  int64_t padded;
+  T* out;
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t at = cuda::global_thread(), j = at % padded, k = at / padded;
+    if (k < v.rows.d) out[at] = j < v.rows.n ? v.raw(j, k) : T(0);
+  }
+};
+
+/// out_i += sum_j w_ij v_j of a strip: a warp a row.
+template <class T, int R>
 struct FewColumns {
   Weights<T> strip;
-  Source<T> v;
+  Columns<T> columns;
   int64_t n;
   T* out;
   NEARFAR_DEVICE void operator()() const {
     const Block& b = strip.block;
-    const int64_t i = cuda::global_warp(), r = v.rows.d;
+    const int64_t i = cuda::global_warp();
     if (i >= b.rows || b.row + i >= n) return;
-    T sums[MOST] = {};
-    for (int64_t j = cuda::lane_index(); j < b.columns && b.column + j < v.rows.n; j += cuda::kWarp) {
-      const T w = strip.w[i * strip.pitch + j];
+    T sums[R] = {};
+    const int lane = cuda::lane_index();
+    const T* line = strip.w + i * strip.pitch;
+    constexpr int kAhead = kPadRows / cuda::kWarp;
+    for (int64_t j = lane; j < b.columns; j += kPadRows) {
       NEARFAR_UNROLL
-      for (int k = 0; k < MOST; ++k)
-        if (k < r) sums[k] += w * v.raw(b.column + j, k);
+      for (int u = 0; u < kAhead; ++u) {
+        const int64_t at = j + u * cuda::kWarp;
+        NEARFAR_UNROLL
+        for (int k = 0; k < R; ++k) sums[k] += line[at] * columns(k)[b.column + at];
+      }
     }
     NEARFAR_UNROLL
-    for (int k = 0; k < MOST; ++k) {
+    for (int k = 0; k < R; ++k) {
       const T total = cuda::warp_sum(sums[k]);
-      if (k < r && cuda::lane_index() == 0) out[(b.row + i) * r + k] += total;
+      if (lane == 0) out[(b.row + i) * R + k] += total;
     }
   }
 };
+
+/// The same of the Gaussian, from the tile: K is nowhere. A part of every row by tile.
+template <class T, int R>
+struct GaussianTimesColumns {
+  static constexpr bool kDistances = true;
+  Scores<T> scores;
+  Block block;
+  int64_t n, m;
+  const T* parameter;
+  Columns<T> columns;
+  int64_t tiles_n;
+  T* of_rows;  // [row][column of v][tile_n]
+
+  NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
+  template <class P>
+  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t tile_n, int64_t) const {
+    const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
+    const uint64_t hidden = f.without(i0 + P::kM <= n && j0 + P::kN <= m, [&](int64_t i, int64_t j) {
+      return block.row + i < n && block.column + j < m;
+    });
+    scores.apply(f, i0, j0, hidden);
+    const GaussianStep<T> step(parameter);
+    f.for_each([&](int64_t, int64_t, T& value) { value = step.value(value); });
+    reduce_sums<P, R>(
+        [&](int a, T(&sums)[R]) {
+          NEARFAR_UNROLL
+          for (int k = 0; k < R; ++k) {
+            sums[k] = 0;
+            NEARFAR_UNROLL
+            for (int b = 0; b < P::kCols; ++b) sums[k] += f(a, b) * columns(k)[j0 + P::col(b)];
+          }
+        },
+        [&](int i, const T(&totals)[R]) {
+          NEARFAR_UNROLL
+          for (int k = 0; k < R; ++k) of_rows[((f.i0 + i) * R + k) * tiles_n + tile_n] = totals[k];
+        });
+  }
+};
+template <class T>
+struct StoreTotals {
+  const double* totals;
+  int64_t count;
+  T* out;
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t at = cuda::global_thread();
+    if (at < count) out[at] = static_cast<T>(totals[at]);
+  }
+};
+
+template <class T>
+void gaussian_times_columns(cuda::Context& c, const PackedProgram<T>& kernel, const Columns<T>& columns, int64_t r,
+                            T* out) {
+  const Pairs<T, T>& pairs = kernel[0];
+  const int64_t n = pairs.x.n, m = pairs.y.n;
+  const StripShape shape = tile_blocks(c, pairs, r);
+  T* of_rows = c.take<T>(shape.rows * r * tiles_of(shape));
+  double* totals = c.take<double>(n * r);
+  c.launch_threads(n * r, Fill<double>{totals, n * r, 0});
+  for_tile_blocks(c, pairs, r, [&](const Block& b) {
+    const TiledBlock<T, T> own(c, "kernel times few columns", pairs, b);
+    with_few(r, [&](auto few) {
+      constexpr int R = decltype(few)::value;
+      launch_scores(c, own.plan, pairs, b,
+                    GaussianTimesColumns<T, R>{pairs.scores, b, n, m, kernel.program.parameter, columns, own.tiles_n,
+                                               of_rows});
+    });
+    c.launch_warps(own.valid * r, MergeSums<T>{of_rows, own.tiles_n, own.valid * r, totals + b.row * r});
+  });
+  c.launch_threads(n * r, StoreTotals<T>{totals, n * r, out});
+}
 
 }  // namespace
 
@@ -41,28 +144,35 @@ namespace cuda {
 template <class T>
 void matmul(Context& c, const MatmulDevice<T>& p) {
   PackedProgram<T> kernel(c, *p.program, p.parameters_at, p.x, p.y, p.same, false);
+  const int64_t n = p.x.n, r = p.v.d;
+  if (r == 0) return;
+  const Source<T> v{p.v};
+  Columns<T> few{nullptr, kernel[0].y.padded};
+  if (r <= kFew) {
+    T* turned = c.take<T>(few.padded * r);
+    c.launch_threads(few.padded * r, TurnColumns<T>{v, few.padded, turned});
+    few.data = turned;
+    if (kernel.program.is_gaussian()) return gaussian_times_columns(c, kernel, few, r, p.out);
+  }
   Strip<T, T> strip(c, kernel[0], false, true, nullptr, nullptr);
   kernel.take_others(strip.shape);
-  const int64_t n = p.x.n, r = p.v.d;
   c.launch_threads(n * r, Fill<T>{p.out, n * r, T(0)});
-  constexpr int kFew = 4;
-  const bool few = r <= kFew;
-  Packed<T, T> v;
+  Packed<T, T> packed;
   T* parts = nullptr;
   Plan down = plan<T>(c, "kernel times columns", strip.shape.rows, r, strip.shape.columns, true);
-  if (!few) {
-    v = pack<T>(c, Source<T>{p.v}, static_cast<const T*>(nullptr), false);
+  if (!few.data) {
+    packed = pack<T>(c, v, static_cast<const T*>(nullptr), false);
     parts = c.take<T>(down.splits * strip.shape.rows * r);
   }
   strip.for_blocks([&](const Weights<T>& weights) {
     const Block& b = weights.block;
     kernel.values(weights, true);
-    if (few) {
-      c.launch_warps(b.rows, FewColumns<T, kFew>{weights, Source<T>{p.v}, n, p.out});
-      return;
-    }
+    if (few.data)
+      return with_few(r, [&](auto count) {
+        c.launch_warps(b.rows, FewColumns<T, decltype(count)::value>{weights, few, n, p.out});
+      });
     const Operand<T, true> k{weights.w, weights.pitch};
-    const Operand<T, false> columns{v.data + b.column * v.pitch, v.pitch};
+    const Operand<T, false> columns{packed.data + b.column * packed.pitch, packed.pitch};
     multiply_parts<T, T>(c, down, k, columns, b, r, parts);
     const int64_t valid = b.rows < n - b.row ? b.rows : n - b.row;
     c.launch_threads(valid * r,

@@ -32,33 +32,21 @@ struct PotentialEpilogue {
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t tile_m, int64_t tile_n, int64_t) const {
     if constexpr (is_blocked<P>) return apply_unit(f, tile_m, tile_n);
+    const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
+    const uint64_t hidden = f.without(i0 + P::kM <= n && j0 + P::kN <= n && i0 != j0,
+                                      [&](int64_t i, int64_t j) { return inside(i, j); });
+    const uint64_t near = scores.apply(f, i0, j0, hidden);
+    f.replace(hidden, infinity<T>());
     const T base = reference ? static_cast<T>(*reference) : T(0);
     double total = least ? infinity<double>() : 0;
-    auto put = [&](int64_t i, int64_t j, T square, bool near) {
-      if (least) {
-        total = fmin(total, static_cast<double>(square));
-        return;
-      }
-      const T w = exp_flush((base - square) * t);
-      total += static_cast<double>(w);
-      if (!strip.w) return;
-      strip.w[i * strip.pitch + j] = w;
-      if (near) strip.mark(block.row + i, block.column + j);
-    };
-    f.for_each(
-        [&](int64_t i, int64_t j, T product) {
-          return inside(i, j) &&
-                 scores.must_measure(block.row + i, block.column + j, scores(block.row + i, block.column + j, product));
-        },
-        [&](int64_t i, int64_t j, T product) {
-          if (inside(i, j)) {
-            const T square = scores(block.row + i, block.column + j, product);
-            put(i, j, square, scores.near(block.row + i, block.column + j, square));
-          } else if (strip.w) {
-            strip.w[i * strip.pitch + j] = 0;
-          }
-        },
-        [&](int64_t i, int64_t j) { put(i, j, scores.measure(block.row + i, block.column + j), true); });
+    f.for_each([&](int64_t, int64_t, T& value) {
+      if (!least) value = exp_flush((base - value) * t);
+      total = least ? fmin(total, static_cast<double>(value)) : total + static_cast<double>(value);
+    });
+    if (strip.w) {
+      f.store([&](int a) { return strip.w + f.i(a) * strip.pitch + f.j0; });
+      f.for_bits(near, [&](int a, int b) { strip.mark(i0 + P::row(a), j0 + P::col(b)); });
+    }
     if (least) {
       total = -block_largest(-total);
     } else {

@@ -16,25 +16,23 @@ struct ScoreKey {
   Scores<T> scores;
   PairMap map;
 
-  NEARFAR_DEVICE T operator()(int64_t i, int64_t j, T product) const {
-    const T score = scores(i, j, product);
-    return map == PairMap::dot ? -score : map == PairMap::one_minus_dot ? 1 - score : score;
-  }
-  NEARFAR_DEVICE bool must_measure(int64_t i, int64_t j, T key) const {
-    return map == PairMap::one_minus_dot ? key <= scores.near_part : scores.must_measure(i, j, key);
-  }
-  NEARFAR_DEVICE T measure(int64_t i, int64_t j) const {
-    const T square = scores.measure(i, j);
-    return map == PairMap::one_minus_dot ? square / 2 : square;
+  /// In the place of a tile's products.
+  template <class P>
+  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t i0, int64_t j0, uint64_t hidden) const {
+    scores.apply(f, i0, j0, hidden);
+    if (map == PairMap::dot) f.for_each([](int64_t, int64_t, T& value) { value = -value; });
+    if (map != PairMap::one_minus_dot) return;
+    f.for_each([](int64_t, int64_t, T& value) { value = 1 - value; });
+    const uint64_t near = f.find([&](int a, int b) { return f(a, b) <= scores.near_part; }) & ~hidden;
+    f.for_bits(near, [&](int a, int b) { f.set(a, b, scores.measure(i0 + P::row(a), j0 + P::col(b)) / 2); });
   }
 };
 
 /// The same of a metric of coordinates: the score, before its root.
 template <class T>
 struct CoordinateKey {
-  NEARFAR_DEVICE T operator()(int64_t, int64_t, T score) const { return score; }
-  NEARFAR_DEVICE bool must_measure(int64_t, int64_t, T) const { return false; }
-  NEARFAR_DEVICE T measure(int64_t, int64_t) const { return 0; }
+  template <class P>
+  NEARFAR_DEVICE void apply(const Fragment<P>&, int64_t, int64_t, uint64_t) const {}
 };
 
 /// Keys of a block of pairs, and which pairs have one.
@@ -50,11 +48,16 @@ struct Keys : Key {
   NEARFAR_DEVICE bool inside(int64_t i, int64_t j) const {
     return row(i) < n && column(j) < m && !(exclude_self && row(i) == column(j));
   }
-  NEARFAR_DEVICE T at(int64_t i, int64_t j, T product) const { return Key::operator()(row(i), column(j), product); }
-  NEARFAR_DEVICE bool must_measure(int64_t i, int64_t j, T own) const {
-    return Key::must_measure(row(i), column(j), own);
+  /// Keys in the place of a tile's products, +inf where there is none.
+  template <class P>
+  NEARFAR_DEVICE void put(const Fragment<P>& f) const {
+    const int64_t i0 = row(f.i0), j0 = column(f.j0);
+    const bool crossed = exclude_self && i0 < j0 + P::kN && j0 < i0 + P::kM;
+    const uint64_t hidden = f.without(!crossed && i0 + P::kM <= n && j0 + P::kN <= m,
+                                      [&](int64_t i, int64_t j) { return inside(i, j); });
+    this->apply(f, i0, j0, hidden);
+    f.replace(hidden, infinity<T>());
   }
-  NEARFAR_DEVICE T measure(int64_t i, int64_t j) const { return Key::measure(row(i), column(j)); }
 };
 
 /// All of them to a strip, +inf where a column is not to be chosen.
@@ -62,15 +65,10 @@ template <class T, class Key>
 struct StoreKeys : Keys<T, Key> {
   Weights<T> strip;
 
-  NEARFAR_DEVICE T& place(int64_t i, int64_t j) const { return strip.w[i * strip.pitch + j]; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    f.for_each([&](int64_t i, int64_t j,
-                   T product) { return this->inside(i, j) && this->must_measure(i, j, this->at(i, j, product)); },
-               [&](int64_t i, int64_t j, T product) {
-                 place(i, j) = this->inside(i, j) ? this->at(i, j, product) : infinity<T>();
-               },
-               [&](int64_t i, int64_t j) { place(i, j) = this->measure(i, j); });
+    this->put(f);
+    f.store([&](int a) { return strip.w + f.i(a) * strip.pitch + f.j0; });
   }
 };
 
@@ -94,29 +92,14 @@ struct LeastOfTile : Keys<T, Key> {
 
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t tile_n, int64_t) const {
-    static_assert(P::kRows * P::kCols <= 64, "one bit for every accumulator");
+    this->put(f);
     Least<T> least[P::kRows];
     NEARFAR_UNROLL
-    for (int a = 0; a < P::kRows; ++a) least[a] = Least<T>::none();
-    uint64_t later = 0;
-    NEARFAR_UNROLL
-    for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
-    for (int b = 0; b < P::kCols; ++b) {
-      const int64_t i = f.i(a), j = f.j(b);
-      if (!this->inside(i, j)) continue;
-      const T key = this->at(i, j, f(a, b));
-      if (this->must_measure(i, j, key)) {
-        later |= uint64_t(1) << (a * P::kCols + b);
-      } else {
-        least[a].take(key, P::col(b));
-      }
-    }
-    for (; later; later &= later - 1) {
-      const int bit = cuda::lowest_bit(later), column = P::col(bit % P::kCols);
-      const T key = this->measure(f.i(bit / P::kCols), f.j0 + column);
+    for (int a = 0; a < P::kRows; ++a) {
+      least[a] = Least<T>::none();
       NEARFAR_UNROLL
-      for (int a = 0; a < P::kRows; ++a)  // registers have no index
-        if (a == bit / P::kCols) least[a].take(key, column);
+      for (int b = 0; b < P::kCols; ++b)  // in ascending order: of equal ones the first
+        if (f(a, b) < least[a].key) least[a] = {f(a, b), P::col(b)};
     }
     NEARFAR_SHARED Least<T> parts[P::kWarpsN][P::kM];
     NEARFAR_UNROLL
@@ -187,25 +170,33 @@ struct KeepBest {
     const int64_t bound_at = first > 0 ? index[i * k + first - 1] : -1;
     const bool done = first > 0 && bound_at < 0;
     T worst = cuda::shuffle(best, size - 1);
-    for (int64_t j0 = 0; j0 < b.columns && !done; j0 += cuda::kWarp) {
-      const int64_t j = b.column + j0 + lane;
-      const T own = strip.w[local * strip.pitch + j0 + lane];
-      const bool later = first == 0 || own > bound || (own == bound && j > bound_at);
-      for (uint32_t bits = cuda::ballot(later && own < worst); bits; bits &= bits - 1) {
-        const int from = cuda::lowest_bit(bits);
-        const T candidate = cuda::shuffle(own, from);
-        if (!(candidate < worst)) continue;  // the same for all lanes
-        const int place = cuda::count_bits(cuda::ballot(lane < size && best <= candidate && where >= 0));
-        const T before = cuda::shuffle_up(best, 1);
-        const int64_t before_at = cuda::shuffle_up(where, 1);
-        if (lane == place) {
-          best = candidate;
-          where = b.column + j0 + from;
-        } else if (lane > place && lane < size) {
-          best = before;
-          where = before_at;
+    const T* line = strip.w + local * strip.pitch + lane;
+    constexpr int kAhead = kPadRows / cuda::kWarp;  // loads that are on their way together
+    for (int64_t j0 = 0; j0 < b.columns && !done; j0 += kPadRows) {
+      T ahead[kAhead];
+      NEARFAR_UNROLL
+      for (int u = 0; u < kAhead; ++u) ahead[u] = line[j0 + u * cuda::kWarp];
+      NEARFAR_UNROLL
+      for (int u = 0; u < kAhead; ++u) {
+        const T own = ahead[u];
+        const int64_t j = b.column + j0 + u * cuda::kWarp + lane;
+        const bool later = first == 0 || own > bound || (own == bound && j > bound_at);
+        for (uint32_t bits = cuda::ballot(later && own < worst); bits; bits &= bits - 1) {
+          const int from = cuda::lowest_bit(bits);
+          const T candidate = cuda::shuffle(own, from);
+          if (!(candidate < worst)) continue;  // the same for all lanes
+          const int place = cuda::count_bits(cuda::ballot(lane < size && best <= candidate && where >= 0));
+          const T before = cuda::shuffle_up(best, 1);
+          const int64_t before_at = cuda::shuffle_up(where, 1);
+          if (lane == place) {
+            best = candidate;
+            where = j - lane + from;
+          } else if (lane > place && lane < size) {
+            best = before;
+            where = before_at;
+          }
+          worst = cuda::shuffle(best, size - 1);
         }
-        worst = cuda::shuffle(best, size - 1);
       }
     }
     if (lane < size) kept[i * k + first + lane] = best, index[i * k + first + lane] = where;

@@ -6,9 +6,12 @@
 namespace nearfar {
 namespace {
 
-/// Where (i, j) of the result lies.
+/// Where column 0 of row i of the result would lie.
+NEARFAR_DEVICE int64_t line_of(int64_t i, int64_t columns, bool condensed) {
+  return condensed ? i * (2 * columns - i - 1) / 2 - i - 1 : i * columns;
+}
 NEARFAR_DEVICE int64_t place_of(int64_t i, int64_t j, int64_t columns, bool condensed) {
-  return condensed ? i * (2 * columns - i - 1) / 2 - i - 1 + j : i * columns + j;
+  return line_of(i, columns, condensed) + j;
 }
 
 /// Where the result lies.
@@ -20,35 +23,41 @@ struct Result {
 
   NEARFAR_DEVICE bool wants(int64_t i0, int64_t j0, int, int tile_n) const { return !condensed || j0 + tile_n > i0; }
   NEARFAR_DEVICE bool inside(int64_t i, int64_t j) const { return i < n && j < m && (!condensed || i < j); }
-  NEARFAR_DEVICE void put(int64_t i, int64_t j, T value) const { out[place_of(i, j, m, condensed)] = value; }
+  template <class P>
+  NEARFAR_DEVICE uint64_t hidden(const Fragment<P>& f) const {
+    const bool whole = f.i0 + P::kM <= n && f.j0 + P::kN <= m && (!condensed || f.i0 + P::kM <= f.j0);
+    return f.without(whole, [&](int64_t i, int64_t j) { return inside(i, j); });
+  }
+  template <class P>
+  NEARFAR_DEVICE void store(const Fragment<P>& f, uint64_t hidden) const {
+    f.store(hidden, [&](int a) { return out + line_of(f.i(a), m, condensed) + f.j0; });
+  }
 };
 
 template <class T>
 struct StoreMap : Result<T> {
   static constexpr bool kDistances = true;
-  using Result<T>::inside;
-  using Result<T>::put;
   Scores<T> scores;
   PairMap map;
   bool same;
 
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    f.for_each(
-        [&](int64_t i, int64_t j, T product) { return inside(i, j) && must_measure(i, j, scores(i, j, product)); },
-        [&](int64_t i, int64_t j, T product) {
-          if (inside(i, j)) put(i, j, map_value(map, scores(i, j, product)));
-        },
-        [&](int64_t i, int64_t j) {
-          const T square = scores.measure(i, j);
-          put(i, j, map == PairMap::one_minus_dot ? square / 2 : map_value(map, square));
-        });
+    const uint64_t hidden = this->hidden(f);
+    scores.apply(f, f.i0, f.j0, hidden);
+    if (map != PairMap::dot && map != PairMap::sqeuclidean)
+      f.for_each([&](int64_t, int64_t, T& value) { value = map_value(map, value); });
+    if (map == PairMap::one_minus_dot) measure_near(f, hidden);
+    this->store(f, hidden);
   }
   /// 1 - <u, v> loses what it measures when u is near v; half the squared difference of the unit rows does not. A zero
   /// row is at distance 1 from every row but itself.
-  NEARFAR_DEVICE bool must_measure(int64_t i, int64_t j, T score) const {
-    if (map != PairMap::one_minus_dot) return scores.must_measure(i, j, score);
-    return 1 - score <= scores.near_part || (same && i == j && score == 0);
+  template <class P>
+  NEARFAR_DEVICE void measure_near(const Fragment<P>& f, uint64_t hidden) const {
+    const uint64_t near = f.find([&](int a, int b) {
+      return f(a, b) <= scores.near_part || (same && f.i(a) == f.j(b) && f(a, b) == 1);
+    });
+    f.for_bits(near & ~hidden, [&](int a, int b) { f.set(a, b, scores.measure(f.i(a), f.j(b)) / 2); });
   }
 };
 
@@ -58,9 +67,8 @@ struct StoreCoordinates : Result<T> {
   Map map;
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    f.for_each([&](int64_t i, int64_t j, T score) {
-      if (this->inside(i, j)) this->put(i, j, map.value(score));
-    });
+    f.for_each([&](int64_t, int64_t, T& score) { score = map.value(score); });
+    this->store(f, this->hidden(f));
   }
 };
 
