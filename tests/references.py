@@ -137,5 +137,5 @@ def clusters(n, d, count=10, far=10.0, spread=1e-2, seed=0):
 
 def same_bits(a, b):
     """Equal bit for bit; NaN equals NaN."""
-    a, b = (np.asarray(z.detach() if isinstance(z, torch.Tensor) else z) for z in (a, b))
+    a, b = (np.asarray(z.detach().cpu() if isinstance(z, torch.Tensor) else z) for z in (a, b))
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
