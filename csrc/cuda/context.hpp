@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "cuda/portable.hpp"
 
@@ -68,9 +69,14 @@ class Context {
 };
 
 #if defined(__CUDACC__)
-// One block a multiprocessor is enough to ask for: else the assembler spills registers to make room for more.
+// One block a multiprocessor is enough to ask for, where the body does not: else the assembler spills registers to make
+// room for more.
+template <class Body, class = void>
+inline constexpr int kResident = 1;
 template <class Body>
-__global__ void __launch_bounds__(kThreads, 1) kernel(const __grid_constant__ Body body) {
+inline constexpr int kResident<Body, std::void_t<decltype(Body::kResident)>> = Body::kResident;
+template <class Body>
+__global__ void __launch_bounds__(kThreads, kResident<Body>) kernel(const __grid_constant__ Body body) {
   body();
 }
 

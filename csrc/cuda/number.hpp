@@ -44,6 +44,13 @@ struct F16 {
   uint16_t bits;
 };
 
+/// 16 bytes, which a thread reads or writes at once.
+template <class E>
+struct alignas(16) Vector {
+  static constexpr int kSize = 16 / sizeof(E);
+  E v[kSize];
+};
+
 NEARFAR_DEVICE float widen(BF16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float value;

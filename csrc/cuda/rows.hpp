@@ -17,14 +17,143 @@ constexpr T kNear = T(1) / 512;
 /// fourth and about 2^-23 by sums that are cut off; plain float32 sums lose as much, but with both signs.
 constexpr float kNearSplit = 4 * kNear<float>;
 
+constexpr int kRowsAhead = 2;   // loads of a lane on their way, of a row
+constexpr int kSumsAhead = 16;  // of a thread, of numbers that one block sums
+
 constexpr int64_t kPadRows = 128;  // every tile height divides it
 constexpr int64_t kPadDepth = 64;  // every tile depth divides it
+
+// ---- how a warp goes over a row
+// --------------------------------------------------------------------------------------
+
+/// Rows of E whose pieces of 16 bytes are whole and aligned: a lane takes one at once.
+template <class E>
+struct Wide {
+  static constexpr int kWide = Vector<E>::kSize;
+  using Element = E;
+  using Held = Vector<E>;
+};
+/// Any rows: a lane takes a number at once.
+template <class T>
+struct Single {
+  static constexpr int kWide = 1;
+  using Held = T;
+};
+
+NEARFAR_DEVICE bool aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % sizeof(Vector<char>) == 0; }
+
+/// Numbers of a lane, side by side.
+template <class T, int N>
+struct Piece {
+  T of[N];
+  NEARFAR_DEVICE T& operator[](int e) { return of[e]; }
+  NEARFAR_DEVICE const T& operator[](int e) const { return of[e]; }
+};
+/// To and from memory, which is aligned if N is not 1.
+template <int N, class T>
+NEARFAR_DEVICE Piece<T, N> load_piece(const T* from) {
+  Piece<T, N> piece;
+  if constexpr (N == 1) {
+    piece[0] = *from;
+  } else {
+    constexpr int kSize = Vector<T>::kSize;
+    NEARFAR_UNROLL
+    for (int e = 0; e < N; e += kSize) {
+      const Vector<T> vector = *reinterpret_cast<const Vector<T>*>(from + e);
+      NEARFAR_UNROLL
+      for (int q = 0; q < kSize; ++q) piece[e + q] = vector.v[q];
+    }
+  }
+  return piece;
+}
+template <class E, class T, int N>
+NEARFAR_DEVICE void store_piece(E* to, const Piece<T, N>& piece) {
+  if constexpr (N == 1) {
+    *to = narrow<E>(piece[0]);
+  } else {
+    constexpr int kSize = Vector<E>::kSize;
+    static_assert(N % kSize == 0, "a piece is whole vectors");
+    NEARFAR_UNROLL
+    for (int e = 0; e < N; e += kSize) {
+      Vector<E> vector;
+      NEARFAR_UNROLL
+      for (int q = 0; q < kSize; ++q) vector.v[q] = narrow<E>(piece[e + q]);
+      *reinterpret_cast<Vector<E>*>(to + e) = vector;
+    }
+  }
+}
+
+/// M of them.
+template <int M, class T, int N>
+NEARFAR_DEVICE Piece<T, M> part_of(const Piece<T, N>& piece, int first) {
+  Piece<T, M> part;
+  NEARFAR_UNROLL
+  for (int e = 0; e < M; ++e) part[e] = piece[first + e];
+  return part;
+}
+
+/// use(k, load(k)) for k from `first` on by `step`, in order: AHEAD loads are on their way before the first is used.
+template <int AHEAD, class Load, class Use>
+NEARFAR_DEVICE void for_steps(int64_t first, int64_t step, int64_t end, Load load, Use use) {
+  NEARFAR_ROLLED
+  for (; first < end; first += AHEAD * step) {
+    decltype(load(first)) held[AHEAD];
+    NEARFAR_UNROLL
+    for (int a = 0; a < AHEAD; ++a)
+      if (first + a * step < end) held[a] = load(first + a * step);
+    NEARFAR_UNROLL
+    for (int a = 0; a < AHEAD; ++a)
+      if (first + a * step < end) use(first + a * step, held[a]);
+  }
+}
+/// The same of the numbers of a row, by a warp: k is the first of those that a lane takes.
+template <class Way, class Load, class Use>
+NEARFAR_DEVICE void for_row(Way, int64_t d, Load load, Use use) {
+  for_steps<Way::kWide == 1 ? 1 : kRowsAhead>(cuda::lane_index() * Way::kWide, cuda::kWarp * Way::kWide, d, load, use);
+}
+
+/// f(how): `Wide` of the rows' type where `wide` says that they allow it, else `Single`. Once for a row. ONLY: of this
+/// type alone.
+template <class T, class ONLY = void, class F>
+NEARFAR_DEVICE void choose_way(bool wide, DType dtype, F f) {
+  const auto is = [&](auto element, DType own) {
+    using E = decltype(element);
+    if constexpr (std::is_void_v<ONLY> ? (sizeof(E) == 8) == (sizeof(T) == 8) : std::is_same_v<E, ONLY>)
+      if (wide && dtype == own) return f(Wide<E>{}), true;
+    return false;
+  };
+  if (!is(BF16{}, DType::bf16) && !is(F16{}, DType::f16) && !is(float{}, DType::f32) && !is(double{}, DType::f64))
+    f(Single<T>{});
+}
 
 /// Rows as given, converted to T; divided by their norm where `inverse` is there.
 template <class T>
 struct Source {
   Rows rows;
   const T* inverse = nullptr;
+
+  NEARFAR_DEVICE bool wide() const {
+    const int64_t others = (rows.dtype == DType::f64 ? 2 : rows.dtype == DType::f32 ? 4 : 8) - 1;
+    return rows.col_stride == 1 && !(rows.d & others) && !(rows.row_stride & others) && aligned(rows.data);
+  }
+  NEARFAR_DEVICE bool wide_as(const Source& other) const {
+    return rows.dtype == other.rows.dtype && wide() && other.wide();
+  }
+  /// Numbers k ... of row i, as they lie in memory; what they are.
+  template <class Way>
+  NEARFAR_DEVICE typename Way::Held hold(Way, int64_t i, int64_t k) const {
+    if constexpr (Way::kWide == 1) {
+      return raw(i, k);
+    } else {
+      const auto* row = static_cast<const typename Way::Element*>(rows.data) + i * rows.row_stride;
+      return *reinterpret_cast<const typename Way::Held*>(row + k);
+    }
+  }
+  template <class E>
+  NEARFAR_DEVICE static T value(const Vector<E>& held, int e) {
+    return static_cast<T>(widen(held.v[e]));
+  }
+  NEARFAR_DEVICE static T value(T held, int) { return held; }
 
   NEARFAR_DEVICE T raw(int64_t i, int64_t k) const {
     const int64_t at = i * rows.row_stride + k * rows.col_stride;
@@ -54,13 +183,33 @@ NEARFAR_DEVICE T direct_distance(const Source<T>& x, const Source<T>& y, int64_t
   return sum;
 }
 
+/// f(number of row i of x, of row j of y) for all of them by a warp, `how` being what `choose_way` says of both.
+template <class Way, class T, class F>
+NEARFAR_DEVICE void for_both(Way how, const Source<T>& x, int64_t i, const Source<T>& y, int64_t j, F f) {
+  struct Both {
+    typename Way::Held x, y;
+  };
+  const T of_x = x.scale(i), of_y = y.scale(j);
+  for_row(
+      how, x.rows.d, [&](int64_t k) { return Both{x.hold(how, i, k), y.hold(how, j, k)}; },
+      [&](int64_t, const Both& held) {
+        NEARFAR_UNROLL
+        for (int e = 0; e < Way::kWide; ++e) f(x.value(held.x, e) * of_x, y.value(held.y, e) * of_y);
+      });
+}
+
 /// The inner product of two rows as given, by a warp; every lane has it.
+template <class Way, class T>
+NEARFAR_DEVICE double warp_dot(Way how, const Source<T>& x, int64_t i, const Source<T>& y, int64_t j) {
+  double sum = 0;
+  for_both(how, x, i, y, j, [&](T u, T v) { sum += static_cast<double>(u) * static_cast<double>(v); });
+  return cuda::warp_sum(sum);
+}
 template <class T>
 NEARFAR_DEVICE double warp_dot(const Source<T>& x, int64_t i, const Source<T>& y, int64_t j) {
   double sum = 0;
-  for (int64_t k = cuda::lane_index(); k < x.rows.d; k += cuda::kWarp)
-    sum += static_cast<double>(x.get(i, k)) * static_cast<double>(y.get(j, k));
-  return cuda::warp_sum(sum);
+  choose_way<T>(y.wide_as(x), x.rows.dtype, [&](auto how) { sum = warp_dot(how, x, i, y, j); });
+  return sum;
 }
 
 // ---- inverse norms
@@ -76,20 +225,31 @@ struct InverseNorms {
   NEARFAR_DEVICE void operator()() const {
     const int64_t i = cuda::global_warp();
     if (i >= source.rows.n) return;
-    double most = 1, sum = 0;
-    if (sizeof(T) == 8) {
-      most = 0;
-      for (int64_t k = cuda::lane_index(); k < source.rows.d; k += cuda::kWarp)
-        most = largest(most, fabs(static_cast<double>(source.raw(i, k))));
-      for (int mask = cuda::kWarp / 2; mask > 0; mask /= 2) most = largest(most, cuda::shuffle_xor(most, mask));
-    }
-    NEARFAR_UNROLL_4
-    for (int64_t k = cuda::lane_index(); k < source.rows.d; k += cuda::kWarp) {
-      const double value = static_cast<double>(source.raw(i, k)) / (most > 0 ? most : 1);
-      sum += value * value;
-    }
-    const double norm = most * sqrt(cuda::warp_sum(sum));
-    if (cuda::lane_index() == 0) inverse[i] = norm == 0 || most == infinity<double>() ? T(0) : static_cast<T>(1 / norm);
+    choose_way<T>(source.wide(), source.rows.dtype, [&](auto how) {
+      double most = 1, sum = 0;
+      if (sizeof(T) == 8) {
+        most = 0;
+        for_values(how, i, [&](double value) { most = largest(most, fabs(value)); });
+        for (int mask = cuda::kWarp / 2; mask > 0; mask /= 2) most = largest(most, cuda::shuffle_xor(most, mask));
+      }
+      const double unit = most > 0 ? most : 1;
+      for_values(how, i, [&](double value) {
+        if (sizeof(T) == 8) value /= unit;
+        sum += value * value;
+      });
+      const double norm = most * sqrt(cuda::warp_sum(sum));
+      if (cuda::lane_index() == 0)
+        inverse[i] = norm == 0 || most == infinity<double>() ? T(0) : static_cast<T>(1 / norm);
+    });
+  }
+  template <class Way, class F>
+  NEARFAR_DEVICE void for_values(Way how, int64_t i, F f) const {
+    for_row(
+        how, source.rows.d, [&](int64_t k) { return source.hold(how, i, k); },
+        [&](int64_t, const typename Way::Held& held) {
+          NEARFAR_UNROLL
+          for (int e = 0; e < Way::kWide; ++e) f(static_cast<double>(source.value(held, e)));
+        });
   }
 };
 
@@ -158,25 +318,48 @@ struct Pack {
       if (cuda::lane_index() == 0 && i < out.padded) out.factor[i] = inverse / power;
     }
     double sum = 0;
-    for (int64_t k = cuda::lane_index(); k < out.pitch; k += cuda::kWarp) {
-      T value = 0;
-      if (inside && k < out.d) value = source.raw(i, k) * multiply - (center ? center[k] : T(0));
-      *out.at(i, k) = narrow<E>(value);
-      if constexpr (std::is_same_v<E, float>)
-        if (out.split.data && i < out.padded && k < out.split.across * out.split.kColumns) put_split(i, k, value);
-      sum += static_cast<double>(value) * static_cast<double>(value);
-    }
+    // 16-bit rows are packed as what they are.
+    choose_way<T, std::conditional_t<kExact, E, void>>(source.wide(), source.rows.dtype, [&](auto how) {
+      using Way = decltype(how);
+      for_row(
+          how, out.pitch,
+          [&](int64_t k) { return inside && k < out.d ? source.hold(how, i, k) : typename Way::Held{}; },
+          [&](int64_t k, const typename Way::Held& held) {
+            Piece<T, Way::kWide> own;
+            NEARFAR_UNROLL
+            for (int e = 0; e < Way::kWide; ++e) {
+              own[e] = source.value(held, e) * multiply;
+              if (center && inside && k < out.d) own[e] -= center[k + e];
+              if (out.squares) sum += static_cast<double>(own[e]) * static_cast<double>(own[e]);
+            }
+            store_piece(out.at(i, k), own);
+            if constexpr (std::is_same_v<E, float>)
+              if (out.split.data && i < out.padded && k < out.split.across * out.split.kColumns) put_split(i, k, own);
+          });
+    });
     if (!out.squares || i >= out.padded) return;
     sum = cuda::warp_sum(sum);
     if (cuda::lane_index() == 0) out.squares[i] = static_cast<T>(sum);
   }
   /// What is not finite, or would be if it were rounded, is in the first piece alone.
-  NEARFAR_DEVICE void put_split(int64_t i, int64_t k, float value) const {
-    const float rounded = cuda::round_tf32(value);
-    const bool finite = absolute(rounded) < infinity<float>();
-    float* place = out.split.at(i, k);
-    place[0] = finite ? rounded : value;
-    place[out.split.kPiece] = finite ? cuda::round_tf32(value - rounded) : 0.0f;
+  template <int N>
+  NEARFAR_DEVICE void put_split(int64_t i, int64_t k, const Piece<float, N>& own) const {
+    Piece<float, N> first, second;
+    NEARFAR_UNROLL
+    for (int e = 0; e < N; ++e) {
+      const float rounded = cuda::round_tf32(own[e]);
+      const bool finite = absolute(rounded) < infinity<float>();
+      first[e] = finite ? rounded : own[e];
+      second[e] = finite ? cuda::round_tf32(own[e] - rounded) : 0.0f;
+    }
+    // Neighbours of a row lie side by side as long as a vector reaches.
+    constexpr int kSize = N < SplitBlocked::kWide ? N : SplitBlocked::kWide;
+    NEARFAR_UNROLL
+    for (int e = 0; e < N; e += kSize) {
+      float* place = out.split.at(i, k + e);
+      store_piece(place, part_of<kSize>(first, e));
+      store_piece(place + out.split.kPiece, part_of<kSize>(second, e));
+    }
   }
 };
 
@@ -274,13 +457,13 @@ struct Term {
     if (enter == Enter::none || (enter == Enter::reverse && i >= n)) return 0;
     return enter == Enter::paired ? each : 1;
   }
-  NEARFAR_DEVICE T value(int64_t i, int64_t c, int64_t k) const {
-    int64_t row = i, at = i;
-    if (enter == Enter::own) row = (i + shift) % n;
-    if (enter == Enter::reverse) row = at = (i + n - shift % n) % n;
-    if (enter == Enter::paired) row = at = i * each + c;
-    if (enter == Enter::paired_by) row = i / each;
-    return weight[at] * other.get(row, k);
+  /// The row of `other`; `at`: of its weight.
+  NEARFAR_DEVICE int64_t row(int64_t i, int64_t c, int64_t& at) const {
+    at = i;
+    if (enter == Enter::own) return (i + shift) % n;
+    if (enter == Enter::reverse) at = (i + n - shift % n) % n;
+    if (enter == Enter::paired) at = i * each + c;
+    return enter == Enter::paired_by ? i / each : at;
   }
 };
 
@@ -295,28 +478,87 @@ struct FinishRows {
   double multiply;
   double* along;       // null: not wanted
   bool fresh = false;  // the terms are all there is: what lies in `grad` is not read
+  static constexpr int kResident = 2;
 
   NEARFAR_DEVICE void operator()() const {
-    const int64_t i = cuda::global_warp(), d = source.rows.d;
+    const int64_t i = cuda::global_warp();
     if (i >= source.rows.n) return;
-    const T factor = static_cast<T>(multiply * (scale ? *scale : 1));
-    T* g = grad + i * d;
+    bool wide = source.wide() && aligned(grad);
+    for (const Term<T>& term : terms)
+      if (term.enter != Enter::none) wide = wide && term.other.wide_as(source);
+    choose_way<T>(wide, source.rows.dtype, [&](auto how) { finish(how, i); });
+  }
+
+ private:
+  /// du is kept between its two uses where the row is short enough for the registers of a warp.
+  template <class Way>
+  NEARFAR_DEVICE void finish(Way how, int64_t i) const {
+    constexpr int W = Way::kWide, kVectors = W == 1 ? 2 : 4;
+    constexpr int64_t kStep = cuda::kWarp * W, kKept = kVectors * kStep;
+    const int64_t d = source.rows.d;
+    const bool project = source.inverse, kept = project && d <= kKept;
+    const T factor = static_cast<T>(multiply * (scale ? *scale : 1)), inverse = source.scale(i);
+    T* const g = grad + i * d;
+    Piece<T, W> du[kVectors];
+    typename Way::Held x[kVectors];
     double sum = 0;
-    for (int64_t k = cuda::lane_index(); k < d; k += cuda::kWarp) {
-      T value = fresh ? T(0) : g[k];
-      for (const Term<T>& term : terms)
-        for (int64_t c = 0; c < term.count(i); ++c) value += term.value(i, c, k);
-      value *= factor;
-      g[k] = value;
-      sum += static_cast<double>(value) * static_cast<double>(source.get(i, k));
-    }
-    if (!along && !source.inverse) return;
+    // f(v, k, place in the row) for the vectors of a part of the row.
+    const auto for_parts = [&](auto f) {
+      NEARFAR_ROLLED
+      for (int64_t k0 = cuda::lane_index() * W; k0 < d; k0 += kKept)
+        f([&](auto use) {
+          NEARFAR_UNROLL
+          for (int v = 0; v < kVectors; ++v)
+            if (k0 + v * kStep < d) use(v, k0 + v * kStep);
+        });
+    };
+    for_parts([&](auto for_vectors) {
+      for_vectors([&](int v, int64_t k) {
+        du[v] = fresh ? Piece<T, W>{} : load_piece<W>(g + k);
+        x[v] = source.hold(how, i, k);
+      });
+      NEARFAR_ROLLED
+      for (const Term<T>& term : terms) {
+        const int64_t count = term.count(i);
+        NEARFAR_ROLLED
+        for (int64_t c = 0; c < count; ++c) {
+          int64_t at;
+          const int64_t row = term.row(i, c, at);
+          const T weight = term.weight[at], of_row = term.other.scale(row);
+          typename Way::Held other[kVectors];
+          for_vectors([&](int v, int64_t k) { other[v] = term.other.hold(how, row, k); });
+          for_vectors([&](int v, int64_t) {
+            NEARFAR_UNROLL
+            for (int e = 0; e < W; ++e) du[v][e] += weight * (source.value(other[v], e) * of_row);
+          });
+        }
+      }
+      for_vectors([&](int v, int64_t k) {
+        NEARFAR_UNROLL
+        for (int e = 0; e < W; ++e) {
+          du[v][e] *= factor;
+          sum += static_cast<double>(du[v][e]) * static_cast<double>(source.value(x[v], e) * inverse);
+        }
+        if (!kept) store_piece(g + k, du[v]);
+      });
+    });
+    if (!along && !project) return;
     sum = cuda::warp_sum(sum);
     if (along && cuda::lane_index() == 0) along[i] = sum;
-    if (!source.inverse) return;
-    const T inverse = source.inverse[i];
-    for (int64_t k = cuda::lane_index(); k < d; k += cuda::kWarp)
-      g[k] = inverse * (g[k] - source.get(i, k) * static_cast<T>(sum));
+    if (!project) return;
+    for_parts([&](auto for_vectors) {
+      if (!kept)
+        for_vectors([&](int v, int64_t k) {
+          du[v] = load_piece<W>(g + k);
+          x[v] = source.hold(how, i, k);
+        });
+      for_vectors([&](int v, int64_t k) {
+        NEARFAR_UNROLL
+        for (int e = 0; e < W; ++e)
+          du[v][e] = inverse * (du[v][e] - source.value(x[v], e) * inverse * static_cast<T>(sum));
+        store_piece(g + k, du[v]);
+      });
+    });
   }
 };
 
@@ -336,7 +578,9 @@ struct OrderedSum {
     NEARFAR_SHARED double sums[cuda::kThreads];
     const int thread = cuda::thread_index();
     double sum = 0;
-    for (int64_t k = thread; k < count; k += cuda::kThreads) sum += values[k];
+    for_steps<kSumsAhead>(
+        thread, cuda::kThreads, count, [&](int64_t k) { return values[k]; },
+        [&](int64_t, double value) { sum += value; });
     sums[thread] = sum;
     cuda::sync_block();
     for (int half = cuda::kThreads / 2; half > 0; half /= 2) {
