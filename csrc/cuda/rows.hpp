@@ -4,7 +4,7 @@
 #include "cpu/ops.hpp"
 #include "cuda/blocked.hpp"
 #include "cuda/context.hpp"
-#include "cuda/number.hpp"
+#include "cuda/lanes.hpp"
 
 namespace nearfar {
 inline namespace device {
@@ -17,114 +17,8 @@ constexpr T kNear = T(1) / 512;
 /// fourth and about 2^-23 by sums that are cut off; plain float32 sums lose as much, but with both signs.
 constexpr float kNearSplit = 4 * kNear<float>;
 
-constexpr int kRowsAhead = 2;   // loads of a lane on their way, of a row
-constexpr int kSumsAhead = 16;  // of a thread, of numbers that one block sums
-
 constexpr int64_t kPadRows = 128;  // every tile height divides it
 constexpr int64_t kPadDepth = 64;  // every tile depth divides it
-
-// ---- how a warp goes over a row
-// --------------------------------------------------------------------------------------
-
-/// Rows of E whose pieces of 16 bytes are whole and aligned: a lane takes one at once.
-template <class E>
-struct Wide {
-  static constexpr int kWide = Vector<E>::kSize;
-  using Element = E;
-  using Held = Vector<E>;
-};
-/// Any rows: a lane takes a number at once.
-template <class T>
-struct Single {
-  static constexpr int kWide = 1;
-  using Held = T;
-};
-
-NEARFAR_DEVICE bool aligned(const void* at) { return reinterpret_cast<uintptr_t>(at) % sizeof(Vector<char>) == 0; }
-
-/// Numbers of a lane, side by side.
-template <class T, int N>
-struct Piece {
-  T of[N];
-  NEARFAR_DEVICE T& operator[](int e) { return of[e]; }
-  NEARFAR_DEVICE const T& operator[](int e) const { return of[e]; }
-};
-/// To and from memory, which is aligned if N is not 1.
-template <int N, class T>
-NEARFAR_DEVICE Piece<T, N> load_piece(const T* from) {
-  Piece<T, N> piece;
-  if constexpr (N == 1) {
-    piece[0] = *from;
-  } else {
-    constexpr int kSize = Vector<T>::kSize;
-    NEARFAR_UNROLL
-    for (int e = 0; e < N; e += kSize) {
-      const Vector<T> vector = *reinterpret_cast<const Vector<T>*>(from + e);
-      NEARFAR_UNROLL
-      for (int q = 0; q < kSize; ++q) piece[e + q] = vector.v[q];
-    }
-  }
-  return piece;
-}
-template <class E, class T, int N>
-NEARFAR_DEVICE void store_piece(E* to, const Piece<T, N>& piece) {
-  if constexpr (N == 1) {
-    *to = narrow<E>(piece[0]);
-  } else {
-    constexpr int kSize = Vector<E>::kSize;
-    static_assert(N % kSize == 0, "a piece is whole vectors");
-    NEARFAR_UNROLL
-    for (int e = 0; e < N; e += kSize) {
-      Vector<E> vector;
-      NEARFAR_UNROLL
-      for (int q = 0; q < kSize; ++q) vector.v[q] = narrow<E>(piece[e + q]);
-      *reinterpret_cast<Vector<E>*>(to + e) = vector;
-    }
-  }
-}
-
-/// M of them.
-template <int M, class T, int N>
-NEARFAR_DEVICE Piece<T, M> part_of(const Piece<T, N>& piece, int first) {
-  Piece<T, M> part;
-  NEARFAR_UNROLL
-  for (int e = 0; e < M; ++e) part[e] = piece[first + e];
-  return part;
-}
-
-/// use(k, load(k)) for k from `first` on by `step`, in order: AHEAD loads are on their way before the first is used.
-template <int AHEAD, class Load, class Use>
-NEARFAR_DEVICE void for_steps(int64_t first, int64_t step, int64_t end, Load load, Use use) {
-  NEARFAR_ROLLED
-  for (; first < end; first += AHEAD * step) {
-    decltype(load(first)) held[AHEAD];
-    NEARFAR_UNROLL
-    for (int a = 0; a < AHEAD; ++a)
-      if (first + a * step < end) held[a] = load(first + a * step);
-    NEARFAR_UNROLL
-    for (int a = 0; a < AHEAD; ++a)
-      if (first + a * step < end) use(first + a * step, held[a]);
-  }
-}
-/// The same of the numbers of a row, by a warp: k is the first of those that a lane takes.
-template <class Way, class Load, class Use>
-NEARFAR_DEVICE void for_row(Way, int64_t d, Load load, Use use) {
-  for_steps<Way::kWide == 1 ? 1 : kRowsAhead>(cuda::lane_index() * Way::kWide, cuda::kWarp * Way::kWide, d, load, use);
-}
-
-/// f(how): `Wide` of the rows' type where `wide` says that they allow it, else `Single`. Once for a row. ONLY: of this
-/// type alone.
-template <class T, class ONLY = void, class F>
-NEARFAR_DEVICE void choose_way(bool wide, DType dtype, F f) {
-  const auto is = [&](auto element, DType own) {
-    using E = decltype(element);
-    if constexpr (std::is_void_v<ONLY> ? (sizeof(E) == 8) == (sizeof(T) == 8) : std::is_same_v<E, ONLY>)
-      if (wide && dtype == own) return f(Wide<E>{}), true;
-    return false;
-  };
-  if (!is(BF16{}, DType::bf16) && !is(F16{}, DType::f16) && !is(float{}, DType::f32) && !is(double{}, DType::f64))
-    f(Single<T>{});
-}
 
 /// Rows as given, converted to T; divided by their norm where `inverse` is there.
 template <class T>
@@ -140,20 +34,16 @@ struct Source {
     return rows.dtype == other.rows.dtype && wide() && other.wide();
   }
   /// Numbers k ... of row i, as they lie in memory; what they are.
-  template <class Way>
-  NEARFAR_DEVICE typename Way::Held hold(Way, int64_t i, int64_t k) const {
-    if constexpr (Way::kWide == 1) {
-      return raw(i, k);
-    } else {
-      const auto* row = static_cast<const typename Way::Element*>(rows.data) + i * rows.row_stride;
-      return *reinterpret_cast<const typename Way::Held*>(row + k);
-    }
-  }
   template <class E>
-  NEARFAR_DEVICE static T value(const Vector<E>& held, int e) {
-    return static_cast<T>(widen(held.v[e]));
+  NEARFAR_DEVICE Vector<uint32_t> hold(Wide<E> how, int64_t i, int64_t k) const {
+    return how.load(static_cast<const E*>(rows.data) + i * rows.row_stride + k);
   }
-  NEARFAR_DEVICE static T value(T held, int) { return held; }
+  NEARFAR_DEVICE T hold(Single<T>, int64_t i, int64_t k) const { return raw(i, k); }
+  template <class E>
+  NEARFAR_DEVICE static T value(Wide<E> how, const Vector<uint32_t>& held, int e) {
+    return static_cast<T>(widen(how.get(held, e)));
+  }
+  NEARFAR_DEVICE static T value(Single<T>, T held, int) { return held; }
 
   NEARFAR_DEVICE T raw(int64_t i, int64_t k) const {
     const int64_t at = i * rows.row_stride + k * rows.col_stride;
@@ -194,7 +84,7 @@ NEARFAR_DEVICE void for_both(Way how, const Source<T>& x, int64_t i, const Sourc
       how, x.rows.d, [&](int64_t k) { return Both{x.hold(how, i, k), y.hold(how, j, k)}; },
       [&](int64_t, const Both& held) {
         NEARFAR_UNROLL
-        for (int e = 0; e < Way::kWide; ++e) f(x.value(held.x, e) * of_x, y.value(held.y, e) * of_y);
+        for (int e = 0; e < Way::kWide; ++e) f(x.value(how, held.x, e) * of_x, y.value(how, held.y, e) * of_y);
       });
 }
 
@@ -248,7 +138,7 @@ struct InverseNorms {
         how, source.rows.d, [&](int64_t k) { return source.hold(how, i, k); },
         [&](int64_t, const typename Way::Held& held) {
           NEARFAR_UNROLL
-          for (int e = 0; e < Way::kWide; ++e) f(static_cast<double>(source.value(held, e)));
+          for (int e = 0; e < Way::kWide; ++e) f(static_cast<double>(source.value(how, held, e)));
         });
   }
 };
@@ -325,11 +215,11 @@ struct Pack {
           how, out.pitch,
           [&](int64_t k) { return inside && k < out.d ? source.hold(how, i, k) : typename Way::Held{}; },
           [&](int64_t k, const typename Way::Held& held) {
-            Piece<T, Way::kWide> own;
+            Piece<T, Way::kWide> own, shift{};
+            if (center && inside && k < out.d) shift = load_piece<Way::kWide>(center + k);
             NEARFAR_UNROLL
             for (int e = 0; e < Way::kWide; ++e) {
-              own[e] = source.value(held, e) * multiply;
-              if (center && inside && k < out.d) own[e] -= center[k + e];
+              own[e] = source.value(how, held, e) * multiply - shift[e];
               if (out.squares) sum += static_cast<double>(own[e]) * static_cast<double>(own[e]);
             }
             store_piece(out.at(i, k), own);
@@ -529,7 +419,7 @@ struct FinishRows {
           for_vectors([&](int v, int64_t k) { other[v] = term.other.hold(how, row, k); });
           for_vectors([&](int v, int64_t) {
             NEARFAR_UNROLL
-            for (int e = 0; e < W; ++e) du[v][e] += weight * (source.value(other[v], e) * of_row);
+            for (int e = 0; e < W; ++e) du[v][e] += weight * (source.value(how, other[v], e) * of_row);
           });
         }
       }
@@ -537,7 +427,7 @@ struct FinishRows {
         NEARFAR_UNROLL
         for (int e = 0; e < W; ++e) {
           du[v][e] *= factor;
-          sum += static_cast<double>(du[v][e]) * static_cast<double>(source.value(x[v], e) * inverse);
+          sum += static_cast<double>(du[v][e]) * static_cast<double>(source.value(how, x[v], e) * inverse);
         }
         if (!kept) store_piece(g + k, du[v]);
       });
@@ -555,7 +445,7 @@ struct FinishRows {
       for_vectors([&](int v, int64_t k) {
         NEARFAR_UNROLL
         for (int e = 0; e < W; ++e)
-          du[v][e] = inverse * (du[v][e] - source.value(x[v], e) * inverse * static_cast<T>(sum));
+          du[v][e] = inverse * (du[v][e] - source.value(how, x[v], e) * inverse * static_cast<T>(sum));
         store_piece(g + k, du[v]);
       });
     });

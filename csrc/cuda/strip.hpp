@@ -263,13 +263,12 @@ struct WeighRows {
     const int64_t at = cuda::global_thread() * W, block = at / Blocked::kBlock,
                   line = at % Blocked::kBlock / Blocked::kColumns;
     if (at >= count) return;
-    const E* from = reinterpret_cast<const E*>(rows.data) + at;
-    const Vector<E> held = *reinterpret_cast<const Vector<E>*>(from);
+    const Vector<uint32_t> held = Wide<E>::load(reinterpret_cast<const E*>(rows.data) + at);
     float factor = static_cast<float>(weight[block / rows.across * Blocked::kRows + line]);
     if (largest) factor *= power_below(*largest, order);
     Piece<float, W> own;
     NEARFAR_UNROLL
-    for (int e = 0; e < W; ++e) own[e] = widen(held.v[e]) * factor;
+    for (int e = 0; e < W; ++e) own[e] = widen(Wide<E>::get(held, e)) * factor;
     store_piece(reinterpret_cast<E*>(out) + at, own);
   }
 };
@@ -438,7 +437,7 @@ class Strip {
       multiply_parts<T, E>(c_, plan_, w, rows, b, d, parts_);
       const int64_t valid = b.rows < pairs_.x.n - b.row ? b.rows : pairs_.x.n - b.row;
       MergeParts<T>::launch(c_, {parts_, plan_.splits, b.rows, valid, d, distance ? row_sums_ : nullptr,
-                                                 own(pairs_.x, b.row), pairs_.x.pitch, dx_ + b.row * d});
+                                 own(pairs_.x, b.row), pairs_.x.pitch, dx_ + b.row * d});
     }
     if (!dy_) return;
     const Plan down = plan<E>(c_, "weights' transpose times rows", b.columns, d, b.rows, false);
@@ -459,8 +458,8 @@ class Strip {
     const int64_t rows = b.rows < pairs_.x.n - b.row ? b.rows : pairs_.x.n - b.row;
     const int64_t columns = b.columns < pairs_.y.n - b.column ? b.columns : pairs_.y.n - b.column;
     multiply_blocked<E>(c_, plan_.splits, weights.blocks, pairs_.y.blocks(b.column / Blocked::kRows), b, d, parts_);
-    MergeParts<T>::launch(c_, {parts_, plan_.splits, b.rows, rows, d, nullptr, nullptr, 0,
-                                              dx_ + b.row * d, offset(weights.x_factor, b.row), of_rows});
+    MergeParts<T>::launch(c_, {parts_, plan_.splits, b.rows, rows, d, nullptr, nullptr, 0, dx_ + b.row * d,
+                               offset(weights.x_factor, b.row), of_rows});
     if (!dy_) return;
     Blocked own = pairs_.x.blocks(b.row / Blocked::kRows);
     const T* divisor = offset(y_divisor_, b.column);
