@@ -1,14 +1,11 @@
-// How the lanes of a warp go over a row: 16 bytes at once each where the row allows it, chosen once for the row, and
-// several loads on their way. What is done with the numbers is said once for all ways.
+// How the lanes of a warp go over a row: 16 bytes at once each where the row allows it, chosen once for the row. What
+// is done with the numbers is said once for all ways.
 #pragma once
 
 #include "cuda/number.hpp"
 
 namespace nearfar {
 inline namespace device {
-
-constexpr int kRowsAhead = 2;   // loads of a lane on their way, of a row
-constexpr int kSumsAhead = 16;  // of a thread, of numbers that one block sums
 
 /// Rows of E whose pieces of 16 bytes are whole and aligned: a lane takes one at once, and holds it as it is, because
 /// 16-bit numbers by themselves would take a register each.
@@ -83,24 +80,12 @@ NEARFAR_DEVICE Piece<T, M> part_of(const Piece<T, N>& piece, int first) {
   return part;
 }
 
-/// use(k, load(k)) for k from `first` on by `step`, in order: AHEAD loads are on their way before the first is used.
-template <int AHEAD, class Load, class Use>
-NEARFAR_DEVICE void for_steps(int64_t first, int64_t step, int64_t end, Load load, Use use) {
+/// f(k) for the numbers of a row, by a warp: k is the first of those that a lane takes. One piece at once: many warps,
+/// which few registers allow, hide memory better than many loads of one.
+template <class Way, class F>
+NEARFAR_DEVICE void for_row(Way, int64_t d, F f) {
   NEARFAR_ROLLED
-  for (; first < end; first += AHEAD * step) {
-    decltype(load(first)) held[AHEAD];
-    NEARFAR_UNROLL
-    for (int a = 0; a < AHEAD; ++a)
-      if (first + a * step < end) held[a] = load(first + a * step);
-    NEARFAR_UNROLL
-    for (int a = 0; a < AHEAD; ++a)
-      if (first + a * step < end) use(first + a * step, held[a]);
-  }
-}
-/// The same of the numbers of a row, by a warp: k is the first of those that a lane takes.
-template <class Way, class Load, class Use>
-NEARFAR_DEVICE void for_row(Way, int64_t d, Load load, Use use) {
-  for_steps<Way::kWide == 1 ? 1 : kRowsAhead>(cuda::lane_index() * Way::kWide, cuda::kWarp * Way::kWide, d, load, use);
+  for (int64_t k = cuda::lane_index() * Way::kWide; k < d; k += cuda::kWarp * Way::kWide) f(k);
 }
 
 /// f(how): `Wide` of the rows' type where `wide` says that they allow it, else `Single`. Once for a row. ONLY: of this

@@ -76,16 +76,12 @@ NEARFAR_DEVICE T direct_distance(const Source<T>& x, const Source<T>& y, int64_t
 /// f(number of row i of x, of row j of y) for all of them by a warp, `how` being what `choose_way` says of both.
 template <class Way, class T, class F>
 NEARFAR_DEVICE void for_both(Way how, const Source<T>& x, int64_t i, const Source<T>& y, int64_t j, F f) {
-  struct Both {
-    typename Way::Held x, y;
-  };
   const T of_x = x.scale(i), of_y = y.scale(j);
-  for_row(
-      how, x.rows.d, [&](int64_t k) { return Both{x.hold(how, i, k), y.hold(how, j, k)}; },
-      [&](int64_t, const Both& held) {
-        NEARFAR_UNROLL
-        for (int e = 0; e < Way::kWide; ++e) f(x.value(how, held.x, e) * of_x, y.value(how, held.y, e) * of_y);
-      });
+  for_row(how, x.rows.d, [&](int64_t k) {
+    const auto u = x.hold(how, i, k), v = y.hold(how, j, k);
+    NEARFAR_UNROLL
+    for (int e = 0; e < Way::kWide; ++e) f(x.value(how, u, e) * of_x, y.value(how, v, e) * of_y);
+  });
 }
 
 /// The inner product of two rows as given, by a warp; every lane has it.
@@ -134,12 +130,11 @@ struct InverseNorms {
   }
   template <class Way, class F>
   NEARFAR_DEVICE void for_values(Way how, int64_t i, F f) const {
-    for_row(
-        how, source.rows.d, [&](int64_t k) { return source.hold(how, i, k); },
-        [&](int64_t, const typename Way::Held& held) {
-          NEARFAR_UNROLL
-          for (int e = 0; e < Way::kWide; ++e) f(static_cast<double>(source.value(how, held, e)));
-        });
+    for_row(how, source.rows.d, [&](int64_t k) {
+      const auto held = source.hold(how, i, k);
+      NEARFAR_UNROLL
+      for (int e = 0; e < Way::kWide; ++e) f(static_cast<double>(source.value(how, held, e)));
+    });
   }
 };
 
@@ -211,21 +206,20 @@ struct Pack {
     // 16-bit rows are packed as what they are.
     choose_way<T, std::conditional_t<kExact, E, void>>(source.wide(), source.rows.dtype, [&](auto how) {
       using Way = decltype(how);
-      for_row(
-          how, out.pitch,
-          [&](int64_t k) { return inside && k < out.d ? source.hold(how, i, k) : typename Way::Held{}; },
-          [&](int64_t k, const typename Way::Held& held) {
-            Piece<T, Way::kWide> own, shift{};
-            if (center && inside && k < out.d) shift = load_piece<Way::kWide>(center + k);
-            NEARFAR_UNROLL
-            for (int e = 0; e < Way::kWide; ++e) {
-              own[e] = source.value(how, held, e) * multiply - shift[e];
-              if (out.squares) sum += static_cast<double>(own[e]) * static_cast<double>(own[e]);
-            }
-            store_piece(out.at(i, k), own);
-            if constexpr (std::is_same_v<E, float>)
-              if (out.split.data && i < out.padded && k < out.split.across * out.split.kColumns) put_split(i, k, own);
-          });
+      for_row(how, out.pitch, [&](int64_t k) {
+        const bool here = inside && k < out.d;
+        const auto held = here ? source.hold(how, i, k) : typename Way::Held{};
+        Piece<T, Way::kWide> own, shift{};
+        if (center && here) shift = load_piece<Way::kWide>(center + k);
+        NEARFAR_UNROLL
+        for (int e = 0; e < Way::kWide; ++e) {
+          own[e] = source.value(how, held, e) * multiply - shift[e];
+          if (out.squares) sum += static_cast<double>(own[e]) * static_cast<double>(own[e]);
+        }
+        store_piece(out.at(i, k), own);
+        if constexpr (std::is_same_v<E, float>)
+          if (out.split.data && i < out.padded && k < out.split.across * out.split.kColumns) put_split(i, k, own);
+      });
     });
     if (!out.squares || i >= out.padded) return;
     sum = cuda::warp_sum(sum);
@@ -368,7 +362,7 @@ struct FinishRows {
   double multiply;
   double* along;       // null: not wanted
   bool fresh = false;  // the terms are all there is: what lies in `grad` is not read
-  static constexpr int kResident = 2;
+  static constexpr int kResident = 3;
 
   NEARFAR_DEVICE void operator()() const {
     const int64_t i = cuda::global_warp();
@@ -383,7 +377,7 @@ struct FinishRows {
   /// du is kept between its two uses where the row is short enough for the registers of a warp.
   template <class Way>
   NEARFAR_DEVICE void finish(Way how, int64_t i) const {
-    constexpr int W = Way::kWide, kVectors = W == 1 ? 2 : 4;
+    constexpr int W = Way::kWide, kVectors = 2;
     constexpr int64_t kStep = cuda::kWarp * W, kKept = kVectors * kStep;
     const int64_t d = source.rows.d;
     const bool project = source.inverse, kept = project && d <= kKept;
@@ -468,9 +462,7 @@ struct OrderedSum {
     NEARFAR_SHARED double sums[cuda::kThreads];
     const int thread = cuda::thread_index();
     double sum = 0;
-    for_steps<kSumsAhead>(
-        thread, cuda::kThreads, count, [&](int64_t k) { return values[k]; },
-        [&](int64_t, double value) { sum += value; });
+    for (int64_t k = thread; k < count; k += cuda::kThreads) sum += values[k];
     sums[thread] = sum;
     cuda::sync_block();
     for (int half = cuda::kThreads / 2; half > 0; half /= 2) {

@@ -56,12 +56,11 @@ struct LargestOf {
   bool joins;  // what lies there counts too
   NEARFAR_DEVICE void operator()() const {
     double most = 0;
-    for_steps<kSumsAhead>(
-        cuda::thread_index(), cuda::kThreads, count, [&](int64_t k) { return values[k]; },
-        [&](int64_t, V own) {
-          const double value = fabs(static_cast<double>(own));
-          most = value > most && value < infinity<double>() ? value : most;
-        });
+    NEARFAR_UNROLL_4
+    for (int64_t k = cuda::thread_index(); k < count; k += cuda::kThreads) {
+      const double value = fabs(static_cast<double>(values[k]));
+      most = value > most && value < infinity<double>() ? value : most;
+    }
     most = block_largest(most);
     if (cuda::thread_index() == 0) *out = joins && *out > most ? *out : most;
   }
@@ -234,12 +233,12 @@ struct MergeParts {
     NEARFAR_ROLLED
     for (int64_t k = begin + cuda::lane_index() * W; k < end; k += cuda::kWarp * W) {
       Piece<T, W> total = load_piece<W>(out + i * d + k), sum{};
-      for_steps<4>(
-          0, 1, splits, [&](int64_t split) { return load_piece<W>(parts + (split * padded + i) * d + k); },
-          [&](int64_t, const Piece<T, W>& part) {
-            NEARFAR_UNROLL
-            for (int e = 0; e < W; ++e) sum[e] += part[e];
-          });
+      NEARFAR_UNROLL_4
+      for (int64_t split = 0; split < splits; ++split) {
+        const Piece<T, W> part = load_piece<W>(parts + (split * padded + i) * d + k);
+        NEARFAR_UNROLL
+        for (int e = 0; e < W; ++e) sum[e] += part[e];
+      }
       const Piece<T, W> of_row = sums ? load_piece<W>(own + i * pitch + k) : Piece<T, W>{};
       NEARFAR_UNROLL
       for (int e = 0; e < W; ++e) total[e] += sums ? by_row * of_row[e] - sum[e] : sum[e] * by_row * weighed;

@@ -221,7 +221,7 @@ struct MeasureBest {
   int64_t k;
   T* value;
   int64_t* index;
-  static constexpr int kResident = 4;
+  static constexpr int kResident = 5;
 
   NEARFAR_DEVICE void operator()() const {
     const int64_t i = cuda::global_warp();
