@@ -88,13 +88,6 @@ def _is_scalar_loss(name: str, config: tuple[Any, ...]) -> bool:
     return OPERATIONS[name].loss and "none" not in config
 
 
-def _product(grad: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
-    """``(grad * g).to(dtype)``, rounded on the way out: one pass over the memory. The compiler fuses the two itself."""
-    if grad.dtype == dtype or torch.compiler.is_compiling():
-        return grad * g
-    return torch.mul(grad, g, out=torch.empty_like(grad, dtype=dtype))
-
-
 class _Backward(Function):
     """apply(name, number of tensors, upstream, *forward's output, *tensors, *config) -> gradients of the tensors."""
 
@@ -109,8 +102,7 @@ class _Backward(Function):
     def forward(name: str, count: int, g: Tensor, *args: Any) -> Any:
         operation, output, tensors, config = _Backward._parts(name, count, args)
         if _is_scalar_loss(name, config):
-            pairs = zip(output[1:], tensors, strict=False)
-            grads = tuple(grad if is_absent(grad) else _product(grad, g, tensor.dtype) for grad, tensor in pairs)
+            grads = tuple(grad if is_absent(grad) else grad * g for grad in output[1:])
         else:
             grads = operation.grad(g, output[0], tensors, config)
         # Rounded to the inputs' dtype only now: a loss scaler's factor in g keeps float16 gradients from vanishing.
