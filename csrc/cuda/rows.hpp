@@ -360,9 +360,9 @@ struct FinishRows {
   Term<T> terms[3];
   const double* scale;  // on the device; null: 1
   double multiply;
-  double* along;       // null: not wanted
-  bool fresh = false;  // the terms are all there is: what lies in `grad` is not read
-  static constexpr int kResident = 3;
+  double* along;                       // null: not wanted
+  bool fresh = false;                  // the terms are all there is: what lies in `grad` is not read
+  static constexpr int kResident = 3;  // more warps are worth more than more of a row in registers
 
   NEARFAR_DEVICE void operator()() const {
     const int64_t i = cuda::global_warp();
@@ -386,7 +386,8 @@ struct FinishRows {
     Piece<T, W> du[kVectors];
     typename Way::Held x[kVectors];
     double sum = 0;
-    // f(v, k, place in the row) for the vectors of a part of the row.
+    // f(for_vectors) for every part of the row, with for_vectors(use): use(v, k) for the lane's pieces in it, k the
+    // first number of piece v.
     const auto for_parts = [&](auto f) {
       NEARFAR_ROLLED
       for (int64_t k0 = cuda::lane_index() * W; k0 < d; k0 += kKept)
