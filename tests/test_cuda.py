@@ -360,6 +360,27 @@ def test_layouts(dtype):
         assert torch.equal(nf.info_nce_loss(other, key), plain)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [8, 20, 1160])
+def test_rows_that_are_whole_vectors_or_not(d, dtype):
+    """Aligned and not, next to each other and not; rows that registers hold, and longer ones."""
+    n = 3
+
+    def moved(x, offset, pitch):
+        memory = torch.full((offset + n * pitch,), torch.nan, dtype=x.dtype, device=DEVICE)
+        rows = memory.as_strided(x.shape, (pitch, 1), offset)
+        return rows.copy_(x)
+
+    query, key = pair(n, d, dtype)
+    negatives = tensor(g.points(n * 2, d, seed=5).reshape(n, 2, d), dtype)
+    distances = nf.kmeans_assign(query, key)[1]
+    for layouts in (((0, d), (0, d)), ((1, d), (0, d)), ((0, d), (0, d + 1)), ((8, d + 8), (16, d + 24))):
+        x, y = (moved(z, *layout) for z, layout in zip((query, key), layouts, strict=True))
+        rows = {"query": x, "positive_key": y, "negative_keys": negatives}
+        check(nf.info_nce_loss, list(rows), dtype, **rows)
+        g.assert_value(nf.kmeans_assign(x, y)[1], distances.cpu().numpy(), 1e-6)
+
+
 def test_empty():
     x = torch.empty(0, 4, device=DEVICE)
     assert nf.info_nce_loss(x, x).item() == 0

@@ -69,15 +69,14 @@ class Context {
 };
 
 #if defined(__CUDACC__)
-// One block a multiprocessor is enough to ask for: else the assembler spills registers to make room for more. A body may
-// say kResident.
+// One block a multiprocessor is enough to ask for, where the body does not: else the assembler spills registers to make
+// room for more.
 template <class Body, class = void>
-constexpr int kResidentOf = 1;
+inline constexpr int kResident = 1;
 template <class Body>
-constexpr int kResidentOf<Body, std::void_t<decltype(Body::kResident)>> = Body::kResident;
-
+inline constexpr int kResident<Body, std::void_t<decltype(Body::kResident)>> = Body::kResident;
 template <class Body>
-__global__ void __launch_bounds__(kThreads, kResidentOf<Body>) kernel(const __grid_constant__ Body body) {
+__global__ void __launch_bounds__(kThreads, kResident<Body>) kernel(const __grid_constant__ Body body) {
   body();
 }
 

@@ -97,6 +97,11 @@ inline float float_of(uint32_t bits) {
   std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
+inline uint16_t float_to_bfloat(float value) {
+  const uint32_t bits = bits_of(value);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fff;
+  return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
+}
 inline float round_tf32(float value) {
   const uint32_t bits = bits_of(value);
   if ((bits & 0x7f800000u) == 0x7f800000u) return value;

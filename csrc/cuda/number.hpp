@@ -44,6 +44,13 @@ struct F16 {
   uint16_t bits;
 };
 
+/// 16 bytes, which a thread reads or writes at once.
+template <class E>
+struct alignas(16) Vector {
+  static constexpr int kSize = 16 / sizeof(E);
+  E v[kSize];
+};
+
 NEARFAR_DEVICE float widen(BF16 x) {
   const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
   float value;
@@ -61,10 +68,7 @@ NEARFAR_DEVICE E narrow(T value) {
 }
 template <>
 NEARFAR_DEVICE BF16 narrow<BF16, float>(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof(bits));
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0};
-  return {static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};
+  return {cuda::float_to_bfloat(value)};
 }
 template <>
 NEARFAR_DEVICE F16 narrow<F16, float>(float value) {

@@ -66,6 +66,11 @@ NEARFAR_DEVICE void atomic_min(double* place, double value) {
 
 NEARFAR_DEVICE float half_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
 NEARFAR_DEVICE uint16_t float_to_half(float value) { return __half_as_ushort(__float2half_rn(value)); }
+NEARFAR_DEVICE uint16_t float_to_bfloat(float value) {
+  uint16_t bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
 /// Rounded to the 11 significant bits that a tf32 product reads.
 NEARFAR_DEVICE float round_tf32(float value) {
   uint32_t bits;

@@ -4,7 +4,7 @@
 #include "cpu/ops.hpp"
 #include "cuda/blocked.hpp"
 #include "cuda/context.hpp"
-#include "cuda/number.hpp"
+#include "cuda/lanes.hpp"
 
 namespace nearfar {
 inline namespace device {
@@ -25,6 +25,25 @@ template <class T>
 struct Source {
   Rows rows;
   const T* inverse = nullptr;
+
+  NEARFAR_DEVICE bool wide() const {
+    const int64_t others = (rows.dtype == DType::f64 ? 2 : rows.dtype == DType::f32 ? 4 : 8) - 1;
+    return rows.col_stride == 1 && !(rows.d & others) && !(rows.row_stride & others) && aligned(rows.data);
+  }
+  NEARFAR_DEVICE bool wide_as(const Source& other) const {
+    return rows.dtype == other.rows.dtype && wide() && other.wide();
+  }
+  /// Numbers k ... of row i, as they lie in memory; what they are.
+  template <class E>
+  NEARFAR_DEVICE Vector<uint32_t> hold(Wide<E> how, int64_t i, int64_t k) const {
+    return how.load(static_cast<const E*>(rows.data) + i * rows.row_stride + k);
+  }
+  NEARFAR_DEVICE T hold(Single<T>, int64_t i, int64_t k) const { return raw(i, k); }
+  template <class E>
+  NEARFAR_DEVICE static T value(Wide<E> how, const Vector<uint32_t>& held, int e) {
+    return static_cast<T>(widen(how.get(held, e)));
+  }
+  NEARFAR_DEVICE static T value(Single<T>, T held, int) { return held; }
 
   NEARFAR_DEVICE T raw(int64_t i, int64_t k) const {
     const int64_t at = i * rows.row_stride + k * rows.col_stride;
@@ -54,13 +73,29 @@ NEARFAR_DEVICE T direct_distance(const Source<T>& x, const Source<T>& y, int64_t
   return sum;
 }
 
+/// f(number of row i of x, of row j of y) for all of them by a warp, `how` being what `choose_way` says of both.
+template <class Way, class T, class F>
+NEARFAR_DEVICE void for_both(Way how, const Source<T>& x, int64_t i, const Source<T>& y, int64_t j, F f) {
+  const T of_x = x.scale(i), of_y = y.scale(j);
+  for_row(how, x.rows.d, [&](int64_t k) {
+    const auto u = x.hold(how, i, k), v = y.hold(how, j, k);
+    NEARFAR_UNROLL
+    for (int e = 0; e < Way::kWide; ++e) f(x.value(how, u, e) * of_x, y.value(how, v, e) * of_y);
+  });
+}
+
 /// The inner product of two rows as given, by a warp; every lane has it.
+template <class Way, class T>
+NEARFAR_DEVICE double warp_dot(Way how, const Source<T>& x, int64_t i, const Source<T>& y, int64_t j) {
+  double sum = 0;
+  for_both(how, x, i, y, j, [&](T u, T v) { sum += static_cast<double>(u) * static_cast<double>(v); });
+  return cuda::warp_sum(sum);
+}
 template <class T>
 NEARFAR_DEVICE double warp_dot(const Source<T>& x, int64_t i, const Source<T>& y, int64_t j) {
   double sum = 0;
-  for (int64_t k = cuda::lane_index(); k < x.rows.d; k += cuda::kWarp)
-    sum += static_cast<double>(x.get(i, k)) * static_cast<double>(y.get(j, k));
-  return cuda::warp_sum(sum);
+  choose_way<T>(y.wide_as(x), x.rows.dtype, [&](auto how) { sum = warp_dot(how, x, i, y, j); });
+  return sum;
 }
 
 // ---- inverse norms
@@ -76,20 +111,30 @@ struct InverseNorms {
   NEARFAR_DEVICE void operator()() const {
     const int64_t i = cuda::global_warp();
     if (i >= source.rows.n) return;
-    double most = 1, sum = 0;
-    if (sizeof(T) == 8) {
-      most = 0;
-      for (int64_t k = cuda::lane_index(); k < source.rows.d; k += cuda::kWarp)
-        most = largest(most, fabs(static_cast<double>(source.raw(i, k))));
-      for (int mask = cuda::kWarp / 2; mask > 0; mask /= 2) most = largest(most, cuda::shuffle_xor(most, mask));
-    }
-    NEARFAR_UNROLL_4
-    for (int64_t k = cuda::lane_index(); k < source.rows.d; k += cuda::kWarp) {
-      const double value = static_cast<double>(source.raw(i, k)) / (most > 0 ? most : 1);
-      sum += value * value;
-    }
-    const double norm = most * sqrt(cuda::warp_sum(sum));
-    if (cuda::lane_index() == 0) inverse[i] = norm == 0 || most == infinity<double>() ? T(0) : static_cast<T>(1 / norm);
+    choose_way<T>(source.wide(), source.rows.dtype, [&](auto how) {
+      double most = 1, sum = 0;
+      if (sizeof(T) == 8) {
+        most = 0;
+        for_values(how, i, [&](double value) { most = largest(most, fabs(value)); });
+        for (int mask = cuda::kWarp / 2; mask > 0; mask /= 2) most = largest(most, cuda::shuffle_xor(most, mask));
+      }
+      const double unit = most > 0 ? most : 1;
+      for_values(how, i, [&](double value) {
+        if (sizeof(T) == 8) value /= unit;
+        sum += value * value;
+      });
+      const double norm = most * sqrt(cuda::warp_sum(sum));
+      if (cuda::lane_index() == 0)
+        inverse[i] = norm == 0 || most == infinity<double>() ? T(0) : static_cast<T>(1 / norm);
+    });
+  }
+  template <class Way, class F>
+  NEARFAR_DEVICE void for_values(Way how, int64_t i, F f) const {
+    for_row(how, source.rows.d, [&](int64_t k) {
+      const auto held = source.hold(how, i, k);
+      NEARFAR_UNROLL
+      for (int e = 0; e < Way::kWide; ++e) f(static_cast<double>(source.value(how, held, e)));
+    });
   }
 };
 
@@ -158,25 +203,47 @@ struct Pack {
       if (cuda::lane_index() == 0 && i < out.padded) out.factor[i] = inverse / power;
     }
     double sum = 0;
-    for (int64_t k = cuda::lane_index(); k < out.pitch; k += cuda::kWarp) {
-      T value = 0;
-      if (inside && k < out.d) value = source.raw(i, k) * multiply - (center ? center[k] : T(0));
-      *out.at(i, k) = narrow<E>(value);
-      if constexpr (std::is_same_v<E, float>)
-        if (out.split.data && i < out.padded && k < out.split.across * out.split.kColumns) put_split(i, k, value);
-      sum += static_cast<double>(value) * static_cast<double>(value);
-    }
+    // 16-bit rows are packed as what they are.
+    choose_way<T, std::conditional_t<kExact, E, void>>(source.wide(), source.rows.dtype, [&](auto how) {
+      using Way = decltype(how);
+      for_row(how, out.pitch, [&](int64_t k) {
+        const bool here = inside && k < out.d;
+        const auto held = here ? source.hold(how, i, k) : typename Way::Held{};
+        Piece<T, Way::kWide> own, shift{};
+        if (center && here) shift = load_piece<Way::kWide>(center + k);
+        NEARFAR_UNROLL
+        for (int e = 0; e < Way::kWide; ++e) {
+          own[e] = source.value(how, held, e) * multiply - shift[e];
+          if (out.squares) sum += static_cast<double>(own[e]) * static_cast<double>(own[e]);
+        }
+        store_piece(out.at(i, k), own);
+        if constexpr (std::is_same_v<E, float>)
+          if (out.split.data && i < out.padded && k < out.split.across * out.split.kColumns) put_split(i, k, own);
+      });
+    });
     if (!out.squares || i >= out.padded) return;
     sum = cuda::warp_sum(sum);
     if (cuda::lane_index() == 0) out.squares[i] = static_cast<T>(sum);
   }
   /// What is not finite, or would be if it were rounded, is in the first piece alone.
-  NEARFAR_DEVICE void put_split(int64_t i, int64_t k, float value) const {
-    const float rounded = cuda::round_tf32(value);
-    const bool finite = absolute(rounded) < infinity<float>();
-    float* place = out.split.at(i, k);
-    place[0] = finite ? rounded : value;
-    place[out.split.kPiece] = finite ? cuda::round_tf32(value - rounded) : 0.0f;
+  template <int N>
+  NEARFAR_DEVICE void put_split(int64_t i, int64_t k, const Piece<float, N>& own) const {
+    Piece<float, N> first, second;
+    NEARFAR_UNROLL
+    for (int e = 0; e < N; ++e) {
+      const float rounded = cuda::round_tf32(own[e]);
+      const bool finite = absolute(rounded) < infinity<float>();
+      first[e] = finite ? rounded : own[e];
+      second[e] = finite ? cuda::round_tf32(own[e] - rounded) : 0.0f;
+    }
+    // Neighbours of a row lie side by side as long as a vector reaches.
+    constexpr int kSize = N < SplitBlocked::kWide ? N : SplitBlocked::kWide;
+    NEARFAR_UNROLL
+    for (int e = 0; e < N; e += kSize) {
+      float* place = out.split.at(i, k + e);
+      store_piece(place, part_of<kSize>(first, e));
+      store_piece(place + out.split.kPiece, part_of<kSize>(second, e));
+    }
   }
 };
 
@@ -274,13 +341,13 @@ struct Term {
     if (enter == Enter::none || (enter == Enter::reverse && i >= n)) return 0;
     return enter == Enter::paired ? each : 1;
   }
-  NEARFAR_DEVICE T value(int64_t i, int64_t c, int64_t k) const {
-    int64_t row = i, at = i;
-    if (enter == Enter::own) row = (i + shift) % n;
-    if (enter == Enter::reverse) row = at = (i + n - shift % n) % n;
-    if (enter == Enter::paired) row = at = i * each + c;
-    if (enter == Enter::paired_by) row = i / each;
-    return weight[at] * other.get(row, k);
+  /// The row of `other`; `at`: of its weight.
+  NEARFAR_DEVICE int64_t row(int64_t i, int64_t c, int64_t& at) const {
+    at = i;
+    if (enter == Enter::own) return (i + shift) % n;
+    if (enter == Enter::reverse) at = (i + n - shift % n) % n;
+    if (enter == Enter::paired) at = i * each + c;
+    return enter == Enter::paired_by ? i / each : at;
   }
 };
 
@@ -293,30 +360,90 @@ struct FinishRows {
   Term<T> terms[3];
   const double* scale;  // on the device; null: 1
   double multiply;
-  double* along;       // null: not wanted
-  bool fresh = false;  // the terms are all there is: what lies in `grad` is not read
+  double* along;                       // null: not wanted
+  bool fresh = false;                  // the terms are all there is: what lies in `grad` is not read
+  static constexpr int kResident = 3;  // more warps are worth more than more of a row in registers
 
   NEARFAR_DEVICE void operator()() const {
-    const int64_t i = cuda::global_warp(), d = source.rows.d;
+    const int64_t i = cuda::global_warp();
     if (i >= source.rows.n) return;
-    const T factor = static_cast<T>(multiply * (scale ? *scale : 1));
-    T* g = grad + i * d;
+    bool wide = source.wide() && aligned(grad);
+    for (const Term<T>& term : terms)
+      if (term.enter != Enter::none) wide = wide && term.other.wide_as(source);
+    choose_way<T>(wide, source.rows.dtype, [&](auto how) { finish(how, i); });
+  }
+
+ private:
+  /// du is kept between its two uses where the row is short enough for the registers of a warp.
+  template <class Way>
+  NEARFAR_DEVICE void finish(Way how, int64_t i) const {
+    constexpr int W = Way::kWide, kVectors = 2;
+    constexpr int64_t kStep = cuda::kWarp * W, kKept = kVectors * kStep;
+    const int64_t d = source.rows.d;
+    const bool project = source.inverse, kept = project && d <= kKept;
+    const T factor = static_cast<T>(multiply * (scale ? *scale : 1)), inverse = source.scale(i);
+    T* const g = grad + i * d;
+    Piece<T, W> du[kVectors];
+    typename Way::Held x[kVectors];
     double sum = 0;
-    for (int64_t k = cuda::lane_index(); k < d; k += cuda::kWarp) {
-      T value = fresh ? T(0) : g[k];
-      for (const Term<T>& term : terms)
-        for (int64_t c = 0; c < term.count(i); ++c) value += term.value(i, c, k);
-      value *= factor;
-      g[k] = value;
-      sum += static_cast<double>(value) * static_cast<double>(source.get(i, k));
-    }
-    if (!along && !source.inverse) return;
+    // f(for_vectors) for every part of the row, with for_vectors(use): use(v, k) for the lane's pieces in it, k the
+    // first number of piece v.
+    const auto for_parts = [&](auto f) {
+      NEARFAR_ROLLED
+      for (int64_t k0 = cuda::lane_index() * W; k0 < d; k0 += kKept)
+        f([&](auto use) {
+          NEARFAR_UNROLL
+          for (int v = 0; v < kVectors; ++v)
+            if (k0 + v * kStep < d) use(v, k0 + v * kStep);
+        });
+    };
+    for_parts([&](auto for_vectors) {
+      for_vectors([&](int v, int64_t k) {
+        du[v] = fresh ? Piece<T, W>{} : load_piece<W>(g + k);
+        x[v] = source.hold(how, i, k);
+      });
+      NEARFAR_ROLLED
+      for (const Term<T>& term : terms) {
+        const int64_t count = term.count(i);
+        NEARFAR_ROLLED
+        for (int64_t c = 0; c < count; ++c) {
+          int64_t at;
+          const int64_t row = term.row(i, c, at);
+          const T weight = term.weight[at], of_row = term.other.scale(row);
+          typename Way::Held other[kVectors];
+          for_vectors([&](int v, int64_t k) { other[v] = term.other.hold(how, row, k); });
+          for_vectors([&](int v, int64_t) {
+            NEARFAR_UNROLL
+            for (int e = 0; e < W; ++e) du[v][e] += weight * (source.value(how, other[v], e) * of_row);
+          });
+        }
+      }
+      for_vectors([&](int v, int64_t k) {
+        NEARFAR_UNROLL
+        for (int e = 0; e < W; ++e) {
+          du[v][e] *= factor;
+          sum += static_cast<double>(du[v][e]) * static_cast<double>(source.value(how, x[v], e) * inverse);
+        }
+        if (!kept) store_piece(g + k, du[v]);
+      });
+    });
+    if (!along && !project) return;
     sum = cuda::warp_sum(sum);
     if (along && cuda::lane_index() == 0) along[i] = sum;
-    if (!source.inverse) return;
-    const T inverse = source.inverse[i];
-    for (int64_t k = cuda::lane_index(); k < d; k += cuda::kWarp)
-      g[k] = inverse * (g[k] - source.get(i, k) * static_cast<T>(sum));
+    if (!project) return;
+    for_parts([&](auto for_vectors) {
+      if (!kept)
+        for_vectors([&](int v, int64_t k) {
+          du[v] = load_piece<W>(g + k);
+          x[v] = source.hold(how, i, k);
+        });
+      for_vectors([&](int v, int64_t k) {
+        NEARFAR_UNROLL
+        for (int e = 0; e < W; ++e)
+          du[v][e] = inverse * (du[v][e] - source.value(how, x[v], e) * inverse * static_cast<T>(sum));
+        store_piece(g + k, du[v]);
+      });
+    });
   }
 };
 

@@ -201,9 +201,11 @@ NEARFAR_DEVICE T reciprocal(const T* factor, int64_t i) {
   return !factor ? T(1) : factor[i] == 0 ? T(0) : 1 / factor[i];
 }
 
-/// out_i += sum of the parts, or with sums out_i += sums_i * own_i - sum of the parts.
+/// out_i += sum of the parts, or with sums out_i += sums_i * own_i - sum of the parts. As many warps a row as it has
+/// vectors for their lanes.
 template <class T>
 struct MergeParts {
+  static constexpr int64_t kSpan = cuda::kWarp * Wide<T>::kWide;
   const T* parts;
   int64_t splits, padded, rows, d;
   const T* sums;  // null: a plain product
@@ -213,15 +215,40 @@ struct MergeParts {
   const T* factor = nullptr;
   const T* weight = nullptr;  // of row i; null: 1
   NEARFAR_DEVICE void operator()() const {
-    const int64_t at = cuda::global_thread(), i = at / d, k = at % d;
+    const int64_t across = (d + kSpan - 1) / kSpan, i = cuda::global_warp() / across;
     if (i >= rows) return;
-    T sum = 0;
-    for (int64_t split = 0; split < splits; ++split) sum += parts[(split * padded + i) * d + k];
-    out[at] += sums ? sums[i] * own[i * pitch + k] - sum : sum * reciprocal(factor, i) * (weight ? weight[i] : T(1));
+    const int64_t begin = (cuda::global_warp() - i * across) * kSpan, end = begin + kSpan < d ? begin + kSpan : d;
+    const bool wide = d % Wide<T>::kWide == 0 && aligned(parts) && aligned(out) && (!own || aligned(own));
+    wide ? merge(Wide<T>{}, i, begin, end) : merge(Single<T>{}, i, begin, end);
+  }
+  static void launch(cuda::Context& c, const MergeParts& step) {
+    c.launch_warps(step.rows * ceil_div(step.d, kSpan), step);
+  }
+
+ private:
+  template <class Way>
+  NEARFAR_DEVICE void merge(Way, int64_t i, int64_t begin, int64_t end) const {
+    constexpr int W = Way::kWide;
+    const T by_row = sums ? sums[i] : reciprocal(factor, i), weighed = weight ? weight[i] : T(1);
+    NEARFAR_ROLLED
+    for (int64_t k = begin + cuda::lane_index() * W; k < end; k += cuda::kWarp * W) {
+      Piece<T, W> total = load_piece<W>(out + i * d + k), sum{};
+      NEARFAR_UNROLL_4
+      for (int64_t split = 0; split < splits; ++split) {
+        const Piece<T, W> part = load_piece<W>(parts + (split * padded + i) * d + k);
+        NEARFAR_UNROLL
+        for (int e = 0; e < W; ++e) sum[e] += part[e];
+      }
+      const Piece<T, W> of_row = sums ? load_piece<W>(own + i * pitch + k) : Piece<T, W>{};
+      NEARFAR_UNROLL
+      for (int e = 0; e < W; ++e) total[e] += sums ? by_row * of_row[e] - sum[e] : sum[e] * by_row * weighed;
+      store_piece(out + i * d + k, total);
+    }
   }
 };
 
-/// Blocked rows times a number each, and of float16 times what takes the largest of these numbers below 2^order.
+/// Blocked rows times a number each, and of float16 times what takes the largest of these numbers below 2^order. A
+/// vector of them each thread.
 template <class T, class E>
 struct WeighRows {
   Blocked rows;
@@ -231,12 +258,17 @@ struct WeighRows {
   int64_t count;  // of numbers
   uint16_t* out;
   NEARFAR_DEVICE void operator()() const {
-    const int64_t at = cuda::global_thread(), block = at / Blocked::kBlock,
+    constexpr int W = Wide<E>::kWide;
+    const int64_t at = cuda::global_thread() * W, block = at / Blocked::kBlock,
                   line = at % Blocked::kBlock / Blocked::kColumns;
     if (at >= count) return;
+    const Vector<uint32_t> held = Wide<E>::load(reinterpret_cast<const E*>(rows.data) + at);
     float factor = static_cast<float>(weight[block / rows.across * Blocked::kRows + line]);
     if (largest) factor *= power_below(*largest, order);
-    out[at] = narrow<E>(widen(E{rows.data[at]}) * factor).bits;
+    Piece<float, W> own;
+    NEARFAR_UNROLL
+    for (int e = 0; e < W; ++e) own[e] = widen(Wide<E>::get(held, e)) * factor;
+    store_piece(reinterpret_cast<E*>(out) + at, own);
   }
 };
 
@@ -403,8 +435,8 @@ class Strip {
       const Operand<E, false> rows{pairs_.y.data + b.column * pairs_.y.pitch, pairs_.y.pitch};
       multiply_parts<T, E>(c_, plan_, w, rows, b, d, parts_);
       const int64_t valid = b.rows < pairs_.x.n - b.row ? b.rows : pairs_.x.n - b.row;
-      c_.launch_threads(valid * d, MergeParts<T>{parts_, plan_.splits, b.rows, valid, d, distance ? row_sums_ : nullptr,
-                                                 own(pairs_.x, b.row), pairs_.x.pitch, dx_ + b.row * d});
+      MergeParts<T>::launch(c_, {parts_, plan_.splits, b.rows, valid, d, distance ? row_sums_ : nullptr,
+                                 own(pairs_.x, b.row), pairs_.x.pitch, dx_ + b.row * d});
     }
     if (!dy_) return;
     const Plan down = plan<E>(c_, "weights' transpose times rows", b.columns, d, b.rows, false);
@@ -425,8 +457,8 @@ class Strip {
     const int64_t rows = b.rows < pairs_.x.n - b.row ? b.rows : pairs_.x.n - b.row;
     const int64_t columns = b.columns < pairs_.y.n - b.column ? b.columns : pairs_.y.n - b.column;
     multiply_blocked<E>(c_, plan_.splits, weights.blocks, pairs_.y.blocks(b.column / Blocked::kRows), b, d, parts_);
-    c_.launch_threads(rows * d, MergeParts<T>{parts_, plan_.splits, b.rows, rows, d, nullptr, nullptr, 0,
-                                              dx_ + b.row * d, offset(weights.x_factor, b.row), of_rows});
+    MergeParts<T>::launch(c_, {parts_, plan_.splits, b.rows, rows, d, nullptr, nullptr, 0, dx_ + b.row * d,
+                               offset(weights.x_factor, b.row), of_rows});
     if (!dy_) return;
     Blocked own = pairs_.x.blocks(b.row / Blocked::kRows);
     const T* divisor = offset(y_divisor_, b.column);
@@ -437,7 +469,8 @@ class Strip {
         c_.launch_threads(b.columns, FitFactors<T>{divisor, b.columns, 1, largest_row_, kRowOrder, weighed_divisor_});
         divisor = weighed_divisor_;
       }
-      c_.launch_threads(count, WeighRows<T, E>{own, of_rows, largest_row_, kRowOrder, count, weighed_rows_.data});
+      c_.launch_threads(count / Wide<E>::kWide,
+                        WeighRows<T, E>{own, of_rows, largest_row_, kRowOrder, count, weighed_rows_.data});
       own = weighed_rows_;
     }
     multiply_blocked_transposed<E>(c_, weights.blocks, own, b, d,

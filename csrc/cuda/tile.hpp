@@ -31,13 +31,6 @@ struct Operand {
   }
 };
 
-/// 16 bytes of an operand.
-template <class E>
-struct alignas(16) Vector {
-  static constexpr int kSize = 16 / sizeof(E);
-  E v[kSize];
-};
-
 /// ROWS x DEPTH of an operand on its way from global to shared memory, in the registers of a block.
 template <class Op, int ROWS, int DEPTH>
 struct Stage {

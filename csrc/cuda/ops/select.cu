@@ -212,17 +212,21 @@ struct MeasureBest {
   int64_t k;
   T* value;
   int64_t* index;
+  static constexpr int kResident = 5;
 
   NEARFAR_DEVICE void operator()() const {
     const int64_t i = cuda::global_warp();
     if (i >= x.rows.n) return;
     T* values = value + i * k;
     int64_t* indices = index + i * k;
-    for (int64_t c = 0; c < k; ++c) {
-      const int64_t j = indices[c];
-      const T own = j < 0 ? not_a_number<T>() : measure(i, j);
-      if (cuda::lane_index() == 0) values[c] = own;
-    }
+    // Powers take longer than the memory, and too much code for more than one number at once.
+    choose_way<T>(map != PairMap::minkowski && x.wide_as(y), x.rows.dtype, [&](auto how) {
+      for (int64_t c = 0; c < k; ++c) {
+        const int64_t j = indices[c];
+        const T own = j < 0 ? not_a_number<T>() : measure(how, i, j);
+        if (cuda::lane_index() == 0) values[c] = own;
+      }
+    });
     cuda::sync_warp();  // all have read the indices
     if (cuda::lane_index() != 0) return;
     for (int64_t c = 1; c < k && indices[c] >= 0; ++c) {
@@ -240,26 +244,26 @@ struct MeasureBest {
       if (map == PairMap::minkowski) values[c] = power(values[c], 1 / p);
     }
   }
-  NEARFAR_DEVICE T measure(int64_t i, int64_t j) const {
+  template <class Way>
+  NEARFAR_DEVICE T measure(Way how, int64_t i, int64_t j) const {
     if (is_dot()) {
-      const double dot = warp_dot(x, i, y, j);
+      const double dot = warp_dot(how, x, i, y, j);
       if (map == PairMap::dot) return static_cast<T>(-dot);
       if (!(1 - dot <= static_cast<double>(kNear<T>))) return static_cast<T>(1 - dot);
     }
     double sum = 0;
-    NEARFAR_ROLLED
-    for (int64_t c = cuda::lane_index(); c < x.rows.d; c += cuda::kWarp) {
-      const double difference = static_cast<double>(x.get(i, c)) - static_cast<double>(y.get(j, c));
+    for_both(how, x, i, y, j, [&](T u, T v) {
+      const double difference = fabs(static_cast<double>(u) - static_cast<double>(v));
       if (map == PairMap::cityblock) {
-        sum += fabs(difference);
+        sum += difference;
       } else if (map == PairMap::chebyshev) {
-        sum = largest(sum, fabs(difference));
-      } else if (map == PairMap::minkowski) {
-        sum += power(fabs(difference), p);
+        sum = largest(sum, difference);
+      } else if (Way::kWide == 1 && map == PairMap::minkowski) {
+        sum += power(difference, p);
       } else {
         sum += difference * difference;
       }
-    }
+    });
     if (map == PairMap::chebyshev) {
       for (int mask = cuda::kWarp / 2; mask > 0; mask /= 2) sum = largest(sum, cuda::shuffle_xor(sum, mask));
       return static_cast<T>(sum);
