@@ -80,6 +80,15 @@ def test_shapes(loss, n, d):
     check(loss, names, **dict(zip(names, pair(n, d, "float16"), strict=True)))
 
 
+# Products of weights take tiles of 128 x 128, 128 x 256 or 256 x 128 (plan.hpp), and both kinds of rows end in the
+# middle of one. Few multiprocessors are emulated; a GPU takes the large tiles only for large shapes.
+@pytest.mark.parametrize(
+    ("n", "d"), [(260, 300), (520, 100), (650, 388), pytest.param(4000, 1000, marks=test_cuda.gpu_only)]
+)
+def test_tiles_of_products(n, d):
+    check(nf.info_nce_loss, KEYS, **keys(n, d))
+
+
 # A common base takes unit rows and a multiplier of at most 30; below 1 / 17 most rows are too faint under it.
 @pytest.mark.parametrize("temperature", [0.01, 0.034, 0.05, 0.07, 0.1, 1.0, 10.0])
 def test_temperatures(temperature):
