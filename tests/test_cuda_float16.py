@@ -80,8 +80,7 @@ def test_shapes(loss, n, d):
     check(loss, names, **dict(zip(names, pair(n, d, "float16"), strict=True)))
 
 
-# Products of weights take tiles of 128 x 128, 128 x 256 or 256 x 128 (plan.hpp), and both kinds of rows end in the
-# middle of one. Few multiprocessors are emulated; a GPU takes the large tiles only for large shapes.
+# Products of weights take tiles of 128 x 256 or 256 x 128 (plan.hpp), and both kinds of rows end in the middle of one.
 @pytest.mark.parametrize(
     ("n", "d"), [(260, 300), (520, 100), (650, 388), pytest.param(4000, 1000, marks=test_cuda.gpu_only)]
 )

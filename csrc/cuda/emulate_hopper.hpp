@@ -47,7 +47,6 @@ using emulation::wgmma_commit;
 
 inline void barrier_fence() {}
 inline void fence_async() {}
-inline void bulk_prefetch(const void*, int) {}
 template <bool LEFT>
 inline void bulk_stored() {
   emulation::bulk_stored();

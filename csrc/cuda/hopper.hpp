@@ -56,11 +56,6 @@ NEARFAR_DEVICE void bulk_load(void* to, const void* from, int bytes, uint64_t* b
                        shared_address(to)),
                    "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier)) : "memory"));
 }
-/// By one thread: contiguous bytes to the cache of the device.
-NEARFAR_DEVICE void bulk_prefetch(const void* from, int bytes) {
-  NEARFAR_SM90(asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(__cvta_generic_to_global(from)),
-                            "r"(bytes) : "memory"));
-}
 /// By one thread: float32 numbers of shared memory added to others, which nobody else adds to meanwhile.
 NEARFAR_DEVICE void bulk_add(float* to, const void* from, int bytes) {
   NEARFAR_SM90(asm volatile(

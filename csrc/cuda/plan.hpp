@@ -92,10 +92,10 @@ Plan plan_blocked_product(const cuda::Context& c, const char* operation, int64_t
     int64_t time;  // of a step of 64 of the depth
   };
   // An epilogue, and merging what it has left, takes as long as so many steps.
-  constexpr int64_t kEpilogue = 8;
+  constexpr int64_t kEpilogue = 12;
   Plan plan{operation, "wgmma", 0, 1, 0};
   int64_t least = INT64_MAX;
-  for (const Tile& tile : {Tile{128, 256, 12}, Tile{256, 128, 13}}) {
+  for (const Tile& tile : {Tile{128, 256, 10}, Tile{256, 128, 11}}) {
     const int64_t tiles = ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns);
     for (int64_t splits = 1; splits == 1 || (split && splits <= kMostSplits && splits * kLeastDepth <= depth);
          ++splits) {

@@ -187,7 +187,6 @@ struct StoreParts {
   T* out;
   int64_t rows, d;
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
-  NEARFAR_DEVICE void prefetch(int64_t, int64_t, int) const {}
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t split) const {
     if constexpr (is_wide<P>) return put_rows<false>(f, out + split * rows * d, rows, d, [](int64_t) { return 1.0f; });
@@ -254,11 +253,6 @@ struct AddRows {
   int64_t pitch;
   const T* factor = nullptr;
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
-  /// Line i of a tile from column k on, to the cache.
-  NEARFAR_DEVICE void prefetch(int64_t i, int64_t k, int columns) const {
-    if (i < rows && k < d && goes_in_bulk(out, d))
-      cuda::bulk_prefetch(out + i * d + k, static_cast<int>((d - k < columns ? d - k : columns) * sizeof(float)));
-  }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
     if constexpr (is_wide<P>) return put_rows<true>(f, out, rows, d, [&](int64_t i) { return reciprocal(factor, i); });

@@ -58,18 +58,13 @@ struct IsWide<WgmmaWide<E, M, N>> : std::true_type {};
 template <class P>
 constexpr bool is_wide = IsWide<P>::value;
 
-/// Do rows of d numbers go to memory by bulk copies?
-NEARFAR_DEVICE bool goes_in_bulk(const float* out, int64_t d) {
-  return d % 4 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0;
-}
-
 /// out_ik = value, or with ADD += value * factor(i), of a tile of (rows, d). A launch adds once to every number, so
 /// that it does not matter who adds first.
 template <bool ADD, class P, class Factor>
 NEARFAR_DEVICE void put_rows(const Fragment<P>& f, float* out, int64_t rows, int64_t d, Factor factor) {
   const int lane = cuda::opaque(cuda::lane_index());
   const auto multiplier = [&](int64_t i) { return ADD && i < rows ? factor(i) : 1.0f; };
-  if (goes_in_bulk(out, d)) {
+  if (d % 4 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
     float* own = reinterpret_cast<float*>(f.memory) + cuda::warp_index() * P::kStaged;
     NEARFAR_UNROLL
     for (int a = 0; a < P::kRows; ++a) {
@@ -116,7 +111,7 @@ NEARFAR_DEVICE void put_rows(const Fragment<P>& f, float* out, int64_t rows, int
 template <int M, int N, class A, class B, class Epilogue>
 struct WideKernel {
   using P = WgmmaWide<typename A::Element, M, N>;
-  using Order = TileOrder<16>;
+  using Order = TileOrder<4>;
   static constexpr int kConsumers = 256, kThreads = kConsumers + cuda::kWarp, kResident = 1;
   static constexpr int kStages = 4;
   static constexpr int kMemory = kStages * P::kStage + 8 * P::kStaged * static_cast<int>(sizeof(float));
@@ -153,15 +148,9 @@ struct WideKernel {
     for (int index = static_cast<int>(cuda::block_index()); index < order.end();
          index += static_cast<int>(cuda::block_count())) {
       const auto w = order.work(index);
-      const int begin = order.begin(w.split), count = order.begin(w.split + 1) - begin, half = count / 2;
-      for (int k = 0; k < count; ++k, at.next()) {
+      for (int k = order.begin(w.split); k < order.begin(w.split + 1); ++k, at.next()) {
         cuda::barrier_wait(empty + at.stage, at.parity ^ 1);
-        P::load(memory + at.stage * P::kStage, a, w.m, lines, b, w.n, begin + k, full + at.stage);
-        // All blocks come to their epilogues at once: what these add to is in the cache by then.
-        const int late = k - (count - half);
-        if (late < 0) continue;
-        for (int line = M * late / half; line < M * (late + 1) / half; ++line)
-          epilogue.prefetch(int64_t(w.m) * M + line, int64_t(w.n) * N, N);
+        P::load(memory + at.stage * P::kStage, a, w.m, lines, b, w.n, k, full + at.stage);
       }
     }
   }
