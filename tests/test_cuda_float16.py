@@ -80,6 +80,26 @@ def test_shapes(loss, n, d):
     check(loss, names, **dict(zip(names, pair(n, d, "float16"), strict=True)))
 
 
+# Products of weights take tiles of 128 x 256 or 256 x 128 (plan.hpp), and both kinds of rows end in the middle of one.
+@pytest.mark.parametrize(
+    ("n", "d"), [(260, 300), (520, 100), (650, 388), pytest.param(4000, 1000, marks=test_cuda.gpu_only)]
+)
+def test_tiles_of_products(n, d):
+    check(nf.info_nce_loss, KEYS, **keys(n, d))
+
+
+def test_narrow_last_block(monkeypatch):
+    """Fewer steps of the depth than the parts into which wider blocks of the same strip are cut."""
+    x, y = tensor(g.points(100, 20, seed=1), "float16"), tensor(g.points(1100, 20, seed=2), "float16")
+
+    def gradients_in(strip_bytes):
+        monkeypatch.setattr(backend, "STRIP_BYTES", strip_bytes)
+        return operations.sigmoid(None, x, y, 3.0, -1.0, "sum", True, True, False)[1:3]
+
+    for grad, whole in zip(gradients_in(2 * 1024 * 1024), gradients_in(1 << 28), strict=True):
+        assert error_of(grad, g.numpy_of(whole)) <= 1e-5
+
+
 # A common base takes unit rows and a multiplier of at most 30; below 1 / 17 most rows are too faint under it.
 @pytest.mark.parametrize("temperature", [0.01, 0.034, 0.05, 0.07, 0.1, 1.0, 10.0])
 def test_temperatures(temperature):

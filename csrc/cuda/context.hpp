@@ -43,7 +43,7 @@ class Context {
   template <class Body>
   void launch(int64_t blocks, const Body& body) const;  // below, where kernels are compiled
   /// The same with `bytes` of shared memory, whose start, at a multiple of 1024, the body is given. Body::kResident
-  /// blocks share a multiprocessor.
+  /// blocks of Body::kThreads share a multiprocessor.
   template <class Body>
   void launch_large(int64_t blocks, int bytes, const Body& body) const;
   bool hopper() const { return device.architecture == 90; }
@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, kResident<Body>) kernel(const __grid
 }
 
 template <class Body>
-__global__ void __launch_bounds__(kThreads, Body::kResident) large_kernel(const __grid_constant__ Body body) {
+__global__ void __launch_bounds__(Body::kThreads, Body::kResident) large_kernel(const __grid_constant__ Body body) {
   extern __shared__ char memory[];
   body(memory + (1024 - __cvta_generic_to_shared(memory) % 1024) % 1024);
 }
@@ -93,17 +93,18 @@ template <class Body>
 void Context::launch_large(int64_t blocks, int bytes, const Body& body) const {
   if (measuring() || blocks == 0) return;
   emulation::run(
-      blocks, [](const void* kernel) { (*static_cast<const Body*>(kernel))(emulation::large_memory()); }, &body, bytes);
+      blocks, [](const void* kernel) { (*static_cast<const Body*>(kernel))(emulation::large_memory()); }, &body,
+      Body::kThreads, bytes);
 }
 #else
 inline void expect_success(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 template <class Body>
-void launch_kernel(void (*kernel)(Body), int64_t blocks, int bytes, void* stream, const Body& body) {
+void launch_kernel(void (*kernel)(Body), int64_t blocks, int threads, int bytes, void* stream, const Body& body) {
   void* arguments[] = {const_cast<Body*>(&body)};
   expect_success(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                                  dim3(kThreads), arguments, static_cast<size_t>(bytes),
+                                  dim3(static_cast<unsigned>(threads)), arguments, static_cast<size_t>(bytes),
                                   static_cast<cudaStream_t>(stream)));
 }
 template <class Body>
@@ -113,7 +114,7 @@ void Context::launch_large(int64_t blocks, int bytes, const Body& body) const {
   bytes += 1024;
   expect_success(cudaFuncSetAttribute(reinterpret_cast<const void*>(&large_kernel<Body>),
                                       cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
-  launch_kernel(&large_kernel<Body>, blocks, bytes, stream_, body);
+  launch_kernel(&large_kernel<Body>, blocks, Body::kThreads, bytes, stream_, body);
 }
 #endif
 
@@ -124,7 +125,7 @@ void Context::launch(int64_t blocks, const Body& body) const {
 #if defined(NEARFAR_EMULATE)
   emulation::run(blocks, [](const void* kernel) { (*static_cast<const Body*>(kernel))(); }, &body);
 #else
-  launch_kernel(&kernel<Body>, blocks, 0, stream_, body);
+  launch_kernel(&kernel<Body>, blocks, kThreads, 0, stream_, body);
 #endif
 }
 #endif

@@ -14,7 +14,7 @@ namespace nearfar::cuda::emulation {
 namespace {
 
 constexpr size_t kStack = 256 << 10;
-constexpr int kGroup = 128, kGroups = kThreads / kGroup;  // threads of a warpgroup
+constexpr int kMostThreads = 384, kGroup = 128, kGroups = kMostThreads / kGroup;  // threads of a warpgroup
 // What a block of sm_90 may ask for. Its memory begins behind some of its own, at a multiple of 1024.
 constexpr int kLarge = 227 << 10, kLargeBegin = 1024;
 
@@ -35,10 +35,11 @@ struct Copy {
   const void* from;
   int bytes;
   uint64_t* barrier;
+  bool adds;  // float32 numbers
 };
 /// Copies that have been given and not done.
 struct Copies {
-  static constexpr int kMost = 64;
+  static constexpr int kMost = 256;
   Copy queue[kMost];
   int count = 0;
 };
@@ -47,7 +48,7 @@ struct Copies {
 struct Multiply {
   uint64_t a, b;
   Operand type;
-  int given;
+  int columns, given;
   bool transpose_a, transpose_b, fresh;
   float* c[kGroup];
 };
@@ -60,18 +61,18 @@ struct Warpgroup {
 };
 
 struct Machine {
-  ucontext_t start[kThreads];
-  jmp_buf fiber[kThreads], home;
-  bool started[kThreads], done[kThreads];
-  int order[kThreads];
+  ucontext_t start[kMostThreads];
+  jmp_buf fiber[kMostThreads], home;
+  bool started[kMostThreads], done[kMostThreads];
+  int threads = 0, order[kMostThreads];  // of the block that runs
   char* stacks = nullptr;
   int current = 0;
   int64_t block = 0, blocks = 0;
   uint64_t progress = 0, random = 0;
   bool late = false;   // copies to shared memory
   bool apart = false;  // each warpgroup goes as far as it can without the other
-  Barrier of_block, of_warp[kWarps];
-  alignas(64) char slots[kThreads][64];
+  Barrier of_block, of_warp[kMostThreads / kWarp];
+  alignas(64) char slots[kMostThreads][64];
   char* large = nullptr;
   int large_bytes = 0;
   Copies loads, stores;
@@ -129,16 +130,16 @@ void run_block() {
   Machine& m = *machine;
   m.of_block = Barrier();
   for (Barrier& barrier : m.of_warp) barrier = Barrier();
-  for (bool& done : m.done) done = false;
+  for (int thread = 0; thread < kMostThreads; ++thread) m.done[thread] = thread >= m.threads;
   std::memset(m.large, 0xff, static_cast<size_t>(m.large_bytes));  // NaN
   for (Warpgroup& group : m.groups) group = Warpgroup();
-  for (int left = kThreads; left > 0;) {
+  for (int left = m.threads; left > 0;) {
     const uint64_t before = m.progress;
     for (int group = 0; group < kGroups; ++group) {
       uint64_t at;
       do {
         at = m.progress;
-        for (int thread : m.order)
+        for (const int thread : m.order)
           if (!m.done[thread] && (!m.apart || thread / kGroup == group)) resume(thread);
       } while (m.apart && m.progress != at);
       if (!m.apart) break;
@@ -173,7 +174,12 @@ void end_phase(PhaseBarrier& barrier) {
 }
 
 void finish(const Copy& copy) {
-  std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+  if (copy.adds) {
+    float* to = static_cast<float*>(copy.to);
+    for (int k = 0; k < copy.bytes / 4; ++k) to[k] += static_cast<const float*>(copy.from)[k];
+  } else {
+    std::memcpy(copy.to, copy.from, static_cast<size_t>(copy.bytes));
+  }
   if (!copy.barrier) return;
   PhaseBarrier& barrier = phase_of(copy.barrier);
   barrier.bytes -= copy.bytes;
@@ -241,13 +247,13 @@ float truncated(double value) {
 /// "Register Fragments": thread t of the group holds rows t / 32 * 16 + t % 32 / 4 and the one eight below, and of
 /// every eight columns two from t % 4 * 2 on.
 void multiply(const Multiply& m) {
-  constexpr int kRows = 64, kColumns = 128, kMostDepth = 16;
-  static double a[kRows * kMostDepth], b[kColumns * kMostDepth];
+  constexpr int kRows = 64, kMostColumns = 256, kMostDepth = 16;
+  static double a[kRows * kMostDepth], b[kMostColumns * kMostDepth];
   read_operand(m.a, m.type, m.transpose_a, kRows, a);
-  read_operand(m.b, m.type, m.transpose_b, kColumns, b);
+  read_operand(m.b, m.type, m.transpose_b, m.columns, b);
   const int depth = 32 / size_of(m.type);
   for (int t = 0; t < kGroup; ++t)
-    for (int q = 0; q < 64; ++q) {
+    for (int q = 0; q < m.columns / 2; ++q) {
       const int row = t / 32 * 16 + t % 32 / 4 + q % 4 / 2 * 8, column = q / 4 * 8 + t % 4 * 2 + q % 2;
       double sum = m.fresh ? 0.0 : static_cast<double>(m.c[t][q]);
       for (int k = 0; k < depth; ++k) sum += a[row * depth + k] * b[column * depth + k];
@@ -262,7 +268,7 @@ Warpgroup& own_group() { return machine->groups[machine->current / kGroup]; }
 int thread() { return machine->current; }
 int64_t block() { return machine->block; }
 int64_t blocks() { return machine->blocks; }
-void sync_block() { wait(machine->of_block, kThreads); }
+void sync_block() { wait(machine->of_block, machine->threads); }
 void sync_warp() { wait(machine->of_warp[machine->current / kWarp], kWarp); }
 void* slot(int lane) { return machine->slots[machine->current / kWarp * kWarp + lane]; }
 
@@ -297,10 +303,11 @@ void barrier_wait(uint64_t* barrier, int parity) {
 
 void bulk_load(void* to, const void* from, int bytes, uint64_t* barrier) {
   expect(shared_address(to) + bytes <= uint32_t(kLargeBegin + machine->large_bytes), "a copy past shared memory");
-  put(machine->loads, {to, from, bytes, barrier});
+  put(machine->loads, {to, from, bytes, barrier, false});
   if (!machine->late) finish(machine->loads, barrier);
 }
-void bulk_store(void* to, const void* from, int bytes) { put(machine->stores, {to, from, bytes, nullptr}); }
+void bulk_store(void* to, const void* from, int bytes) { put(machine->stores, {to, from, bytes, nullptr, false}); }
+void bulk_add(float* to, const void* from, int bytes) { put(machine->stores, {to, from, bytes, nullptr, true}); }
 
 void wgmma_begin() { sync_warp(); }
 void wgmma_commit() {
@@ -318,15 +325,17 @@ char* large_memory() { return machine->large; }
 
 void bulk_stored() { finish(machine->stores, nullptr); }
 
-void wgmma(float* c, uint64_t a, uint64_t b, Operand type, bool transpose_a, bool transpose_b, bool fresh) {
+void wgmma(float* c, int columns, uint64_t a, uint64_t b, Operand type, bool transpose_a, bool transpose_b,
+           bool fresh) {
   sync_warp();
   Warpgroup& group = own_group();
   const int own = machine->current % kGroup;
   const uint64_t at = group.given[own]++;
   expect(at - group.done < Warpgroup::kMost, "too many products in flight");
   Multiply& m = group.queue[at % Warpgroup::kMost];
-  if (m.given == 0) m = {a, b, type, 0, transpose_a, transpose_b, fresh, {}};
-  expect(m.a == a && m.b == b && m.type == type, "threads of a warpgroup that give different products");
+  if (m.given == 0) m = {a, b, type, columns, 0, transpose_a, transpose_b, fresh, {}};
+  expect(m.a == a && m.b == b && m.type == type && m.columns == columns,
+         "threads of a warpgroup that give different products");
   m.c[own] = c;
   if (++m.given < kGroup) return;
   ++group.ready;
@@ -347,14 +356,14 @@ void wgmma_wait(int left) {
   }
 }
 
-void run(int64_t blocks, void (*body)(const void*), const void* kernel, int large_bytes) {
+void run(int64_t blocks, void (*body)(const void*), const void* kernel, int threads, int large_bytes) {
   const std::lock_guard<std::mutex> lock(one_at_a_time);
   if (!machine) {
     machine = new Machine;
     machine->large = static_cast<char*>(std::aligned_alloc(1024, kLarge));
-    machine->stacks = static_cast<char*>(
-        mmap(nullptr, kThreads * kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
-    for (int t = 0; t < kThreads; ++t) {
+    machine->stacks = static_cast<char*>(mmap(nullptr, kMostThreads * kStack, PROT_READ | PROT_WRITE,
+                                              MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    for (int t = 0; t < kMostThreads; ++t) {
       ucontext_t& start = machine->start[t];
       machine->started[t] = false;
       getcontext(&start);
@@ -368,8 +377,10 @@ void run(int64_t blocks, void (*body)(const void*), const void* kernel, int larg
   machine->random = seed ? std::strtoull(seed, nullptr, 10) : 0;
   machine->late = machine->random & 1;
   machine->apart = machine->random & 2;
-  for (int t = 0; t < kThreads; ++t) machine->order[t] = t;
-  for (int t = kThreads - 1; t > 0 && machine->random; --t) {
+  expect(threads % kWarp == 0 && threads <= kMostThreads, "more threads than a block may have here");
+  machine->threads = threads;
+  for (int t = 0; t < kMostThreads; ++t) machine->order[t] = t;
+  for (int t = threads - 1; t > 0 && machine->random; --t) {
     machine->random = machine->random * 6364136223846793005u + 1442695040888963407u;
     const int other = static_cast<int>((machine->random >> 33) % (t + 1));
     const int mine = machine->order[t];

@@ -21,7 +21,7 @@ namespace nearfar::cuda {
 
 namespace emulation {
 /// large_bytes: of the memory that launch_large gives.
-void run(int64_t blocks, void (*body)(const void*), const void* kernel, int large_bytes = 0);
+void run(int64_t blocks, void (*body)(const void*), const void* kernel, int threads = kThreads, int large_bytes = 0);
 char* large_memory();
 int thread();
 int64_t block();

@@ -23,11 +23,12 @@ void barrier_expect(uint64_t* barrier, int bytes);
 void barrier_wait(uint64_t* barrier, int parity);
 void bulk_load(void* to, const void* from, int bytes, uint64_t* barrier);
 void bulk_store(void* to, const void* from, int bytes);
+void bulk_add(float* to, const void* from, int bytes);
 void bulk_stored();
 void wgmma_begin();
 enum class Operand { bf16, f16, tf32 };
-/// c += a b as descriptors say. fresh: c = a b.
-void wgmma(float* c, uint64_t a, uint64_t b, Operand type, bool transpose_a, bool transpose_b, bool fresh);
+/// c += a b as descriptors say, b of so many columns. fresh: c = a b.
+void wgmma(float* c, int columns, uint64_t a, uint64_t b, Operand type, bool transpose_a, bool transpose_b, bool fresh);
 void wgmma_commit();
 void wgmma_wait(int left);
 void store_pair(uint32_t address, uint32_t bits);
@@ -37,6 +38,7 @@ using emulation::barrier_arrive;
 using emulation::barrier_expect;
 using emulation::barrier_init;
 using emulation::barrier_wait;
+using emulation::bulk_add;
 using emulation::bulk_load;
 using emulation::bulk_store;
 using emulation::shared_address;
@@ -55,14 +57,14 @@ inline void wgmma_wait() {
 }
 template <int N>
 inline void wgmma_fence(float (&)[N][4]) {}
-template <class E, bool TRANSPOSE_A, bool TRANSPOSE_B>
-inline void wgmma(float (&c)[16][4], uint64_t a, uint64_t b) {
+template <class E, bool TRANSPOSE_A, bool TRANSPOSE_B, int N>
+inline void wgmma(float (&c)[N][4], uint64_t a, uint64_t b) {
   using emulation::Operand;
-  emulation::wgmma(&c[0][0], a, b, std::is_same_v<E, F16> ? Operand::f16 : Operand::bf16, TRANSPOSE_A, TRANSPOSE_B,
-                   false);
+  emulation::wgmma(&c[0][0], 8 * N, a, b, std::is_same_v<E, F16> ? Operand::f16 : Operand::bf16, TRANSPOSE_A,
+                   TRANSPOSE_B, false);
 }
 inline void wgmma_tf32(float (&c)[16][4], uint64_t a, uint64_t b, bool fresh) {
-  emulation::wgmma(&c[0][0], a, b, emulation::Operand::tf32, false, false, fresh);
+  emulation::wgmma(&c[0][0], 128, a, b, emulation::Operand::tf32, false, false, fresh);
 }
 
 template <class E>

@@ -56,6 +56,13 @@ NEARFAR_DEVICE void bulk_load(void* to, const void* from, int bytes, uint64_t* b
                        shared_address(to)),
                    "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier)) : "memory"));
 }
+/// By one thread: float32 numbers of shared memory added to others, which nobody else adds to meanwhile.
+NEARFAR_DEVICE void bulk_add(float* to, const void* from, int bytes) {
+  NEARFAR_SM90(asm volatile(
+      "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(__cvta_generic_to_global(to)),
+      "r"(shared_address(from)), "r"(bytes) : "memory"));
+  NEARFAR_SM90(asm volatile("cp.async.bulk.commit_group;" :: : "memory"));
+}
 /// By one thread: contiguous bytes from shared memory, which must stay until `bulk_stored`, by the same thread.
 NEARFAR_DEVICE void bulk_store(void* to, const void* from, int bytes) {
   NEARFAR_SM90(
@@ -130,29 +137,46 @@ NEARFAR_DEVICE float reciprocal_fast(float x) {
 }
 
 #define NEARFAR_4(c) "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-#define NEARFAR_SUMS(c)                                                                                       \
-  NEARFAR_4(c[0]), NEARFAR_4(c[1]), NEARFAR_4(c[2]), NEARFAR_4(c[3]), NEARFAR_4(c[4]), NEARFAR_4(c[5]),       \
-      NEARFAR_4(c[6]), NEARFAR_4(c[7]), NEARFAR_4(c[8]), NEARFAR_4(c[9]), NEARFAR_4(c[10]), NEARFAR_4(c[11]), \
-      NEARFAR_4(c[12]), NEARFAR_4(c[13]), NEARFAR_4(c[14]), NEARFAR_4(c[15])
+#define NEARFAR_32(c, n)                                                                               \
+  NEARFAR_4(c[n]), NEARFAR_4(c[n + 1]), NEARFAR_4(c[n + 2]), NEARFAR_4(c[n + 3]), NEARFAR_4(c[n + 4]), \
+      NEARFAR_4(c[n + 5]), NEARFAR_4(c[n + 6]), NEARFAR_4(c[n + 7])
+#define NEARFAR_SUMS(c) NEARFAR_32(c, 0), NEARFAR_32(c, 8)
 #define NEARFAR_SUMS_TEXT                                                            \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
   "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
-  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63},"
-/// c += a b for a of 64 x 16 and b of 16 x 128, both of E. TRANSPOSE: lines lie along the sum.
-template <class E, bool TRANSPOSE_A, bool TRANSPOSE_B>
-NEARFAR_DEVICE void wgmma(float (&c)[16][4], uint64_t a, uint64_t b) {
+  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define NEARFAR_WIDE_SUMS(c) NEARFAR_SUMS(c), NEARFAR_32(c, 16), NEARFAR_32(c, 24)
+#define NEARFAR_WIDE_SUMS_TEXT                                                             \
+  NEARFAR_SUMS_TEXT                                                                        \
+  ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, "     \
+  "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "       \
+  "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, " \
+  "%111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, "   \
+  "%125, %126, %127"
+/// c += a b for a of 64 x 16 and b of 16 x 128 (or as many columns as c has), both of E. TRANSPOSE: lines lie along the
+/// sum.
+template <class E, bool TRANSPOSE_A, bool TRANSPOSE_B, int N>
+NEARFAR_DEVICE void wgmma(float (&c)[N][4], uint64_t a, uint64_t b) {
+  static_assert(N == 16 || N == 32, "128 or 256 columns");
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define NEARFAR_WGMMA(type)                                                                       \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " " NEARFAR_SUMS_TEXT \
-               " %64, %65, 1, 1, 1, %66, %67;"                                                    \
-               : NEARFAR_SUMS(c)                                                                  \
+#define NEARFAR_WGMMA(columns, type, sums, text, first, second, third, fourth)                             \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n" columns "k16.f32." type "." type " {" text "}, %" first \
+               ", %" second ", 1, 1, 1, %" third ", %" fourth ";"                                          \
+               : sums(c)                                                                                   \
                : "l"(a), "l"(b), "n"(TRANSPOSE_A), "n"(TRANSPOSE_B))
-  if constexpr (std::is_same_v<E, BF16>) {
-    NEARFAR_WGMMA("bf16");
-  } else {
-    NEARFAR_WGMMA("f16");
+#define NEARFAR_WGMMA_OF(type)                                                                         \
+  if constexpr (N == 16) {                                                                             \
+    NEARFAR_WGMMA("128", type, NEARFAR_SUMS, NEARFAR_SUMS_TEXT, "64", "65", "66", "67");               \
+  } else {                                                                                             \
+    NEARFAR_WGMMA("256", type, NEARFAR_WIDE_SUMS, NEARFAR_WIDE_SUMS_TEXT, "128", "129", "130", "131"); \
   }
+  if constexpr (std::is_same_v<E, BF16>) {
+    NEARFAR_WGMMA_OF("bf16")
+  } else {
+    NEARFAR_WGMMA_OF("f16")
+  }
+#undef NEARFAR_WGMMA_OF
 #undef NEARFAR_WGMMA
 #else
   __trap();
@@ -165,8 +189,8 @@ NEARFAR_DEVICE void wgmma_tf32(float (&c)[16][4], uint64_t a, uint64_t b, bool f
       "{\n"
       ".reg .pred adds;\n"
       "setp.eq.b32 adds, %66, 0;\n"
-      "wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 " NEARFAR_SUMS_TEXT
-      " %64, %65, adds, 1, 1;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k8.f32.tf32.tf32 {" NEARFAR_SUMS_TEXT
+      "}, %64, %65, adds, 1, 1;\n"
       "}"
       : NEARFAR_SUMS(c)
       : "l"(a), "l"(b), "r"(static_cast<int>(fresh)));
@@ -175,8 +199,11 @@ NEARFAR_DEVICE void wgmma_tf32(float (&c)[16][4], uint64_t a, uint64_t b, bool f
 #endif
 }
 #undef NEARFAR_4
+#undef NEARFAR_32
 #undef NEARFAR_SUMS
 #undef NEARFAR_SUMS_TEXT
+#undef NEARFAR_WIDE_SUMS
+#undef NEARFAR_WIDE_SUMS_TEXT
 
 }  // namespace nearfar::cuda
 #endif

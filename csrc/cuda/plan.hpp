@@ -16,7 +16,8 @@ struct Plan {
   const char* operation;
   const char* policy;
   int tile;
-  int64_t splits;  // of the depth
+  int64_t splits;      // of the depth
+  int columns = tile;  // of a tile
 };
 
 template <class E>
@@ -46,6 +47,21 @@ bool blocks_rows(const cuda::Context& c) {
   return sizeof(E) == 2 && c.hopper();
 }
 
+template <class E>
+void print_plan(const cuda::Context& c, const Plan& plan, int64_t rows, int64_t columns, int64_t depth) {
+  static const bool print = [] {
+    const char* value = std::getenv("NEARFAR_CUDA_PLAN");
+    return value && *value && *value != '0';
+  }();
+  if (!print || c.measuring()) return;
+  std::fprintf(stderr, "nearfar: %s %lld x %lld x %lld %s: %s, tile %d x %d, %lld splits (sm_%d, %d multiprocessors)\n",
+               plan.operation, static_cast<long long>(rows), static_cast<long long>(columns),
+               static_cast<long long>(depth), name_of_element<E>(), plan.policy, plan.tile, plan.columns,
+               static_cast<long long>(plan.splits), c.device.architecture, c.device.multiprocessors);
+}
+
+constexpr int64_t kLeastDepth = 256, kMostSplits = 32;  // of a part of the depth
+
 /// Large tiles read less, small tiles are more: large where they fill the device. float64 has room for small ones only.
 template <class E>
 Plan plan(const cuda::Context& c, const char* operation, int64_t rows, int64_t columns, int64_t depth, bool split,
@@ -55,23 +71,40 @@ Plan plan(const cuda::Context& c, const char* operation, int64_t rows, int64_t c
   if (sizeof(E) < 8 && large >= wanted) plan.tile = 128;
   if (blocked) plan.policy = "wgmma", plan.tile = 128;
   if (rows_split) plan.policy = "wgmma, 3 x tf32", plan.tile = 128;
+  plan.columns = plan.tile;
   const int64_t tiles = ceil_div(rows, plan.tile) * ceil_div(columns, plan.tile);
-  constexpr int64_t kLeastDepth = 256, kMostSplits = 32;
   if (split && tiles > 0 && tiles < 2 * wanted) {
-    // Two blocks of wgmma fill a multiprocessor: one more would run alone. Three rounds lose little in the last.
-    plan.splits = blocked ? (tiles <= wanted ? 2 * wanted / tiles : 6 * wanted / tiles) : ceil_div(2 * wanted, tiles);
+    plan.splits = ceil_div(2 * wanted, tiles);
     if (plan.splits > depth / kLeastDepth) plan.splits = depth / kLeastDepth > 0 ? depth / kLeastDepth : 1;
     if (plan.splits > kMostSplits) plan.splits = kMostSplits;
   }
-  static const bool print = [] {
-    const char* value = std::getenv("NEARFAR_CUDA_PLAN");
-    return value && *value && *value != '0';
-  }();
-  if (print && !c.measuring())
-    std::fprintf(stderr, "nearfar: %s %lld x %lld x %lld %s: %s, tile %d, %lld splits (sm_%d, %d multiprocessors)\n",
-                 operation, static_cast<long long>(rows), static_cast<long long>(columns),
-                 static_cast<long long>(depth), name_of_element<E>(), plan.policy, plan.tile,
-                 static_cast<long long>(plan.splits), c.device.architecture, c.device.multiprocessors);
+  print_plan<E>(c, plan, rows, columns, depth);
+  return plan;
+}
+
+/// Of blocked weights and rows of `columns` numbers: the tile (wgmma_wide.hpp) and the parts of the depth that take the
+/// least time.
+template <class E>
+Plan plan_blocked_product(const cuda::Context& c, const char* operation, int64_t rows, int64_t columns, int64_t depth,
+                          bool split) {
+  struct Tile {
+    int rows, columns;
+    int64_t time;  // of a step of 64 of the depth
+  };
+  // An epilogue, and merging what it has left, takes as long as so many steps.
+  constexpr int64_t kEpilogue = 12;
+  Plan plan{operation, "wgmma", 0, 1, 0};
+  int64_t least = INT64_MAX;
+  for (const Tile& tile : {Tile{128, 256, 10}, Tile{256, 128, 11}}) {
+    const int64_t tiles = ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns);
+    for (int64_t splits = 1; splits == 1 || (split && splits <= kMostSplits && splits * kLeastDepth <= depth);
+         ++splits) {
+      const int64_t rounds = ceil_div(tiles * splits, c.device.multiprocessors);
+      const int64_t time = rounds * (ceil_div(depth / 64, splits) + kEpilogue) * tile.time;
+      if (time < least) least = time, plan.tile = tile.rows, plan.columns = tile.columns, plan.splits = splits;
+    }
+  }
+  print_plan<E>(c, plan, rows, columns, depth);
   return plan;
 }
 

@@ -19,18 +19,25 @@ void multiply_transposed(cuda::Context& c, const Plan& plan, const Operand<T, fa
       c, plan, [&](auto policy) { launch_tiles<decltype(policy)>(c, w, rows, b.columns, d, b.rows, 1, add); });
 }
 
-template <class E>
-void multiply_blocked(cuda::Context& c, int64_t splits, const Blocked& w, const Blocked& rows, const Block& b,
-                      int64_t d, float* parts) {
-  launch_wgmma(c, BlockedOperand<true, E>{w}, BlockedOperand<false, E>{rows}, b.rows / Blocked::kRows,
-               ceil_div(d, Blocked::kRows), b.columns / Blocked::kColumns, splits, StoreParts<float>{parts, b.rows, d});
+template <class A, class B, class Epilogue>
+void launch_blocked_product(cuda::Context& c, const Plan& plan, const A& w, const B& rows, int64_t lines, int64_t depth,
+                            const Epilogue& epilogue) {
+  const int64_t tiles = lines / Blocked::kRows, pieces = rows.blocks.across, steps = depth / Blocked::kColumns;
+  if (plan.tile == 128) return launch_wide<128, 256>(c, w, rows, tiles, pieces, steps, plan.splits, epilogue);
+  launch_wide<256, 128>(c, w, rows, tiles, pieces, steps, plan.splits, epilogue);
 }
 
 template <class E>
-void multiply_blocked_transposed(cuda::Context& c, const Blocked& w, const Blocked& rows, const Block& b, int64_t d,
-                                 const AddRows<float>& add) {
-  launch_wgmma(c, BlockedOperand<false, E>{w}, BlockedOperand<false, E>{rows}, b.columns / Blocked::kRows,
-               ceil_div(d, Blocked::kRows), b.rows / Blocked::kColumns, 1, add);
+void multiply_blocked(cuda::Context& c, const Plan& plan, const Blocked& w, const Blocked& rows, const Block& b,
+                      int64_t d, float* parts) {
+  launch_blocked_product(c, plan, BlockedOperand<true, E>{w}, BlockedOperand<false, E>{rows}, b.rows, b.columns,
+                         StoreParts<float>{parts, b.rows, d});
+}
+
+template <class E>
+void multiply_blocked_transposed(cuda::Context& c, const Plan& plan, const Blocked& w, const Blocked& rows,
+                                 const Block& b, int64_t d, const AddRows<float>& add) {
+  launch_blocked_product(c, plan, BlockedOperand<false, E>{w}, BlockedOperand<false, E>{rows}, b.columns, b.rows, add);
 }
 
 #define NEARFAR_PRODUCTS(T, E)                                                                                       \
@@ -38,11 +45,11 @@ void multiply_blocked_transposed(cuda::Context& c, const Blocked& w, const Block
                                      const Block&, int64_t, T*);                                                     \
   template void multiply_transposed<T, E>(cuda::Context&, const Plan&, const Operand<T, false>&,                     \
                                           const Operand<E, false>&, const Block&, int64_t, const AddRows<T>&);
-#define NEARFAR_BLOCKED_PRODUCTS(E)                                                                                   \
-  template void multiply_blocked<E>(cuda::Context&, int64_t, const Blocked&, const Blocked&, const Block&, int64_t,   \
-                                    float*);                                                                          \
-  template void multiply_blocked_transposed<E>(cuda::Context&, const Blocked&, const Blocked&, const Block&, int64_t, \
-                                               const AddRows<float>&);
+#define NEARFAR_BLOCKED_PRODUCTS(E)                                                                            \
+  template void multiply_blocked<E>(cuda::Context&, const Plan&, const Blocked&, const Blocked&, const Block&, \
+                                    int64_t, float*);                                                          \
+  template void multiply_blocked_transposed<E>(cuda::Context&, const Plan&, const Blocked&, const Blocked&,    \
+                                               const Block&, int64_t, const AddRows<float>&);
 NEARFAR_PRODUCTS(float, float)
 NEARFAR_PRODUCTS(float, BF16)
 NEARFAR_PRODUCTS(float, F16)

@@ -7,9 +7,11 @@
 // every time.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "cuda/scores.hpp"
+#include "cuda/wgmma_wide.hpp"
 
 namespace nearfar {
 inline namespace device {
@@ -187,8 +189,7 @@ struct StoreParts {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t split) const {
-    if constexpr (is_blocked<P>)
-      return put_rows<false>(f, out + split * rows * d, rows, d, [](int64_t) { return 1.0f; });
+    if constexpr (is_wide<P>) return put_rows<false>(f, out + split * rows * d, rows, d, [](int64_t) { return 1.0f; });
     f.for_each([&](int64_t i, int64_t k, T value) {
       if (i < rows && k < d) out[(split * rows + i) * d + k] = value;
     });
@@ -286,8 +287,7 @@ struct AddRows {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    if constexpr (is_blocked<P>)
-      return put_rows<true>(f, out, rows, d, [&](int64_t i) { return reciprocal(factor, i); });
+    if constexpr (is_wide<P>) return put_rows<true>(f, out, rows, d, [&](int64_t i) { return reciprocal(factor, i); });
     f.for_each([&](int64_t i, int64_t k, T value) {
       if (i < rows && k < d)
         out[i * d + k] += sums ? sums[i] * own[i * pitch + k] - value : value * reciprocal(factor, i);
@@ -306,11 +306,11 @@ void multiply_transposed(cuda::Context& c, const Plan& plan, const Operand<T, fa
 
 /// The same of blocked weights and rows: b.columns (or, transposed, b.rows) is the depth.
 template <class E>
-void multiply_blocked(cuda::Context& c, int64_t splits, const Blocked& w, const Blocked& rows, const Block& b,
+void multiply_blocked(cuda::Context& c, const Plan& plan, const Blocked& w, const Blocked& rows, const Block& b,
                       int64_t d, float* parts);
 template <class E>
-void multiply_blocked_transposed(cuda::Context& c, const Blocked& w, const Blocked& rows, const Block& b, int64_t d,
-                                 const AddRows<float>& add);
+void multiply_blocked_transposed(cuda::Context& c, const Plan& plan, const Blocked& w, const Blocked& rows,
+                                 const Block& b, int64_t d, const AddRows<float>& add);
 
 /// What the caller gets back from a strip: rows and columns of its blocks, by the shape alone.
 struct StripShape {
@@ -372,7 +372,8 @@ class Strip {
       weighed_rows_ = {c.take<uint16_t>(shape.rows * pairs.x.pitch), pairs.x.pitch / Blocked::kColumns};
       if (std::is_same_v<E, F16>) largest_row_ = c.take<double>(1), weighed_divisor_ = c.take<T>(shape.columns);
     }
-    plan_ = plan<E>(c, "weights times rows", shape.rows, pairs.x.d, shape.columns, true, blocked);
+    plan_ = blocked ? plan_blocked_product<E>(c, kProduct, shape.rows, pairs.x.d, shape.columns, true)
+                    : plan<E>(c, kProduct, shape.rows, pairs.x.d, shape.columns, true);
     parts_ = c.take<T>(plan_.splits * shape.rows * pairs.x.d);
     row_sums_ = c.take<T>(shape.rows);
     column_sums_ = c.take<T>(shape.columns);
@@ -439,7 +440,7 @@ class Strip {
                                  own(pairs_.x, b.row), pairs_.x.pitch, dx_ + b.row * d});
     }
     if (!dy_) return;
-    const Plan down = plan<E>(c_, "weights' transpose times rows", b.columns, d, b.rows, false);
+    const Plan down = plan<E>(c_, kTransposedProduct, b.columns, d, b.rows, false);
     const Operand<T, false> w{weights.w, weights.pitch, factor(pairs_.x, b.row)};
     const Operand<E, false> rows{pairs_.x.data + b.row * pairs_.x.pitch, pairs_.x.pitch};
     const int64_t valid = b.columns < pairs_.y.n - b.column ? b.columns : pairs_.y.n - b.column;
@@ -456,8 +457,10 @@ class Strip {
     const int64_t d = pairs_.x.d;
     const int64_t rows = b.rows < pairs_.x.n - b.row ? b.rows : pairs_.x.n - b.row;
     const int64_t columns = b.columns < pairs_.y.n - b.column ? b.columns : pairs_.y.n - b.column;
-    multiply_blocked<E>(c_, plan_.splits, weights.blocks, pairs_.y.blocks(b.column / Blocked::kRows), b, d, parts_);
-    MergeParts<T>::launch(c_, {parts_, plan_.splits, b.rows, rows, d, nullptr, nullptr, 0, dx_ + b.row * d,
+    Plan across = plan_;  // every part has a step at least, also in a narrow last block
+    across.splits = std::min(plan_.splits, b.columns / Blocked::kColumns);
+    multiply_blocked<E>(c_, across, weights.blocks, pairs_.y.blocks(b.column / Blocked::kRows), b, d, parts_);
+    MergeParts<T>::launch(c_, {parts_, across.splits, b.rows, rows, d, nullptr, nullptr, 0, dx_ + b.row * d,
                                offset(weights.x_factor, b.row), of_rows});
     if (!dy_) return;
     Blocked own = pairs_.x.blocks(b.row / Blocked::kRows);
@@ -473,10 +476,12 @@ class Strip {
                         WeighRows<T, E>{own, of_rows, largest_row_, kRowOrder, count, weighed_rows_.data});
       own = weighed_rows_;
     }
-    multiply_blocked_transposed<E>(c_, weights.blocks, own, b, d,
+    const Plan down = plan_blocked_product<E>(c_, kTransposedProduct, b.columns, d, b.rows, false);
+    multiply_blocked_transposed<E>(c_, down, weights.blocks, own, b, d,
                                    AddRows<T>{dy_ + b.column * d, columns, d, nullptr, nullptr, 0, divisor});
   }
   static constexpr int kWeightOrder = 15, kRowOrder = 7;
+  static constexpr const char *kProduct = "weights times rows", *kTransposedProduct = "weights' transpose times rows";
   static const T* offset(const T* factor, int64_t row) { return factor ? factor + row : nullptr; }
 
   static const float* factor(const Packed<T, E>& packed, int64_t row) {

@@ -153,35 +153,49 @@ struct WgmmaSplit : WgmmaTile {
   }
 };
 
+/// The order of tiles of parts of the depth. Tiles come in groups of GROUP rows, so that those that run together share
+/// both operands in the cache. Indices fit 32 bits, and few of them are kept beside the accumulators.
+template <int GROUP>
+struct TileOrder {
+  int tiles_m, tiles_n, steps, splits;
+
+  /// steps: of a block's columns along the sum.
+  TileOrder(int64_t tiles_m, int64_t tiles_n, int64_t steps, int64_t splits)
+      : tiles_m(static_cast<int>(tiles_m)),
+        tiles_n(static_cast<int>(tiles_n)),
+        steps(static_cast<int>(steps)),
+        splits(static_cast<int>(splits)) {
+    if (tiles_m * tiles_n * splits > INT32_MAX / 2) throw std::runtime_error("CUDA: more than 2^30 tiles");
+  }
+  struct Work {
+    int m, n, split;
+  };
+  NEARFAR_DEVICE Work work(int index) const {
+    const int tiles = tiles_m * tiles_n, tile = index % tiles, first = tile / (GROUP * tiles_n) * GROUP;
+    const int left = tiles_m - first, group = left < GROUP ? left : GROUP, within = tile - first * tiles_n;
+    return {first + within % group, within / group, index / tiles};
+  }
+  NEARFAR_DEVICE int begin(int split) const { return static_cast<int>(int64_t(steps) * split / splits); }
+  NEARFAR_HOST_DEVICE int end() const { return tiles_m * tiles_n * splits; }
+};
+
 /// As many blocks as fit; each takes every so many'th tile, and while it is in the epilogue of one the first steps of
-/// the next are on their way. Tiles come in groups of kGroup rows, so that those that run together share both operands
-/// in the cache.
+/// the next are on their way.
 template <class A, class B, class Epilogue>
 struct WgmmaKernel {
   using P = std::conditional_t<std::is_same_v<typename A::Element, float>, WgmmaSplit, Wgmma<typename A::Element>>;
-  static constexpr int kGroup = 16, kResident = P::kResident;
+  static constexpr int kThreads = cuda::kThreads, kResident = P::kResident;
   static constexpr bool kStores = P::template stores<Epilogue>();
   static constexpr int kStages = kStores ? 2 : 3;
   static constexpr int kMemory = kStages * P::kStage + (kStores ? 2 * P::kOperand : 0);
   A a;
   B b;
-  int tiles_m, tiles_n, steps, splits;
+  TileOrder<16> order;
   Epilogue epilogue;
 
-  /// A tile of a part of the depth; indices fit 32 bits, and few of them are kept beside the accumulators.
-  struct Work {
-    int m, n, split;
-  };
-  NEARFAR_DEVICE Work work(int index) const {
-    const int tiles = tiles_m * tiles_n, tile = index % tiles, first = tile / (kGroup * tiles_n) * kGroup;
-    const int left = tiles_m - first, group = left < kGroup ? left : kGroup, within = tile - first * tiles_n;
-    return {first + within % group, within / group, index / tiles};
-  }
-  NEARFAR_DEVICE int begin(int split) const { return static_cast<int>(int64_t(steps) * split / splits); }
-  NEARFAR_DEVICE int end() const { return tiles_m * tiles_n * splits; }
   NEARFAR_DEVICE int wanted(int index) const {
-    for (; index < end(); index += static_cast<int>(cuda::block_count())) {
-      const Work w = work(index);
+    for (; index < order.end(); index += static_cast<int>(cuda::block_count())) {
+      const auto w = order.work(index);
       if (epilogue.wants(int64_t(w.m) * P::kM, int64_t(w.n) * P::kN, P::kM, P::kN)) break;
     }
     return index;
@@ -193,11 +207,11 @@ struct WgmmaKernel {
     int index, m, n, step, left;
   };
   NEARFAR_DEVICE Ahead ahead_from(int index) const {
-    const Work w = work(index);
-    return {index, w.m, w.n, begin(w.split), begin(w.split + 1) - begin(w.split)};
+    const auto w = order.work(index);
+    return {index, w.m, w.n, order.begin(w.split), order.begin(w.split + 1) - order.begin(w.split)};
   }
   NEARFAR_DEVICE void load(char* memory, uint64_t* full, int s, Ahead& ahead) const {
-    if (ahead.index >= end()) return;
+    if (ahead.index >= order.end()) return;
     cuda::barrier_expect(full + s, P::kStage);
     P::load(memory + s * P::kStage, a, ahead.m, ahead.step, full + s);
     P::load(memory + s * P::kStage + P::kOperand, b, ahead.n, ahead.step, full + s);
@@ -218,7 +232,7 @@ struct WgmmaKernel {
     if (leader)
       for (int s = 0; s < kStages; ++s) load(memory, full, s, ahead);
     int stage = 0, parity = 0;
-    for (int index = wanted(static_cast<int>(cuda::block_index())); index < end(); index = next(index)) {
+    for (int index = wanted(static_cast<int>(cuda::block_index())); index < order.end(); index = next(index)) {
       typename P::Accumulators acc;
       NEARFAR_UNROLL
       for (int n = 0; n < 16; ++n) NEARFAR_UNROLL
@@ -235,8 +249,9 @@ struct WgmmaKernel {
         }
         cuda::sync_warp();
       };
-      const Work own = work(index);
-      const int count = begin(own.split + 1) - begin(own.split), below = a.first + own.m - (b.first + own.n);
+      const auto own = order.work(index);
+      const int count = order.begin(own.split + 1) - order.begin(own.split),
+                below = a.first + own.m - (b.first + own.n);
       for (int k = 0; k < count; ++k) {
         cuda::barrier_wait(full + stage, parity);
         P::template step<A, B>(memory + stage * P::kStage, acc, below);
@@ -257,7 +272,7 @@ struct WgmmaKernel {
         release(before);
       }
       load_again();
-      const Work w = work(index);
+      const auto w = order.work(index);
       epilogue.template apply<P>(
           Fragment<P>{acc, int64_t(w.m) * P::kM, int64_t(w.n) * P::kN, memory + kStages * P::kStage}, w.m, w.n,
           w.split);
@@ -312,30 +327,6 @@ NEARFAR_DEVICE void hide_pairs(bool whole, Has has, uint32_t (&hidden)[WgmmaTile
     if (whole) continue;
     NEARFAR_ROLLED
     for (int b = 0; b < WgmmaTile::kCols; ++b) hidden[a] |= uint32_t(!has(WgmmaTile::row(a), WgmmaTile::col(b))) << b;
-  }
-}
-
-/// out_ik = value, or with ADD += value * factor(i), of a tile of (rows, d).
-template <bool ADD, class P, class Factor>
-NEARFAR_DEVICE void put_rows(const Fragment<P>& f, float* out, int64_t rows, int64_t d, Factor factor) {
-  NEARFAR_UNROLL
-  for (int a = 0; a < P::kRows; ++a) {
-    const int64_t i = f.i(a);
-    if (i >= rows) continue;
-    const float multiply = ADD ? factor(i) : 1.0f;
-    NEARFAR_UNROLL
-    for (int b = 0; b < P::kCols; b += 2) {
-      const int64_t k = f.j(b);
-      float* at = out + i * d + k;
-      if (d % 2 == 0 && k < d) {
-        float2* pair = reinterpret_cast<float2*>(at);
-        const float2 old = ADD ? *pair : make_float2(0, 0);
-        *pair = make_float2(old.x + f(a, b) * multiply, old.y + f(a, b + 1) * multiply);
-      } else {
-        for (int q = 0; q < 2; ++q)
-          if (k + q < d) at[q] = (ADD ? at[q] : 0.0f) + f(a, b + q) * multiply;
-      }
-    }
   }
 }
 
@@ -413,11 +404,9 @@ template <class A, class B, class Epilogue>
 void launch_wgmma(cuda::Context& c, const A& a, const B& b, int64_t tiles_m, int64_t tiles_n, int64_t steps,
                   int64_t splits, const Epilogue& epilogue) {
   using Kernel = WgmmaKernel<A, B, Epilogue>;
-  const int64_t work = tiles_m * tiles_n * splits, fit = Kernel::kResident * c.device.multiprocessors;
-  if (work > INT32_MAX / 2) throw std::runtime_error("CUDA: more than 2^30 tiles");
-  const auto narrow = [](int64_t count) { return static_cast<int>(count); };
-  c.launch_large(work < fit ? work : fit, Kernel::kMemory,
-                 Kernel{a, b, narrow(tiles_m), narrow(tiles_n), narrow(steps), narrow(splits), epilogue});
+  const TileOrder<16> order(tiles_m, tiles_n, steps, splits);
+  const int64_t work = order.end(), fit = Kernel::kResident * c.device.multiprocessors;
+  c.launch_large(work < fit ? work : fit, Kernel::kMemory, Kernel{a, b, order, epilogue});
 }
 
 }  // namespace device

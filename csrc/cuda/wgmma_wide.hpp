@@ -1,0 +1,204 @@
+// Products of blocked weights and rows on Hopper's tensor cores: wgmma.hpp in tiles of 128 x 256 or 256 x 128.
+//
+// Their sums are long and their epilogues add or store, so that what counts is how few bytes a product reads: three
+// quarters of what two tiles of 128 x 128 read. Such a tile leaves room for one block a multiprocessor; a warp of its
+// own keeps copies in flight, also while the others are in an epilogue.
+#pragma once
+
+#include "cuda/wgmma.hpp"
+
+namespace nearfar {
+inline namespace device {
+
+/// Two warpgroups: each takes 64 of every 128 rows. A: as in WgmmaTile. B: rows, to be summed over.
+template <class E, int M, int N>
+struct WgmmaWide : WgmmaTile {
+  using Element = E;
+  static constexpr int kM = M, kN = N, kRows = M / 64, kCols = N / 4;
+  static constexpr int kBlock = Blocked::kBytes, kTiles = M / 128, kPieces = N / 64;  // of A, of B
+  static constexpr int kFirst = kTiles * kBlock, kStage = kFirst + kPieces * kHalf;
+  // What a warp sends in one go: eight rows of 128 float32, apart by a quarter of the banks.
+  static constexpr int kPitch = 128 + 8, kStaged = 8 * kPitch - 8;
+  struct Accumulators {
+    float v[kTiles][N / 8][4];
+  };
+  NEARFAR_DEVICE static int row(int a) { return WgmmaTile::row(a % 2) + a / 2 * 128; }
+  NEARFAR_DEVICE static float& value(Accumulators& acc, int a, int b) { return acc.v[a / 2][b / 2][a % 2 * 2 + b % 2]; }
+
+  template <class A, class B>
+  NEARFAR_DEVICE static void step(const char* stage, Accumulators& acc) {
+    const int group = cuda::warp_index() / 4;
+    cuda::wgmma_begin();
+    NEARFAR_UNROLL
+    for (int k = 0; k < 4; ++k) NEARFAR_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile)
+      cuda::wgmma<E, !A::kSumColumns, true>(acc.v[tile], view<A>(stage + tile * kBlock, group, k),
+                                            view<B>(stage + kFirst, 0, k));
+    cuda::wgmma_commit();
+  }
+  /// Step k of tile m of A, which has `lines` tiles of 128, and of tile n of B. What would lie outside is left out, and
+  /// so its sums are anything.
+  template <class A, class B>
+  NEARFAR_DEVICE static void load(char* stage, const A& a, int m, int lines, const B& b, int n, int k,
+                                  uint64_t* barrier) {
+    static_assert(!B::kSumColumns, "a step is half of each of B's blocks");
+    const int left_a = lines - m * kTiles, left_b = static_cast<int>(b.blocks.across) - n * kPieces;
+    const int tiles = left_a < kTiles ? left_a : kTiles, pieces = left_b < kPieces ? left_b : kPieces;
+    cuda::barrier_expect(barrier, tiles * kBlock + pieces * kHalf);
+    for (int tile = 0; tile < tiles; ++tile) WgmmaTile::load(stage + tile * kBlock, a, m * kTiles + tile, k, barrier);
+    const char* from = reinterpret_cast<const char*>(b.blocks.block(k / 2, n * kPieces)) + k % 2 * kHalf;
+    for (int piece = 0; piece < pieces; ++piece)
+      cuda::bulk_load(stage + kFirst + piece * kHalf, from + piece * kBlock, kHalf, barrier);
+  }
+};
+template <class P>
+struct IsWide : std::false_type {};
+template <class E, int M, int N>
+struct IsWide<WgmmaWide<E, M, N>> : std::true_type {};
+template <class P>
+constexpr bool is_wide = IsWide<P>::value;
+
+/// out_ik = value, or with ADD += value * factor(i), of a tile of (rows, d). A launch adds once to every number, so
+/// that it does not matter who adds first.
+template <bool ADD, class P, class Factor>
+NEARFAR_DEVICE void put_rows(const Fragment<P>& f, float* out, int64_t rows, int64_t d, Factor factor) {
+  const int lane = cuda::opaque(cuda::lane_index());
+  const auto multiplier = [&](int64_t i) { return ADD && i < rows ? factor(i) : 1.0f; };
+  if (d % 4 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0) {
+    float* own = reinterpret_cast<float*>(f.memory) + cuda::warp_index() * P::kStaged;
+    NEARFAR_UNROLL
+    for (int a = 0; a < P::kRows; ++a) {
+      const float multiply = multiplier(f.i(a));
+      const int64_t i = f.i(a) - lane / 4 + lane;  // of the line that this lane sends
+      NEARFAR_UNROLL
+      for (int part = 0; part < P::kCols / 32; ++part) {
+        cuda::bulk_stored<true>();
+        cuda::sync_warp();
+        NEARFAR_UNROLL
+        for (int b = 0; b < 32; b += 2)
+          *reinterpret_cast<float2*>(own + lane / 4 * P::kPitch + b * 4 + lane % 4 * 2) =
+              make_float2(f(a, part * 32 + b) * multiply, f(a, part * 32 + b + 1) * multiply);
+        cuda::fence_async();
+        cuda::sync_warp();
+        const int64_t k = f.j0 + part * 128;
+        if (lane >= 8 || i >= rows || k >= d) continue;
+        const int bytes = static_cast<int>((d - k < 128 ? d - k : 128) * sizeof(float));
+        if (ADD) {
+          cuda::bulk_add(out + i * d + k, own + lane * P::kPitch, bytes);
+        } else {
+          cuda::bulk_store(out + i * d + k, own + lane * P::kPitch, bytes);
+        }
+      }
+    }
+    return;
+  }
+  NEARFAR_UNROLL
+  for (int a = 0; a < P::kRows; ++a) {
+    const int64_t i = f.i(a);
+    const float multiply = multiplier(i);
+    const int64_t first = f.j0 + lane % 4 * 2, beside = d - first;
+    const int left = i >= rows ? 0 : static_cast<int>(beside < P::kN ? beside : P::kN);
+    float* at = out + i * d + first;
+    NEARFAR_UNROLL
+    for (int b = 0; b < P::kCols; ++b) {
+      const int k = b / 2 * 8 + b % 2;
+      if (k < left) at[k] = (ADD ? at[k] : 0.0f) + f(a, b) * multiply;
+    }
+  }
+}
+
+/// As many blocks as multiprocessors; each takes every so many'th tile. Warpgroups multiply, the last warp copies.
+template <int M, int N, class A, class B, class Epilogue>
+struct WideKernel {
+  using P = WgmmaWide<typename A::Element, M, N>;
+  using Order = TileOrder<4>;
+  static constexpr int kConsumers = 256, kThreads = kConsumers + cuda::kWarp, kResident = 1;
+  static constexpr int kStages = 4;
+  static constexpr int kMemory = kStages * P::kStage + 8 * P::kStaged * static_cast<int>(sizeof(float));
+  A a;
+  B b;
+  int lines;  // tiles of 128 rows
+  Order order;
+  Epilogue epilogue;
+
+  /// A stage of a ring; `parity` changes every round.
+  struct Place {
+    int stage = 0, parity = 0;
+    NEARFAR_DEVICE void next() {
+      if (++stage == kStages) stage = 0, parity ^= 1;
+    }
+  };
+
+  NEARFAR_DEVICE void operator()(char* memory) const {
+    NEARFAR_SHARED uint64_t full[kStages], empty[kStages];
+    if (cuda::thread_index() == 0) {
+      for (int s = 0; s < kStages; ++s) cuda::barrier_init(full + s, 1), cuda::barrier_init(empty + s, 2);
+      cuda::barrier_fence();
+    }
+    cuda::sync_block();
+    if (cuda::thread_index() < kConsumers) {
+      multiply(memory, full, empty);
+    } else if (cuda::thread_index() == kConsumers) {
+      copy(memory, full, empty);
+    }
+  }
+
+  NEARFAR_DEVICE void copy(char* memory, uint64_t* full, uint64_t* empty) const {
+    Place at;
+    for (int index = static_cast<int>(cuda::block_index()); index < order.end();
+         index += static_cast<int>(cuda::block_count())) {
+      const auto w = order.work(index);
+      for (int k = order.begin(w.split); k < order.begin(w.split + 1); ++k, at.next()) {
+        cuda::barrier_wait(empty + at.stage, at.parity ^ 1);
+        P::load(memory + at.stage * P::kStage, a, w.m, lines, b, w.n, k, full + at.stage);
+      }
+    }
+  }
+
+  NEARFAR_DEVICE void multiply(char* memory, uint64_t* full, uint64_t* empty) const {
+    const bool speaker = cuda::thread_index() % 128 == 0;
+    Place at;
+    for (int index = static_cast<int>(cuda::block_index()); index < order.end();
+         index += static_cast<int>(cuda::block_count())) {
+      const auto w = order.work(index);
+      const int count = order.begin(w.split + 1) - order.begin(w.split);
+      typename P::Accumulators acc;
+      NEARFAR_UNROLL
+      for (int tile = 0; tile < P::kTiles; ++tile) NEARFAR_UNROLL
+      for (int n = 0; n < N / 8; ++n) NEARFAR_UNROLL
+      for (int q = 0; q < 4; ++q) acc.v[tile][n][q] = 0;
+      // A step's memory is free when it is done, and by then the one after it has been given to the tensor cores.
+      int before = at.stage;
+      for (int k = 0; k < count; ++k, at.next()) {
+        cuda::barrier_wait(full + at.stage, at.parity);
+        P::template step<A, B>(memory + at.stage * P::kStage, acc);
+        if (k > 0) {
+          cuda::wgmma_wait<1>();
+          if (speaker) cuda::barrier_arrive(empty + before);
+        }
+        before = at.stage;
+      }
+      cuda::wgmma_wait<0>();
+      NEARFAR_UNROLL
+      for (int tile = 0; tile < P::kTiles; ++tile) cuda::wgmma_fence(acc.v[tile]);
+      if (speaker) cuda::barrier_arrive(empty + before);
+      epilogue.template apply<P>(Fragment<P>{acc, int64_t(w.m) * M, int64_t(w.n) * N, memory + kStages * P::kStage},
+                                 w.m, w.n, w.split);
+    }
+    cuda::bulk_stored<false>();
+  }
+};
+
+/// lines, pieces: blocks of 128 rows of A and of 64 columns of B. Every part of the depth has a step at least.
+template <int M, int N, class A, class B, class Epilogue>
+void launch_wide(cuda::Context& c, const A& a, const B& b, int64_t lines, int64_t pieces, int64_t steps, int64_t splits,
+                 const Epilogue& epilogue) {
+  using Kernel = WideKernel<M, N, A, B, Epilogue>;
+  const typename Kernel::Order order(ceil_div(lines, Kernel::P::kTiles), ceil_div(pieces, Kernel::P::kPieces), steps,
+                                     splits);
+  const int64_t work = order.end(), fit = c.device.multiprocessors;
+  c.launch_large(work < fit ? work : fit, Kernel::kMemory, Kernel{a, b, static_cast<int>(lines), order, epilogue});
+}
+
+}  // namespace device
+}  // namespace nearfar
