@@ -83,14 +83,12 @@ struct LabelledPairs {
     there = bits();
     hide_pairs([&](int i, int j) { return has(i0 + i, j0 + j) && alike(i0 + i, j0 + j); }, hidden);
     own_label = bits();
-    with_hidden(
-        labels_x != nullptr, [&](int, int j) { return j0 + j >= m || known(j0 + j); },
-        [&](auto hides) {
-          for_each_pair(f, {scores.x_factor + i0}, {scores.y_factor + j0},
-                        [=](const float* x, const float* y, float product, int a, int b) {
-                          return hides(a, b) ? not_a_number<float>() : product * (scale * *x * *y);
-                        });
-        });
+    hidden[0] = hidden[1] = 0;
+    if (!labels_x) hide_pairs([&](int, int j) { return j0 + j >= m || known(j0 + j); }, hidden);
+    for_each_pair(f, {scores.x_factor + i0}, {scores.y_factor + j0},
+                  [&](const float* x, const float* y, float product, int a, int b) {
+                    return hidden[a] >> b & 1 ? not_a_number<float>() : product * (scale * *x * *y);
+                  });
   }
 };
 
