@@ -317,8 +317,12 @@ void wgmma_commit() {
   group.ends[group.committed[own]++ % Warpgroup::kMost] = group.given[own];
 }
 
-void store_pair(uint32_t address, uint32_t bits) {
+void store_word(uint32_t address, uint32_t bits) {
   std::memcpy(at_address(address, sizeof(bits)), &bits, sizeof(bits));
+}
+void copy_piece(void* to, uint32_t address) {
+  expect(address % 16 == 0, "a piece that is not aligned");
+  std::memcpy(to, at_address(address, 16), 16);
 }
 
 char* large_memory() { return machine->large; }

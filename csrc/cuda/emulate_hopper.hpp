@@ -31,7 +31,8 @@ enum class Operand { bf16, f16, tf32 };
 void wgmma(float* c, int columns, uint64_t a, uint64_t b, Operand type, bool transpose_a, bool transpose_b, bool fresh);
 void wgmma_commit();
 void wgmma_wait(int left);
-void store_pair(uint32_t address, uint32_t bits);
+void store_word(uint32_t address, uint32_t bits);
+void copy_piece(void* to, uint32_t address);
 }  // namespace emulation
 
 using emulation::barrier_arrive;
@@ -68,9 +69,14 @@ inline void wgmma_tf32(float (&c)[16][4], uint64_t a, uint64_t b, bool fresh) {
 }
 
 template <class E>
-inline void store_pair(uint32_t address, float low, float high) {
-  emulation::store_pair(address, narrow<E>(low).bits | static_cast<uint32_t>(narrow<E>(high).bits) << 16);
+inline uint32_t pack_pair(float low, float high) {
+  return narrow<E>(low).bits | static_cast<uint32_t>(narrow<E>(high).bits) << 16;
 }
+inline void store_matrices(uint32_t address, const uint32_t (&r)[4]) {
+  const int lane = emulation::thread() % kWarp;
+  for (int q = 0; q < 4; ++q) emulation::store_word(shuffle(address, 8 * q + lane / 4) + lane % 4 * 4, r[q]);
+}
+inline void copy_piece(void* to, uint32_t address) { emulation::copy_piece(to, address); }
 inline float2 load_pair(const float* at) { return {at[0], at[1]}; }
 inline int opaque(int value) { return value; }
 inline float exp2_fast(float x) { return std::exp2(x); }

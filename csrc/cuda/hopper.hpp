@@ -105,16 +105,33 @@ NEARFAR_DEVICE float2 load_pair(const float* at) {
   return pair;
 }
 
-/// Rounded to E, to shared memory.
+/// Rounded to E, two in a word.
 template <class E>
-NEARFAR_DEVICE void store_pair(uint32_t address, float low, float high) {
+NEARFAR_DEVICE uint32_t pack_pair(float low, float high) {
   uint32_t bits;
   if constexpr (std::is_same_v<E, BF16>) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   } else {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(high), "f"(low));
   }
-  asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(bits) : "memory");
+  return bits;
+}
+/// Four 8 x 8 matrices of 16-bit numbers to shared memory: lane l has of matrix q the numbers (l / 4, 2 (l % 4)) and
+/// the next, and gives the address of row l % 8 of matrix l / 8.
+NEARFAR_DEVICE void store_matrices(uint32_t address, const uint32_t (&r)[4]) {
+  NEARFAR_SM90(asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address),
+                            "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3]) : "memory"));
+}
+/// 16 bytes of shared memory to global memory.
+NEARFAR_DEVICE void copy_piece(void* to, uint32_t address) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 r<4>;\n"
+      "ld.shared.v4.b32 {r0, r1, r2, r3}, [%1];\n"
+      "st.global.v4.b32 [%0], {r0, r1, r2, r3};\n"
+      "}" ::"l"(__cvta_generic_to_global(to)),
+      "r"(address)
+      : "memory");
 }
 /// The same number, computed here: what depends on it does not leave the loop around, to wait in registers.
 NEARFAR_DEVICE int opaque(int value) {

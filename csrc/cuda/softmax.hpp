@@ -33,35 +33,45 @@ struct MaskedScores {
   /// and serves rows, columns and weights alike.
   NEARFAR_DEVICE bool bounded() const { return bounded_by(unit, multiplier()); }
   NEARFAR_HOST_DEVICE static bool bounded_by(bool unit, double scale) { return unit && scale <= 30; }
-  /// In place, e^{s - bound}.
-  template <class P>
-  NEARFAR_DEVICE void exponentials(const Fragment<P>& f, int64_t row, int64_t column) const {
+  /// body(exponential), where exponential(x, y, product, a, b) is e^{s - bound} for the factors of the pair's rows.
+  template <class P, class Body>
+  NEARFAR_DEVICE void with_exponentials(const Fragment<P>& f, const Block& block, Body body) const {
     const float scale = static_cast<float>(multiplier()) * cuda::kLog2E;
-    const int64_t i0 = row + f.i0, j0 = column + f.j0;
-    uint32_t hidden[P::kRows];
-    hide(i0, j0, hidden);
-    for_each_pair(f, scores.x_factor + i0, scores.y_factor + j0, [&](float x, float y, float value, int a, int b) {
-      return hidden[a] >> b & 1 ? 0.0f : cuda::exp2_fast(scale * (value * (x * y)) - scale);
+    with_hidden(f, block, [&](auto hides) {
+      body([=](float x, float y, float product, int a, int b) {
+        return hides(a, b) ? 0.0f : cuda::exp2_fast(product * (scale * x * y) - scale);
+      });
     });
   }
-  NEARFAR_DEVICE void hide(int64_t i0, int64_t j0, uint32_t (&hidden)[WgmmaTile::kRows]) const {
-    hide_pairs(whole(i0, j0), [&](int i, int j) { return has(i0 + i, j0 + j); }, hidden);
+  template <class P, class Body>
+  NEARFAR_DEVICE void with_hidden(const Fragment<P>& f, const Block& block, Body body) const {
+    const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
+    device::with_hidden(whole(i0, j0), [&](int i, int j) { return has(i0 + i, j0 + j); }, body);
+  }
+  /// Factors of the tile's rows and columns.
+  template <class P>
+  NEARFAR_DEVICE const float* x_of(const Fragment<P>& f, const Block& block) const {
+    return scores.x_factor + block.row + f.i0;
+  }
+  template <class P>
+  NEARFAR_DEVICE const float* y_of(const Fragment<P>& f, const Block& block) const {
+    return scores.y_factor + block.column + f.j0;
   }
   /// In place, for a whole tile.
   template <class P>
-  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t row, int64_t column) const {
+  NEARFAR_DEVICE void apply(const Fragment<P>& f, const Block& block) const {
     const T scale = static_cast<T>(multiplier());
     if constexpr (is_blocked<P>) {
-      uint32_t hidden[P::kRows];
-      hide(row + f.i0, column + f.j0, hidden);
-      return for_each_pair(f, scores.x_factor + row + f.i0, scores.y_factor + column + f.j0,
-                           [&](float x, float y, float value, int a, int b) {
-                             return hidden[a] >> b & 1 ? -infinity<float>() : scale * (value * (x * y));
-                           });
+      return with_hidden(f, block, [&](auto hides) {
+        for_each_pair(f, {x_of(f, block)}, {y_of(f, block)},
+                      [=](const float* x, const float* y, float product, int a, int b) {
+                        return hides(a, b) ? -infinity<float>() : scale * (product * (*x * *y));
+                      });
+      });
     }
-    const int64_t i0 = row + f.i0, j0 = column + f.j0;
-    const uint64_t hidden =
-        f.without(whole(i0, j0), [&](int64_t i, int64_t j) { return has(row + i, column + j); });
+    const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
+    const uint64_t hidden = f.without(
+        whole(i0, j0), [&](int64_t i, int64_t j) { return has(block.row + i, block.column + j); });
     scores.apply(f, i0, j0, hidden);
     f.for_each([&](int64_t, int64_t, T& value) { value *= scale; });
     f.replace(hidden, -infinity<T>());
@@ -81,23 +91,39 @@ struct LseEpilogue {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t tile_m, int64_t tile_n, int64_t) const {
-    if constexpr (is_blocked<P>) {
-      if (masked.bounded()) {
-        const T base = static_cast<T>(masked.multiplier());
-        masked.exponentials(f, block.row, block.column);
-        sum_lines(
-            f, of_columns, [&](int i, float sum) { of_rows[(f.i0 + i) * tiles_n + tile_n] = {base, sum}; },
-            [&](int j, float sum) { of_columns[(f.j0 + j) * tiles_m + tile_m] = {base, sum}; });
-        if (KEEPS_BLOCKS) keep.store(f);
-        return;
-      }
-    }
-    masked.apply(f, block.row, block.column);
-    if (keep.w) f.for_each([&](int64_t i, int64_t j, T score) { keep.w[i * keep.pitch + j] = score; });
+    if constexpr (is_blocked<P>)
+      if (masked.bounded()) return sum_exponentials(f, tile_m, tile_n);
+    masked.apply(f, block);
+    if constexpr (!is_blocked<P>)
+      if (keep.w) f.for_each([&](int64_t i, int64_t j, T score) { keep.w[i * keep.pitch + j] = score; });
     reduce_lse<P, true>(f, [&](int i, const PartialSum<T>& sum) { of_rows[(f.i0 + i) * tiles_n + tile_n] = sum; });
-    if (of_columns)
-      reduce_lse<P, false>(f,
-                           [&](int j, const PartialSum<T>& sum) { of_columns[(f.j0 + j) * tiles_m + tile_m] = sum; });
+    if constexpr (!KEEPS_BLOCKS)
+      if (of_columns)
+        reduce_lse<P, false>(f,
+                             [&](int j, const PartialSum<T>& sum) { of_columns[(f.j0 + j) * tiles_m + tile_m] = sum; });
+  }
+
+ private:
+  template <class P>
+  NEARFAR_DEVICE void sum_exponentials(const Fragment<P>& f, int64_t tile_m, int64_t tile_n) const {
+    const T base = static_cast<T>(masked.multiplier());
+    float sums[P::kRows] = {};
+    masked.with_exponentials(f, block, [&](auto exponential) {
+      const auto add = [&](const float* x, const float* y, float product, int a, int b) {
+        const float e = exponential(*x, *y, product, a, b);
+        sums[a] += e;
+        return e;
+      };
+      if constexpr (KEEPS_BLOCKS) {
+        keep.weigh(f, {masked.x_of(f, block)}, {masked.y_of(f, block)}, add);
+      } else {
+        for_each_pair(f, {masked.x_of(f, block)}, {masked.y_of(f, block)}, add);
+      }
+    });
+    place_rows<P>(sums, [&](int i, float sum) { of_rows[(f.i0 + i) * tiles_n + tile_n] = {base, sum}; });
+    if constexpr (!KEEPS_BLOCKS)
+      if (of_columns)
+        sum_columns(f, [&](int j, float sum) { of_columns[(f.j0 + j) * tiles_m + tile_m] = {base, sum}; });
   }
 };
 
@@ -120,20 +146,15 @@ struct WeighPairs {
 
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, const Block& b) const {
+    masked.apply(f, b);
     if constexpr (is_blocked<P>) {
-      if (masked.bounded()) {
-        masked.exponentials(f, b.row, b.column);
-        return for_each_pair(f, weight.row_weight + b.row + f.i0, weight.column_weight + b.column + f.j0,
-                             [](float row, float column, float value, int, int) { return value * (row + column); });
-      }
-      masked.apply(f, b.row, b.column);
-      return for_each_pair(f, weight.row_base + b.row + f.i0, weight.column_base + b.column + f.j0,
-                           weight.row_weight + b.row + f.i0, weight.column_weight + b.column + f.j0,
-                           [](float x, float y, float u, float v, float score) {
-                             return u * exp_flush(score - x) + v * exp_flush(score - y);
+      const int64_t i = b.row + f.i0, j = b.column + f.j0;
+      return for_each_pair(f, {weight.row_base + i, weight.row_weight + i},
+                           {weight.column_base + j, weight.column_weight + j},
+                           [](const float* x, const float* y, float score, int, int) {
+                             return x[1] * exp_flush(score - x[0]) + y[1] * exp_flush(score - y[0]);
                            });
     }
-    masked.apply(f, b.row, b.column);
     f.for_each([&](int64_t i, int64_t j, T& value) { value = weight(b.row + i, b.column + j, value); });
   }
 };
@@ -147,7 +168,19 @@ struct WeightEpilogue {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    weigh.apply(f, out.block);
+    const Block& block = out.block;
+    const MaskedScores<T>& masked = weigh.masked;
+    if constexpr (is_blocked<P>) {
+      if (masked.bounded())
+        return masked.with_exponentials(f, block, [&](auto exponential) {
+          out.weigh(f, {masked.x_of(f, block), weigh.weight.row_weight + block.row + f.i0},
+                    {masked.y_of(f, block), weigh.weight.column_weight + block.column + f.j0},
+                    [=](const float* x, const float* y, float product, int a, int b) {
+                      return exponential(x[0], y[0], product, a, b) * (x[1] + y[1]);
+                    });
+        });
+    }
+    weigh.apply(f, block);
     out.store(f);
   }
 };

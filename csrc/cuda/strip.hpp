@@ -35,11 +35,29 @@ struct Weights {
   template <class P>
   NEARFAR_DEVICE void store(const Fragment<P>& f) const {
     if constexpr (is_blocked<P>) {
-      for_each_pair(f, x_factor + block.row + f.i0, y_factor + block.column + f.j0,
-                    [](float x, float y, float value, int, int) { return value * (x * y); });
-      return store_blocked(f, blocks, f.i0 / P::kM, f.j0 / P::kN);
+      return weigh(f, {x_factor + block.row + f.i0}, {y_factor + block.column + f.j0},
+                   [](const float*, const float*, float value, int, int) { return value; });
     }
     f.for_each([&](int64_t i, int64_t j, T value) { w[i * pitch + j] = value; });
+  }
+  /// Blocked: the same where weights are still to be computed, as for_each_pair does; what is not stored is computed
+  /// too.
+  template <class P, int R, int C, class Value>
+  NEARFAR_DEVICE void weigh(const Fragment<P>& f, const float* const (&of_rows)[R], const float* const (&of_columns)[C],
+                            Value value) const {
+    const float *rows[R + 1], *columns[C + 1];
+    NEARFAR_UNROLL
+    for (int r = 0; r < R; ++r) rows[r] = of_rows[r];
+    NEARFAR_UNROLL
+    for (int c = 0; c < C; ++c) columns[c] = of_columns[c];
+    rows[R] = stored() ? x_factor + block.row + f.i0 : rows[0];
+    columns[C] = stored() ? y_factor + block.column + f.j0 : columns[0];
+    for_each_pair(
+        f, rows, columns,
+        [&](const float* x, const float* y, float v, int a, int b) { return value(x, y, v, a, b) * (x[R] * y[C]); },
+        [&](int half) {
+          if (stored()) store_half(f, blocks, f.i0 / P::kM, f.j0 / P::kN, half);
+        });
   }
 
   NEARFAR_DEVICE T& at(int64_t i, int64_t j) const { return w[(i - block.row) * pitch + j - block.column]; }

@@ -167,17 +167,30 @@ struct TileOrder {
         splits(static_cast<int>(splits)) {
     if (tiles_m * tiles_n * splits > INT32_MAX / 2) throw std::runtime_error("CUDA: more than 2^30 tiles");
   }
+  /// A tile of a part of the depth.
   struct Work {
-    int m, n, split;
+    int m, n, split, steps;
   };
+  /// Where the depth is not cut, and rows of tiles come in whole groups, it takes one division.
   NEARFAR_DEVICE Work work(int index) const {
-    const int tiles = tiles_m * tiles_n, tile = index % tiles, first = tile / (GROUP * tiles_n) * GROUP;
-    const int left = tiles_m - first, group = left < GROUP ? left : GROUP, within = tile - first * tiles_n;
-    return {first + within % group, within / group, index / tiles};
+    Work w{0, 0, 0, steps};
+    if (splits > 1) {
+      w.split = index / (tiles_m * tiles_n), index %= tiles_m * tiles_n;
+      w.steps = begin(w.split + 1) - begin(w.split);
+    }
+    const int first = index / (GROUP * tiles_n) * GROUP, within = index - first * tiles_n, left = tiles_m - first;
+    w.n = left < GROUP ? within / left : within / GROUP;
+    w.m = first + within - w.n * (left < GROUP ? left : GROUP);
+    return w;
   }
-  NEARFAR_DEVICE int begin(int split) const { return static_cast<int>(int64_t(steps) * split / splits); }
+  NEARFAR_DEVICE int begin(int split) const {
+    return splits > 1 ? static_cast<int>(int64_t(steps) * split / splits) : 0;
+  }
   NEARFAR_HOST_DEVICE int end() const { return tiles_m * tiles_n * splits; }
 };
+
+/// Shared memory of a warp for what it stores: 8 lines of 128 bytes.
+constexpr int kWarpPiece = 1024;
 
 /// As many blocks as fit; each takes every so many'th tile, and while it is in the epilogue of one the first steps of
 /// the next are on their way.
@@ -186,13 +199,14 @@ struct WgmmaKernel {
   using P = std::conditional_t<std::is_same_v<typename A::Element, float>, WgmmaSplit, Wgmma<typename A::Element>>;
   static constexpr int kThreads = cuda::kThreads, kResident = P::kResident;
   static constexpr bool kStores = P::template stores<Epilogue>();
-  static constexpr int kStages = kStores ? 2 : 3;
-  static constexpr int kMemory = kStages * P::kStage + (kStores ? 2 * P::kOperand : 0);
+  static constexpr int kStages = 3;
+  static constexpr int kMemory = kStages * P::kStage + (kStores ? cuda::kWarps * kWarpPiece : 0);
   A a;
   B b;
   TileOrder<16> order;
   Epilogue epilogue;
 
+  using Work = typename TileOrder<16>::Work;
   NEARFAR_DEVICE int wanted(int index) const {
     for (; index < order.end(); index += static_cast<int>(cuda::block_count())) {
       const auto w = order.work(index);
@@ -202,21 +216,26 @@ struct WgmmaKernel {
   }
   NEARFAR_DEVICE int next(int index) const { return wanted(index + static_cast<int>(cuda::block_count())); }
 
-  /// The steps that a block loads, in order.
+  /// The steps that a block loads, in order; and what tiles they are of, for all who have waited for the first step of
+  /// one. No more than kStages are under way beside the one in the epilogue.
   struct Ahead {
-    int index, m, n, step, left;
+    static constexpr int kMost = 8;
+    Work of[kMost];
+    int index, tile, step, left;
   };
-  NEARFAR_DEVICE Ahead ahead_from(int index) const {
-    const auto w = order.work(index);
-    return {index, w.m, w.n, order.begin(w.split), order.begin(w.split + 1) - order.begin(w.split)};
+  NEARFAR_DEVICE void look_ahead(Ahead& ahead, int tile, int index) const {
+    const Work w = order.work(index);
+    ahead.of[tile % Ahead::kMost] = w;
+    ahead.index = index, ahead.tile = tile, ahead.step = order.begin(w.split), ahead.left = w.steps;
   }
   NEARFAR_DEVICE void load(char* memory, uint64_t* full, int s, Ahead& ahead) const {
     if (ahead.index >= order.end()) return;
+    const Work& w = ahead.of[ahead.tile % Ahead::kMost];
     cuda::barrier_expect(full + s, P::kStage);
-    P::load(memory + s * P::kStage, a, ahead.m, ahead.step, full + s);
-    P::load(memory + s * P::kStage + P::kOperand, b, ahead.n, ahead.step, full + s);
+    P::load(memory + s * P::kStage, a, w.m, ahead.step, full + s);
+    P::load(memory + s * P::kStage + P::kOperand, b, w.n, ahead.step, full + s);
     ++ahead.step;
-    if (--ahead.left == 0) ahead = ahead_from(next(ahead.index));
+    if (--ahead.left == 0) look_ahead(ahead, ahead.tile + 1, next(ahead.index));
   }
 
   NEARFAR_DEVICE void operator()(char* memory) const {
@@ -226,12 +245,14 @@ struct WgmmaKernel {
     if (leader) {
       for (int s = 0; s < kStages; ++s) cuda::barrier_init(full + s, 1), cuda::barrier_init(empty + s, 2);
       cuda::barrier_fence();
-      ahead = ahead_from(wanted(static_cast<int>(cuda::block_index())));
+      look_ahead(ahead, 0, wanted(static_cast<int>(cuda::block_index())));
     }
     cuda::sync_block();
-    if (leader)
+    if (leader) {
+      NEARFAR_ROLLED
       for (int s = 0; s < kStages; ++s) load(memory, full, s, ahead);
-    int stage = 0, parity = 0;
+    }
+    int stage = 0, parity = 0, tile = 0;
     for (int index = wanted(static_cast<int>(cuda::block_index())); index < order.end(); index = next(index)) {
       typename P::Accumulators acc;
       NEARFAR_UNROLL
@@ -249,11 +270,11 @@ struct WgmmaKernel {
         }
         cuda::sync_warp();
       };
-      const auto own = order.work(index);
-      const int count = order.begin(own.split + 1) - order.begin(own.split),
-                below = a.first + own.m - (b.first + own.n);
+      cuda::barrier_wait(full + stage, parity);
+      const Work& own = ahead.of[tile++ % Ahead::kMost];
+      const int count = own.steps, below = a.first + own.m - (b.first + own.n);
       for (int k = 0; k < count; ++k) {
-        cuda::barrier_wait(full + stage, parity);
+        if (k > 0) cuda::barrier_wait(full + stage, parity);
         P::template step<A, B>(memory + stage * P::kStage, acc, below);
         if (P::kWaits) release(stage);
         if (k > 0) {
@@ -272,62 +293,74 @@ struct WgmmaKernel {
         release(before);
       }
       load_again();
-      const auto w = order.work(index);
+      const Work w = own;
       epilogue.template apply<P>(
           Fragment<P>{acc, int64_t(w.m) * P::kM, int64_t(w.n) * P::kN, memory + kStages * P::kStage}, w.m, w.n,
           w.split);
     }
-    if (leader) cuda::bulk_stored<false>();
   }
 };
 
-/// Every accumulator becomes value(of_rows[its row], of_columns[its column], accumulator, a, b); pointers are to the
-/// numbers of the tile.
-template <class P, class Value>
-NEARFAR_DEVICE void for_each_pair(const Fragment<P>& f, const float* of_rows, const float* of_columns, Value value) {
-  const int lane = cuda::opaque(cuda::lane_index());
-  const float *rows = of_rows + cuda::warp_index() * 16 + lane / 4, *columns = of_columns + lane % 4 * 2;
-  const float x[2] = {rows[0], rows[8]};
+/// Every accumulator becomes value(x, y, accumulator, a, b), where x are the R numbers of its row and y the C numbers
+/// of its column; pointers are to the numbers of the tile. done(half) follows every half of the columns.
+template <class P, int R, int C, class Value, class Done>
+NEARFAR_DEVICE void for_each_pair(const Fragment<P>& f, const float* const (&of_rows)[R],
+                                  const float* const (&of_columns)[C], Value value, Done done) {
+  // What depends on the thread only is found anew: it would wait for the next tile in registers.
+  const int thread = cuda::opaque(cuda::thread_index()), row = thread / 32 * 16 + thread % 32 / 4,
+            column = thread % 4 * 2;
+  constexpr int kAhead = C < 4 ? 2 : 1;  // loads that are under way, as far as there are registers
+  float x[P::kRows][R];
+  float2 next[kAhead][C];
+  const float* columns[C];
   NEARFAR_UNROLL
-  for (int b = 0; b < P::kCols; b += 2) {
-    const float2 y = cuda::load_pair(columns + b / 2 * 8);
+  for (int c = 0; c < C; ++c) columns[c] = of_columns[c] + column;
+  const auto load = [&](int k) {
     NEARFAR_UNROLL
-    for (int a = 0; a < P::kRows; ++a) {
-      f(a, b) = value(x[a], y.x, f(a, b), a, b);
-      f(a, b + 1) = value(x[a], y.y, f(a, b + 1), a, b + 1);
-    }
+    for (int c = 0; c < C; ++c) next[k % kAhead][c] = cuda::load_pair(columns[c] + k * 8);
+  };
+  NEARFAR_UNROLL
+  for (int k = 0; k < kAhead; ++k) load(k);
+  NEARFAR_UNROLL
+  for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
+  for (int r = 0; r < R; ++r) x[a][r] = of_rows[r][row + 8 * a];
+  NEARFAR_UNROLL
+  for (int k = 0; k < P::kCols / 2; ++k) {
+    float y[2][C];
+    NEARFAR_UNROLL
+    for (int c = 0; c < C; ++c) y[0][c] = next[k % kAhead][c].x, y[1][c] = next[k % kAhead][c].y;
+    if (k + kAhead < P::kCols / 2) load(k + kAhead);
+    NEARFAR_UNROLL
+    for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
+    for (int q = 0; q < 2; ++q) f(a, 2 * k + q) = value(x[a], y[q], f(a, 2 * k + q), a, 2 * k + q);
+    if (k % 8 == 7) done(k / 8);
   }
 }
-
-/// The same of two numbers of each: value(of_rows, of_columns, others of both, accumulator).
-template <class P, class Value>
-NEARFAR_DEVICE void for_each_pair(const Fragment<P>& f, const float* of_rows, const float* of_columns,
-                                  const float* rows_too, const float* columns_too, Value value) {
-  const int lane = cuda::opaque(cuda::lane_index()), row = cuda::warp_index() * 16 + lane / 4, column = lane % 4 * 2;
-  NEARFAR_UNROLL
-  for (int a = 0; a < P::kRows; ++a) {
-    const float x = of_rows[row + 8 * a], x_too = rows_too[row + 8 * a];
-    NEARFAR_UNROLL
-    for (int b = 0; b < P::kCols; b += 2) {
-      const float2 y = cuda::load_pair(of_columns + column + b / 2 * 8);
-      const float2 y_too = cuda::load_pair(columns_too + column + b / 2 * 8);
-      f(a, b) = value(x, y.x, x_too, y_too.x, f(a, b));
-      f(a, b + 1) = value(x, y.y, x_too, y_too.y, f(a, b + 1));
-    }
-  }
+template <class P, int R, int C, class Value>
+NEARFAR_DEVICE void for_each_pair(const Fragment<P>& f, const float* const (&of_rows)[R],
+                                  const float* const (&of_columns)[C], Value value) {
+  for_each_pair(f, of_rows, of_columns, value, [](int) {});
 }
 
-/// Bits of a thread's columns, for each of its rows: does the pair (row, column of the tile) not count? whole: all do.
-/// The loop is not unrolled, because its addresses would take the accumulators' registers.
+/// Bits of a thread's columns, for each of its rows: does the pair (row, column of the tile) not count? The loop is not
+/// unrolled, because its addresses would take the accumulators' registers.
 template <class Has>
-NEARFAR_DEVICE void hide_pairs(bool whole, Has has, uint32_t (&hidden)[WgmmaTile::kRows]) {
+NEARFAR_DEVICE void hide_pairs(Has has, uint32_t (&hidden)[WgmmaTile::kRows]) {
   NEARFAR_UNROLL
   for (int a = 0; a < WgmmaTile::kRows; ++a) {
     hidden[a] = 0;
-    if (whole) continue;
     NEARFAR_ROLLED
     for (int b = 0; b < WgmmaTile::kCols; ++b) hidden[a] |= uint32_t(!has(WgmmaTile::row(a), WgmmaTile::col(b))) << b;
   }
+}
+/// body(hides), where hides(a, b) says that a pair does not count. In the code twice, so that where the whole tile
+/// counts nobody asks.
+template <class Has, class Body>
+NEARFAR_DEVICE void with_hidden(bool whole, Has has, Body body) {
+  if (whole) return body([](int, int) { return false; });
+  uint32_t hidden[WgmmaTile::kRows];
+  hide_pairs(has, hidden);
+  body([&](int a, int b) -> bool { return hidden[a] >> b & 1; });
 }
 
 /// Halves N values a lane over lanes that differ in `mask`: each keeps the sums of its half, the upper lane the upper.
@@ -341,22 +374,21 @@ NEARFAR_DEVICE void fold(float* v, int mask) {
   }
 }
 
-/// Sums of every row and, with `columns`, of every column of the tile; place_row(i, sum), place_column(j, sum), once
-/// each.
-template <class P, class PlaceRow, class PlaceColumn>
-NEARFAR_DEVICE void sum_lines(const Fragment<P>& f, bool columns, PlaceRow place_row, PlaceColumn place_column) {
-  const int lane = cuda::lane_index();
+/// Totals of rows from a thread's part of each; place(i, total) once for every row of the tile.
+template <class P, class Place>
+NEARFAR_DEVICE void place_rows(const float (&sums)[P::kRows], Place place) {
+  const int thread = cuda::opaque(cuda::thread_index());
   NEARFAR_UNROLL
   for (int a = 0; a < P::kRows; ++a) {
-    float sum = 0;
-    NEARFAR_UNROLL
-    for (int b = 0; b < P::kCols; ++b) sum += f(a, b);
-    // Not sum_of_row and first_of_row, which find the lane again: sixty bytes of registers spill.
-    sum += cuda::shuffle_xor(sum, 1);
-    sum += cuda::shuffle_xor(sum, 2);
-    if (lane % P::kRowLanes == 0) place_row(P::row(a), sum);
+    const float total = sum_of_row<P>(sums[a]);
+    if (thread % P::kRowLanes == 0) place(thread / cuda::kWarp * 16 + a * 8 + thread % cuda::kWarp / 4, total);
   }
-  if (!columns) return;
+}
+
+/// Sums of every column of the tile; place(j, sum), once each.
+template <class P, class Place>
+NEARFAR_DEVICE void sum_columns(const Fragment<P>& f, Place place) {
+  const int lane = cuda::lane_index();
   float v[P::kCols];
   NEARFAR_UNROLL
   for (int b = 0; b < P::kCols; ++b) v[b] = f(0, b) + f(1, b);
@@ -376,27 +408,35 @@ NEARFAR_DEVICE void sum_lines(const Fragment<P>& f, bool columns, PlaceRow place
   float sum = 0;
   NEARFAR_UNROLL
   for (int w = 0; w < cuda::kWarps; ++w) sum += parts[w][j];
-  place_column(j, sum);
+  place(j, sum);
 }
 
-/// The tile to a blocked matrix, tile (down, right) of it, through shared memory, rounded to what the rows are.
+/// Half of the columns of the tile to a blocked matrix, tile (down, right) of it, rounded to what the rows are. Every
+/// warp for itself: eight rows of it are whole lines of a block, which lie together.
 template <class P>
-NEARFAR_DEVICE void store_blocked(const Fragment<P>& f, const Blocked& to, int64_t down, int64_t right) {
-  if (cuda::thread_index() == 0) cuda::bulk_stored<true>();
-  cuda::sync_block();
-  // Rows 8 apart keep their low bits, and so the order of the pieces of 16 bytes.
-  const int lane = cuda::opaque(cuda::lane_index());
-  const uint32_t line = cuda::shared_address(f.memory) + (cuda::warp_index() * 16 + lane / 4) * 128 + lane % 4 * 4;
+NEARFAR_DEVICE void store_half(const Fragment<P>& f, const Blocked& to, int64_t down, int64_t right, int half) {
+  using E = typename P::Element;
+  const int thread = cuda::opaque(cuda::thread_index()), lane = thread % cuda::kWarp, warp = thread / cuda::kWarp;
+  const uint32_t own = cuda::shared_address(f.memory) + warp * kWarpPiece;
+  const uint32_t line = own + lane % 8 * 128 + (lane / 8 ^ lane % 8) * 16;
+  char* out = reinterpret_cast<char*>(to.block(down, 2 * right + half)) + warp * 2048;
   NEARFAR_UNROLL
-  for (int b = 0; b < P::kCols; b += 2) {
-    const int piece = b / 2;
-    const uint32_t at = line + piece / 8 * P::kOperand + (piece % 8 ^ lane / 4) * 16;
+  for (int a = 0; a < P::kRows; ++a) {
+    cuda::sync_warp();
     NEARFAR_UNROLL
-    for (int a = 0; a < P::kRows; ++a) cuda::store_pair<typename P::Element>(at + a * 8 * 128, f(a, b), f(a, b + 1));
+    for (int piece = 0; piece < 8; piece += 4) {
+      uint32_t bits[4];
+      NEARFAR_UNROLL
+      for (int q = 0; q < 4; ++q) {
+        const int b = 2 * (8 * half + piece + q);
+        bits[q] = cuda::pack_pair<E>(f(a, b), f(a, b + 1));
+      }
+      cuda::store_matrices(line ^ piece * 16, bits);
+    }
+    cuda::sync_warp();
+    NEARFAR_UNROLL
+    for (int k = 0; k < 2; ++k) cuda::copy_piece(out + (2 * a + k) * 512 + lane * 16, own + k * 512 + lane * 16);
   }
-  cuda::fence_async();
-  cuda::sync_block();
-  if (cuda::thread_index() == 0) cuda::bulk_store(to.block(down, 2 * right), f.memory, 2 * P::kOperand);
 }
 
 /// steps: of a block's columns along the sum.

@@ -77,16 +77,18 @@ struct LabelledPairs {
                                     uint64_t& own_label) const {
     const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
     const bool whole = i0 + P::kM <= n && j0 + P::kN <= m && !(same && i0 == j0);
-    uint32_t hidden[P::kRows];
+    uint32_t hidden[P::kRows] = {};
     const auto bits = [&] { return uint64_t(~hidden[1]) << P::kCols | uint32_t(~hidden[0]); };
-    hide_pairs(whole, [&](int i, int j) { return has(i0 + i, j0 + j); }, hidden);
+    if (!whole) hide_pairs([&](int i, int j) { return has(i0 + i, j0 + j); }, hidden);
     there = bits();
-    hide_pairs(false, [&](int i, int j) { return has(i0 + i, j0 + j) && alike(i0 + i, j0 + j); }, hidden);
+    hide_pairs([&](int i, int j) { return has(i0 + i, j0 + j) && alike(i0 + i, j0 + j); }, hidden);
     own_label = bits();
-    hide_pairs(labels_x != nullptr, [&](int, int j) { return j0 + j >= m || known(j0 + j); }, hidden);
-    for_each_pair(f, scores.x_factor + i0, scores.y_factor + j0, [&](float x, float y, float value, int a, int b) {
-      return hidden[a] >> b & 1 ? not_a_number<float>() : scale * (value * (x * y));
-    });
+    hidden[0] = hidden[1] = 0;
+    if (!labels_x) hide_pairs([&](int, int j) { return j0 + j >= m || known(j0 + j); }, hidden);
+    for_each_pair(f, {scores.x_factor + i0}, {scores.y_factor + j0},
+                  [&](const float* x, const float* y, float product, int a, int b) {
+                    return hidden[a] >> b & 1 ? not_a_number<float>() : product * (scale * *x * *y);
+                  });
   }
 };
 

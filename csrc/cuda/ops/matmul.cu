@@ -175,8 +175,7 @@ void matmul(Context& c, const MatmulDevice<T>& p) {
     const Operand<T, false> columns{packed.data + b.column * packed.pitch, packed.pitch};
     multiply_parts<T, T>(c, down, k, columns, b, r, parts);
     const int64_t valid = b.rows < n - b.row ? b.rows : n - b.row;
-    c.launch_threads(valid * r,
-                     MergeParts<T>{parts, down.splits, b.rows, valid, r, nullptr, nullptr, 0, p.out + b.row * r});
+    MergeParts<T>::launch(c, {parts, down.splits, b.rows, valid, r, nullptr, nullptr, 0, p.out + b.row * r});
   });
 }
 

@@ -59,20 +59,21 @@ struct PotentialEpilogue {
   NEARFAR_DEVICE void apply_unit(const Fragment<P>& f, int64_t tile_m, int64_t tile_n) const {
     const float slope = -cuda::kLog2E * static_cast<float>(t);
     const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
-    uint32_t hidden[P::kRows];
-    hide_pairs(
-        i0 + P::kM <= n && j0 + P::kN <= n && i0 != j0, [&](int i, int j) { return inside(f.i0 + i, f.j0 + j); },
-        hidden);
     float sums[P::kRows] = {0, 0};
-    for_each_pair(f, scores.x_factor + i0, scores.y_factor + j0, [&](float x, float y, float value, int a, int b) {
-      const float square = (x == 0 ? 0.0f : 1.0f) + (y == 0 ? 0.0f : 1.0f) - 2 * (value * (x * y));
-      const float w = hidden[a] >> b & 1 ? 0.0f : cuda::exp2_fast(slope * square);
-      sums[a] += w;
-      return w;
-    });
+    with_hidden(
+        i0 + P::kM <= n && j0 + P::kN <= n && i0 != j0, [&](int i, int j) { return inside(f.i0 + i, f.j0 + j); },
+        [&](auto hides) {
+          strip.weigh(f, {scores.x_factor + i0}, {scores.y_factor + j0},
+                      [&](const float* x, const float* y, float product, int a, int b) {
+                        const float squares = (*x == 0 ? 0.0f : slope) + (*y == 0 ? 0.0f : slope);
+                        const float w =
+                            hides(a, b) ? 0.0f : cuda::exp2_fast(product * (-2 * slope * *x * *y) + squares);
+                        sums[a] += w;
+                        return w;
+                      });
+        });
     const double total = block_sum(static_cast<double>(sums[0]) + static_cast<double>(sums[1]));
     if (cuda::thread_index() == 0) of_tiles[tile_m * tiles_n + tile_n] = total;
-    if (strip.stored()) strip.store(f);
   }
 };
 

@@ -71,37 +71,39 @@ struct SigmoidEpilogue {
   }
   template <class P>
   NEARFAR_DEVICE void apply_blocked(const Fragment<P>& f, int64_t tile_n) const {
-    const float scale = static_cast<float>(multiplier()), shift = static_cast<float>(bias());
+    // Logits in units of log 2. log(1 + e^l) = max(l, 0) + log(1 + e), e = e^-|l|; a product of 1 + e_k, of which 1 is
+    // left out so that small e count, takes the place of a logarithm each.
+    const float scale = static_cast<float>(multiplier()) * cuda::kLog2E,
+                shift = static_cast<float>(bias()) * cuda::kLog2E;
     const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
-    uint32_t hidden[P::kRows];
-    hide_pairs(
-        i0 + P::kM <= n && j0 + P::kN <= m && !(matched && i0 == j0), [&](int i, int j) { return has(i0 + i, j0 + j); },
-        hidden);
-    float upstream[P::kRows], sums[P::kRows][kSums] = {};
+    float upstream[P::kRows], above[P::kRows] = {}, product_less_1[P::kRows] = {}, sigmoids[P::kRows] = {};
     NEARFAR_UNROLL
     for (int a = 0; a < P::kRows; ++a) {
       const int64_t i = i0 + P::row(a);
       upstream[a] = i >= n ? 0.0f : static_cast<float>(weights ? weights[i] : weight);
     }
-    for_each_pair(f, scores.x_factor + i0, scores.y_factor + j0, [&](float x, float y, float value, int a, int b) {
-      const float l = scale * (value * (x * y)) + shift, e = cuda::exp2_fast(-cuda::kLog2E * fabsf(l));
-      // One division for both; log(1 + e) = 2 artanh z, z <= 1/3, by its series.
-      const float r = cuda::reciprocal_fast((1 + e) * (2 + e)), z = e * (r * (1 + e)), q = z * z;
-      const float log_part =
-          2 * z * (1 + q * (1.0f / 3 + q * (1.0f / 5 + q * (1.0f / 7 + q * (1.0f / 9 + q * (1.0f / 11))))));
-      const float softplus = fmaxf(l, 0.0f) + log_part, sigmoid = (l < 0 ? e : 1.0f) * (r * (2 + e));
-      if (hidden[a] >> b & 1) return 0.0f;
-      sums[a][0] += softplus;
-      sums[a][1] += sigmoid * upstream[a];
-      return sigmoid * upstream[a];
-    });
+    with_hidden(
+        i0 + P::kM <= n && j0 + P::kN <= m && !(matched && i0 == j0), [&](int i, int j) { return has(i0 + i, j0 + j); },
+        [&](auto hides) {
+          out.weigh(f, {scores.x_factor + i0}, {scores.y_factor + j0},
+                    [&](const float* x, const float* y, float product, int a, int b) {
+                      if (hides(a, b)) return 0.0f;
+                      const float l = product * (scale * *x * *y) + shift, e = cuda::exp2_fast(-fabsf(l));
+                      const float sigmoid = (l < 0 ? e : 1.0f) * cuda::reciprocal_fast(1 + e);
+                      if (!(l < 0)) above[a] += l;
+                      product_less_1[a] += e * (1 + product_less_1[a]);
+                      sigmoids[a] += sigmoid;
+                      return sigmoid * upstream[a];
+                    });
+        });
     NEARFAR_UNROLL
-    for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
-    for (int k = 0; k < kSums; ++k) {
-      const float sum = sum_of_row<P>(sums[a][k]);
-      if (first_of_row<P>()) of_rows[((f.i0 + P::row(a)) * kSums + k) * tiles_n + tile_n] = sum;
+    for (int a = 0; a < P::kRows; ++a) {
+      above[a] = above[a] / cuda::kLog2E + log1p(product_less_1[a]);
+      sigmoids[a] *= upstream[a];
     }
-    if (out.stored()) out.store(f);
+    const auto place = [&](int i, int which) -> T& { return of_rows[((f.i0 + i) * kSums + which) * tiles_n + tile_n]; };
+    place_rows<P>(above, [&](int i, float sum) { place(i, 0) = sum; });
+    place_rows<P>(sigmoids, [&](int i, float sum) { place(i, 1) = sum; });
   }
 };
 

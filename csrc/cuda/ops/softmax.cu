@@ -159,8 +159,12 @@ struct StoreFaint {
   NEARFAR_DEVICE bool wants(int64_t i0, int64_t, int, int) const { return again[i0 / kPadRows]; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    masked.exponentials(f, out.block.row, out.block.column);
-    out.store(f);
+    masked.with_exponentials(f, out.block, [&](auto exponential) {
+      out.weigh(f, {masked.x_of(f, out.block)}, {masked.y_of(f, out.block)},
+                [=](const float* x, const float* y, float product, int a, int b) {
+                  return exponential(*x, *y, product, a, b);
+                });
+    });
   }
 };
 

@@ -16,6 +16,8 @@ using cuda::SupConDevice;
 /// Which rows are positives of which: the views of one item, and items of one label, or what a mask of items says.
 struct PositiveSets {
   const int64_t* classes;  // of rows, positives are of one class; null: by the mask
+  const float* narrow;     // the lower halves of classes, as bits, of whole tiles
+  const uint32_t* wide;    // of tiles: do classes have more than that?
   const uint8_t* mask;     // of pairs of items
   int64_t mask_row_stride, mask_col_stride, views, n;
 
@@ -28,17 +30,51 @@ struct PositiveSets {
     const int64_t own = item(i), other = item(j);
     return own == other || mask[own * mask_row_stride + other * mask_col_stride];
   }
+  /// Do `narrow` of a whole tile of other rows than columns say which pairs are positives?
+  NEARFAR_DEVICE bool by_narrow(int64_t i0, int64_t j0) const {
+    return classes && (wide[i0 / kPadRows] | wide[j0 / kPadRows]) == 0;
+  }
 };
 
+/// A warp for 128 rows.
 struct FillClasses {
   PositiveSets sets;
   const int64_t* labels;  // of items; null: none
+  int64_t padded;
   int64_t* classes;
+  float* narrow;
+  uint32_t* wide;
   NEARFAR_DEVICE void operator()() const {
-    const int64_t i = cuda::global_thread();
-    if (i < sets.n) classes[i] = labels ? labels[sets.item(i)] : sets.item(i);
+    const int64_t tile = cuda::global_warp();
+    if (tile * kPadRows >= padded) return;
+    bool more = false;
+    for (int64_t i = tile * kPadRows + cuda::lane_index(); i < (tile + 1) * kPadRows; i += cuda::kWarp) {
+      const int64_t own = i >= sets.n ? 0 : labels ? labels[sets.item(i)] : sets.item(i);
+      const int32_t lower = static_cast<int32_t>(own);
+      more |= lower != own;
+      if (i < sets.n) classes[i] = own;
+      memcpy(narrow + i, &lower, sizeof(lower));
+    }
+    more = cuda::ballot(more);
+    if (cuda::lane_index() == 0) wide[tile] = more;
   }
 };
+
+/// body(hides, positive): does a pair not count in the denominator, and is it positive, by the classes of its rows and
+/// its place? In the code twice, so that most tiles have no bits for either.
+template <class P, class T, class Body>
+NEARFAR_DEVICE void with_positives(const Fragment<P>& f, const Block& block, const MaskedScores<T>& masked,
+                                   const PositiveSets& positives, Body body) {
+  const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
+  if (masked.whole(i0, j0) && positives.by_narrow(i0, j0))
+    return body([](int, int) { return false; },
+                [](float x, float y, int, int) { return cuda::bits_of(x) == cuda::bits_of(y); });
+  uint32_t hidden[P::kRows], no_positive[P::kRows];
+  hide_pairs([&](int i, int j) { return masked.has(i0 + i, j0 + j); }, hidden);
+  hide_pairs([&](int i, int j) { return positives(i0 + i, j0 + j); }, no_positive);
+  body([&](int a, int b) -> bool { return hidden[a] >> b & 1; },
+       [&](float, float, int a, int b) -> bool { return ~no_positive[a] >> b & 1; });
+}
 
 template <class T>
 struct SupConEpilogue {
@@ -55,7 +91,7 @@ struct SupConEpilogue {
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t tile_n, int64_t) const {
     if constexpr (is_blocked<P>) return apply_blocked(f, tile_n);
-    masked.apply(f, block.row, block.column);
+    masked.apply(f, block);
     reduce_sums<P, kSums>(
         [&](int a, T(&sums)[kSums]) {
           sums[0] = sums[1] = 0;
@@ -66,53 +102,51 @@ struct SupConEpilogue {
             sums[1] += f(a, b);
           }
         },
-        [&](int i, const T(&totals)[kSums]) { store(f.i0 + i, tile_n, totals[0], totals[1]); });
+        [&](int i, const T(&totals)[kSums]) {
+          for (int k = 0; k < kSums; ++k) place(f.i0 + i, k, tile_n) = totals[k];
+        });
     reduce_lse<P, true>(f, [&](int i, const PartialSum<T>& sum) { of_rows[(f.i0 + i) * tiles_n + tile_n] = sum; });
   }
 
  private:
-  NEARFAR_DEVICE void store(int64_t i, int64_t tile_n, T count, T sum) const {
-    sums_of_rows[i * kSums * tiles_n + tile_n] = count;
-    sums_of_rows[(i * kSums + 1) * tiles_n + tile_n] = sum;
+  NEARFAR_DEVICE T& place(int64_t i, int which, int64_t tile_n) const {
+    return sums_of_rows[(i * kSums + which) * tiles_n + tile_n];
   }
   template <class P>
   NEARFAR_DEVICE void apply_blocked(const Fragment<P>& f, int64_t tile_n) const {
     const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
-    const bool bounded = masked.bounded();
-    uint32_t no_positive[P::kRows];
-    hide_pairs(false, [&](int i, int j) { return positives(i0 + i, j0 + j); }, no_positive);
-    float sums[P::kRows] = {};
-    if (bounded) {
-      const float scale = static_cast<float>(masked.multiplier());
-      float total[P::kRows] = {};
-      uint32_t hidden[P::kRows];
-      masked.hide(i0, j0, hidden);
-      for_each_pair(f, masked.scores.x_factor + i0, masked.scores.y_factor + j0,
-                    [&](float x, float y, float value, int a, int b) {
-                      const float score = scale * (value * (x * y));
-                      if (!(no_positive[a] >> b & 1)) sums[a] += score;
-                      if (!(hidden[a] >> b & 1)) total[a] += cuda::exp2_fast(cuda::kLog2E * (score - scale));
-                      return value;
-                    });
+    float sums[P::kRows] = {}, counts[P::kRows] = {};
+    if (masked.bounded()) {
+      const float scale = static_cast<float>(masked.multiplier()), scale_of_2 = scale * cuda::kLog2E;
+      const float* classes = positives.classes ? positives.narrow : masked.scores.x_factor;
+      float totals[P::kRows] = {};
+      with_positives(f, block, masked, positives, [&](auto hides, auto positive) {
+        for_each_pair(f, {masked.x_of(f, block), classes + i0}, {masked.y_of(f, block), classes + j0},
+                      [&](const float* x, const float* y, float product, int a, int b) {
+                        const float below = product * (scale_of_2 * x[0] * y[0]) - scale_of_2;
+                        totals[a] += hides(a, b) ? 0.0f : cuda::exp2_fast(below);
+                        if (positive(x[1], y[1], a, b)) sums[a] += below, counts[a] += 1;
+                        return product;
+                      });
+      });
+      NEARFAR_UNROLL
+      for (int a = 0; a < P::kRows; ++a) sums[a] = sums[a] / cuda::kLog2E + counts[a] * scale;
+      place_rows<P>(totals, [&](int i, float sum) { of_rows[(f.i0 + i) * tiles_n + tile_n] = {scale, sum}; });
+    } else {
+      masked.apply(f, block);
+      uint32_t no_positive[P::kRows];
+      hide_pairs([&](int i, int j) { return positives(i0 + i, j0 + j); }, no_positive);
       NEARFAR_UNROLL
       for (int a = 0; a < P::kRows; ++a) {
-        const float sum = sum_of_row<P>(total[a]);
-        if (first_of_row<P>()) of_rows[(f.i0 + P::row(a)) * tiles_n + tile_n] = {scale, sum};
+        counts[a] = static_cast<float>(P::kCols - cuda::count_bits(no_positive[a]));
+        NEARFAR_UNROLL
+        for (int b = 0; b < P::kCols; ++b)
+          if (!(no_positive[a] >> b & 1)) sums[a] += f(a, b);
       }
-    } else {
-      masked.apply(f, block.row, block.column);
-      NEARFAR_UNROLL
-      for (int a = 0; a < P::kRows; ++a) NEARFAR_UNROLL
-      for (int b = 0; b < P::kCols; ++b)
-        if (!(no_positive[a] >> b & 1)) sums[a] += f(a, b);
       reduce_lse<P, true>(f, [&](int i, const PartialSum<T>& sum) { of_rows[(f.i0 + i) * tiles_n + tile_n] = sum; });
     }
-    NEARFAR_UNROLL
-    for (int a = 0; a < P::kRows; ++a) {
-      const float count = sum_of_row<P>(static_cast<float>(P::kCols - cuda::count_bits(no_positive[a])));
-      const float sum = sum_of_row<P>(sums[a]);
-      if (first_of_row<P>()) store(f.i0 + P::row(a), tile_n, count, sum);
-    }
+    place_rows<P>(counts, [&](int i, float count) { place(f.i0 + i, 0, tile_n) = count; });
+    place_rows<P>(sums, [&](int i, float sum) { place(f.i0 + i, 1, tile_n) = sum; });
   }
 };
 
@@ -189,6 +223,8 @@ struct SupConWeightEpilogue {
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
     const Block& b = out.block;
+    if constexpr (is_blocked<P>)
+      if (weigh.masked.bounded() && positives.classes) return store_bounded(f);
     weigh.apply(f, b);
     if constexpr (is_blocked<P>) {
       if (positives.classes) {
@@ -209,15 +245,29 @@ struct SupConWeightEpilogue {
   }
 
  private:
+  template <class P>
+  NEARFAR_DEVICE void store_bounded(const Fragment<P>& f) const {
+    const MaskedScores<T>& masked = weigh.masked;
+    const int64_t i0 = out.block.row + f.i0, j0 = out.block.column + f.j0;
+    const float scale = static_cast<float>(masked.multiplier()) * cuda::kLog2E;
+    with_positives(f, out.block, masked, positives, [&](auto hides, auto positive) {
+      out.weigh(f, {masked.x_of(f, out.block), weigh.weight.row_weight + i0, share + i0, positives.narrow + i0},
+                {masked.y_of(f, out.block), weigh.weight.column_weight + j0, share + j0, positives.narrow + j0},
+                [=](const float* x, const float* y, float product, int a, int b) {
+                  const float e = hides(a, b) ? 0.0f : cuda::exp2_fast(product * (scale * x[0] * y[0]) - scale);
+                  const float w = e * (x[1] + y[1]);
+                  return positive(x[3], y[3], a, b) ? w - (x[2] + y[2]) : w;
+                });
+    });
+  }
   template <bool OF_ROW, bool OF_COLUMN, class P>
   NEARFAR_DEVICE void subtract_share(const Fragment<P>& f) const {
     const int64_t i0 = out.block.row + f.i0, j0 = out.block.column + f.j0;
     uint32_t no_positive[P::kRows];
-    hide_pairs(
-        false, [&](int i, int j) { return OF_ROW ? positives(i0 + i, j0 + j) : positives(j0 + j, i0 + i); },
-        no_positive);
-    for_each_pair(f, share + i0, share + j0, [&](float own, float other, float value, int a, int b) {
-      const float both = (OF_ROW ? own : 0.0f) + (OF_COLUMN ? other : 0.0f);
+    hide_pairs([&](int i, int j) { return OF_ROW ? positives(i0 + i, j0 + j) : positives(j0 + j, i0 + i); },
+               no_positive);
+    for_each_pair(f, {share + i0}, {share + j0}, [&](const float* own, const float* other, float value, int a, int b) {
+      const float both = (OF_ROW ? *own : 0.0f) + (OF_COLUMN ? *other : 0.0f);
       return no_positive[a] >> b & 1 ? value : value - both;
     });
   }
@@ -230,10 +280,15 @@ void run(cuda::Context& c, const SupConDevice<T>& p) {
   constexpr int64_t kNumbers = 4;  // of a row of a tile
   const Pairs<T, E> pairs(c, p.x, p.x, p.normalize, false, p.dx != nullptr, true);
   const bool by_class = p.labels || !p.positives.mask;
+  const int64_t padded = pairs.x.padded;
   int64_t* classes = by_class ? c.take<int64_t>(n) : nullptr;
+  float* narrow = by_class ? c.take<float>(padded) : nullptr;
+  uint32_t* wide = by_class ? c.take<uint32_t>(ceil_div(padded, kPadRows)) : nullptr;
   const PositiveSets positives{
-      classes, p.positives.mask, p.positives.mask_row_stride, p.positives.mask_col_stride, p.positives.views, n};
-  if (by_class) c.launch_threads(n, FillClasses{positives, p.labels, classes});
+      classes,           narrow, wide, p.positives.mask, p.positives.mask_row_stride, p.positives.mask_col_stride,
+      p.positives.views, n};
+  if (by_class)
+    c.launch_warps(ceil_div(padded, kPadRows), FillClasses{positives, p.labels, padded, classes, narrow, wide});
   const bool unit = p.normalize && pairs.blocked();
   const Multiplier multiplier{{p.scale_at, p.scale}};
   const MaskedScores<T> masked{pairs.scores, multiplier, n, n, -1, true, nullptr, nullptr, 0, unit};
@@ -258,7 +313,6 @@ void run(cuda::Context& c, const SupConDevice<T>& p) {
   c.launch(1, StoreSum{{anchor, n}, p.anchors_at});
   if (!p.dx) return;
 
-  const int64_t padded = pairs.x.padded;
   T *base = c.take<T>(padded), *own = c.take<T>(padded), *weight = c.take<T>(padded), *share = c.take<T>(padded);
   c.launch_threads(padded, FillRows<T>{states, sums, p.weights, p.weight_of_mean ? p.anchors_at : nullptr, n, padded,
                                        multiplier, unit, base, own, weight, share});
