@@ -71,7 +71,7 @@ struct Machine {
   uint64_t progress = 0, random = 0;
   bool late = false;   // copies to shared memory
   bool apart = false;  // each warpgroup goes as far as it can without the other
-  Barrier of_block, of_warp[kMostThreads / kWarp];
+  Barrier of_all, of_block, of_warp[kMostThreads / kWarp];
   alignas(64) char slots[kMostThreads][64];
   char* large = nullptr;
   int large_bytes = 0;
@@ -128,7 +128,7 @@ void resume(int thread) {
 
 void run_block() {
   Machine& m = *machine;
-  m.of_block = Barrier();
+  m.of_all = m.of_block = Barrier();
   for (Barrier& barrier : m.of_warp) barrier = Barrier();
   for (int thread = 0; thread < kMostThreads; ++thread) m.done[thread] = thread >= m.threads;
   std::memset(m.large, 0xff, static_cast<size_t>(m.large_bytes));  // NaN
@@ -268,7 +268,8 @@ Warpgroup& own_group() { return machine->groups[machine->current / kGroup]; }
 int thread() { return machine->current; }
 int64_t block() { return machine->block; }
 int64_t blocks() { return machine->blocks; }
-void sync_block() { wait(machine->of_block, machine->threads); }
+void sync_block() { wait(machine->of_block, kThreads); }
+void sync_all() { wait(machine->of_all, machine->threads); }
 void sync_warp() { wait(machine->of_warp[machine->current / kWarp], kWarp); }
 void* slot(int lane) { return machine->slots[machine->current / kWarp * kWarp + lane]; }
 

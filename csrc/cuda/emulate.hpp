@@ -27,6 +27,7 @@ int thread();
 int64_t block();
 int64_t blocks();
 void sync_block();
+void sync_all();
 void sync_warp();
 void* slot(int lane);  // 64 bytes for every lane of the own warp
 }  // namespace emulation
@@ -35,6 +36,7 @@ inline int thread_index() { return emulation::thread(); }
 inline int64_t block_index() { return emulation::block(); }
 inline int64_t block_count() { return emulation::blocks(); }
 inline void sync_block() { emulation::sync_block(); }
+inline void sync_all() { emulation::sync_all(); }
 inline void sync_warp() { emulation::sync_warp(); }
 
 template <class T>

@@ -46,6 +46,10 @@ using emulation::shared_address;
 using emulation::wgmma_begin;
 using emulation::wgmma_commit;
 
+template <int COUNT>
+inline void take_registers() {}
+template <int COUNT>
+inline void give_registers() {}
 inline void barrier_fence() {}
 inline void fence_async() {}
 template <bool LEFT>
@@ -63,6 +67,12 @@ inline void wgmma(float (&c)[N][4], uint64_t a, uint64_t b) {
   using emulation::Operand;
   emulation::wgmma(&c[0][0], 8 * N, a, b, std::is_same_v<E, F16> ? Operand::f16 : Operand::bf16, TRANSPOSE_A,
                    TRANSPOSE_B, false);
+}
+/// Halves of one object, one behind the other.
+template <class E>
+inline void wgmma(float (&c)[16][4], float (&)[16][4], uint64_t a, uint64_t b) {
+  using emulation::Operand;
+  emulation::wgmma(&c[0][0], 256, a, b, std::is_same_v<E, F16> ? Operand::f16 : Operand::bf16, false, false, false);
 }
 inline void wgmma_tf32(float (&c)[16][4], uint64_t a, uint64_t b, bool fresh) {
   emulation::wgmma(&c[0][0], 128, a, b, emulation::Operand::tf32, false, false, fresh);

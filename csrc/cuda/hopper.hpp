@@ -82,6 +82,16 @@ NEARFAR_DEVICE void bulk_stored() {
 /// What this thread has stored in shared memory, the copy engine may read after the next barrier.
 NEARFAR_DEVICE void fence_async() { NEARFAR_SM90(asm volatile("fence.proxy.async.shared::cta;" :: : "memory")); }
 
+/// Of a warpgroup, from here on: registers that others have given back.
+template <int COUNT>
+NEARFAR_DEVICE void take_registers() {
+  NEARFAR_SM90(asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)));
+}
+template <int COUNT>
+NEARFAR_DEVICE void give_registers() {
+  NEARFAR_SM90(asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)));
+}
+
 NEARFAR_DEVICE void wgmma_begin() { NEARFAR_SM90(asm volatile("wgmma.fence.sync.aligned;" :: : "memory")); }
 NEARFAR_DEVICE void wgmma_commit() { NEARFAR_SM90(asm volatile("wgmma.commit_group.sync.aligned;" :: : "memory")); }
 template <int LEFT>
@@ -194,6 +204,25 @@ NEARFAR_DEVICE void wgmma(float (&c)[N][4], uint64_t a, uint64_t b) {
     NEARFAR_WGMMA_OF("f16")
   }
 #undef NEARFAR_WGMMA_OF
+#undef NEARFAR_WGMMA
+#else
+  __trap();
+#endif
+}
+/// The same of 256 columns, half and half.
+template <class E>
+NEARFAR_DEVICE void wgmma(float (&c)[16][4], float (&beside)[16][4], uint64_t a, uint64_t b) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define NEARFAR_WGMMA(type)                                                                               \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" NEARFAR_WIDE_SUMS_TEXT   \
+               "}, %128, %129, 1, 1, 1, 0, 0;"                                                            \
+               : NEARFAR_SUMS(c), NEARFAR_SUMS(beside)                                                    \
+               : "l"(a), "l"(b))
+  if constexpr (std::is_same_v<E, BF16>) {
+    NEARFAR_WGMMA("bf16");
+  } else {
+    NEARFAR_WGMMA("f16");
+  }
 #undef NEARFAR_WGMMA
 #else
   __trap();

@@ -23,8 +23,10 @@ template <class A, class B, class Epilogue>
 void launch_blocked_product(cuda::Context& c, const Plan& plan, const A& w, const B& rows, int64_t lines, int64_t depth,
                             const Epilogue& epilogue) {
   const int64_t tiles = lines / Blocked::kRows, pieces = rows.blocks.across, steps = depth / Blocked::kColumns;
-  if (plan.tile == 128) return launch_wide<128, 256>(c, w, rows, tiles, pieces, steps, plan.splits, epilogue);
-  launch_wide<256, 128>(c, w, rows, tiles, pieces, steps, plan.splits, epilogue);
+  using E = typename A::Element;
+  if (plan.tile == 128)
+    return launch_product<WgmmaWide<E, 128, 256>>(c, w, rows, tiles, pieces, steps, plan.splits, epilogue);
+  launch_product<WgmmaWide<E, 256, 128>>(c, w, rows, tiles, pieces, steps, plan.splits, epilogue);
 }
 
 template <class E>

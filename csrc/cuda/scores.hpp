@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/plan.hpp"
-#include "cuda/wgmma.hpp"
+#include "cuda/wgmma_wide.hpp"
 
 namespace nearfar {
 inline namespace device {
@@ -92,8 +92,9 @@ struct KnowsWgmma<Epilogue, std::void_t<decltype(Epilogue::kStores)>> : std::tru
 template <class T, class E, class Epilogue>
 void launch_blocked(cuda::Context& c, const Pairs<T, E>& pairs, const Block& b, const Epilogue& epilogue) {
   const BlockedOperand<true, E> x{pairs.x.blocks(b.row / Blocked::kRows)}, y{pairs.y.blocks(b.column / Blocked::kRows)};
-  launch_wgmma(c, x, y, ceil_div(b.rows, Blocked::kRows), ceil_div(b.columns, Blocked::kRows),
-               ceil_div(pairs.x.d, Blocked::kColumns), 1, epilogue);
+  const int64_t tiles_m = ceil_div(b.rows, Blocked::kRows), tiles_n = ceil_div(b.columns, Blocked::kRows);
+  launch_wide<WgmmaTwin<E>>(c, x, y, tiles_n, tiles_m, ceil_div(tiles_n, 2), ceil_div(pairs.x.d, Blocked::kColumns), 1,
+                            epilogue);
 }
 
 template <class T, class E, class Epilogue>

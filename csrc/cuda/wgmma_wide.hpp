@@ -1,8 +1,7 @@
-// Products of blocked weights and rows on Hopper's tensor cores: wgmma.hpp in tiles of 128 x 256 or 256 x 128.
-//
-// Their sums are long and their epilogues add or store, so that what counts is how few bytes a product reads: three
-// quarters of what two tiles of 128 x 128 read. Such a tile leaves room for one block a multiprocessor; a warp of its
-// own keeps copies in flight, also while the others are in an epilogue.
+// Products of blocked 16-bit rows on Hopper's tensor cores: wgmma.hpp in tiles of 128 x 256 or 256 x 128, which read
+// three quarters of what two tiles of 128 x 128 read. Such a tile leaves room for one block a multiprocessor; a thread of
+// a warpgroup of its own, which leaves its registers to the others, keeps copies in flight, also while these are in an
+// epilogue.
 #pragma once
 
 #include "cuda/wgmma.hpp"
@@ -10,7 +9,7 @@
 namespace nearfar {
 inline namespace device {
 
-/// Two warpgroups: each takes 64 of every 128 rows. A: as in WgmmaTile. B: rows, to be summed over.
+/// Weights times rows. Two warpgroups: each takes 64 of every 128 rows. A: as in WgmmaTile. B: rows, to be summed over.
 template <class E, int M, int N>
 struct WgmmaWide : WgmmaTile {
   using Element = E;
@@ -19,6 +18,7 @@ struct WgmmaWide : WgmmaTile {
   static constexpr int kFirst = kTiles * kBlock, kStage = kFirst + kPieces * kHalf;
   // What a warp sends in one go: eight rows of 128 float32, apart by a quarter of the banks.
   static constexpr int kPitch = 128 + 8, kStaged = 8 * kPitch - 8;
+  static constexpr int kForEpilogue = cuda::kWarps * kStaged * static_cast<int>(sizeof(float)), kGroup = 4;
   struct Accumulators {
     float v[kTiles][N / 8][4];
   };
@@ -36,6 +36,21 @@ struct WgmmaWide : WgmmaTile {
                                             view<B>(stage + kFirst, 0, k));
     cuda::wgmma_commit();
   }
+  NEARFAR_DEVICE static void clear(Accumulators& acc) {
+    NEARFAR_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) NEARFAR_UNROLL
+    for (int n = 0; n < N / 8; ++n) NEARFAR_UNROLL
+    for (int q = 0; q < 4; ++q) acc.v[tile][n][q] = 0;
+  }
+  NEARFAR_DEVICE static void fence(Accumulators& acc) {
+    NEARFAR_UNROLL
+    for (int tile = 0; tile < kTiles; ++tile) cuda::wgmma_fence(acc.v[tile]);
+  }
+  template <class Epilogue>
+  NEARFAR_DEVICE static void apply(const Epilogue& epilogue, Accumulators& acc, int m, int n, int split, int,
+                                   char* memory) {
+    epilogue.template apply<WgmmaWide>(Fragment<WgmmaWide>{acc, int64_t(m) * M, int64_t(n) * N, memory}, m, n, split);
+  }
   /// Step k of tile m of A, which has `lines` tiles of 128, and of tile n of B. What would lie outside is left out, and
   /// so its sums are anything.
   template <class A, class B>
@@ -51,6 +66,59 @@ struct WgmmaWide : WgmmaTile {
       cuda::bulk_load(stage + kFirst + piece * kHalf, from + piece * kBlock, kHalf, barrier);
   }
 };
+
+/// Scores: rows times rows. To an epilogue the two halves of a tile are two tiles of Wgmma<E>.
+template <class E>
+struct WgmmaTwin : WgmmaTile {
+  using Element = E;
+  using Half = Wgmma<E>;
+  static constexpr int kN = 256, kBlock = Blocked::kBytes, kStage = 3 * kBlock;
+  static constexpr int kForEpilogue = cuda::kWarps * kWarpPiece, kGroup = 16;
+  struct Accumulators {
+    typename Half::Accumulators half[2];
+  };
+  NEARFAR_DEVICE static void clear(Accumulators& acc) {
+    NEARFAR_UNROLL
+    for (int half = 0; half < 2; ++half) NEARFAR_UNROLL
+    for (int n = 0; n < 16; ++n) NEARFAR_UNROLL
+    for (int q = 0; q < 4; ++q) acc.half[half].v[n][q] = 0;
+  }
+  NEARFAR_DEVICE static void fence(Accumulators& acc) {
+    cuda::wgmma_fence(acc.half[0].v);
+    cuda::wgmma_fence(acc.half[1].v);
+  }
+  template <class A, class B>
+  NEARFAR_DEVICE static void step(const char* stage, Accumulators& acc) {
+    const int group = cuda::warp_index() / 4;
+    cuda::wgmma_begin();
+    NEARFAR_UNROLL
+    for (int k = 0; k < 4; ++k)
+      cuda::wgmma<E>(acc.half[0].v, acc.half[1].v, view<A>(stage, group, k), view<B>(stage + kBlock, 0, k));
+    cuda::wgmma_commit();
+  }
+  /// Step k of tile m of A and n of B, which has `lines` tiles of 128.
+  template <class A, class B>
+  NEARFAR_DEVICE static void load(char* stage, const A& a, int m, int lines, const B& b, int n, int k,
+                                  uint64_t* barrier) {
+    static_assert(A::kSumColumns && B::kSumColumns, "both are summed along their rows");
+    const int tiles = lines - 2 * n < 2 ? 1 : 2;
+    cuda::barrier_expect(barrier, (1 + tiles) * kBlock);
+    WgmmaTile::load(stage, a, m, k, barrier);
+    for (int tile = 0; tile < tiles; ++tile) WgmmaTile::load(stage + (1 + tile) * kBlock, b, 2 * n + tile, k, barrier);
+  }
+  template <class Epilogue>
+  NEARFAR_DEVICE static void apply(const Epilogue& epilogue, Accumulators& acc, int m, int n, int split, int lines,
+                                   char* memory) {
+    NEARFAR_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const int own = 2 * n + half;
+      const int64_t i0 = int64_t(m) * Half::kM, j0 = int64_t(own) * Half::kN;
+      if (own < lines && epilogue.wants(i0, j0, Half::kM, Half::kN))
+        epilogue.template apply<Half>(Fragment<Half>{acc.half[half], i0, j0, memory}, m, own, split);
+    }
+  }
+};
+
 template <class P>
 struct IsWide : std::false_type {};
 template <class E, int M, int N>
@@ -107,17 +175,16 @@ NEARFAR_DEVICE void put_rows(const Fragment<P>& f, float* out, int64_t rows, int
   }
 }
 
-/// As many blocks as multiprocessors; each takes every so many'th tile. Warpgroups multiply, the last warp copies.
-template <int M, int N, class A, class B, class Epilogue>
+/// As many blocks as multiprocessors; each takes every so many'th tile. Two warpgroups multiply, the last one copies.
+template <class P, class A, class B, class Epilogue>
 struct WideKernel {
-  using P = WgmmaWide<typename A::Element, M, N>;
-  using Order = TileOrder<4>;
-  static constexpr int kConsumers = 256, kThreads = kConsumers + cuda::kWarp, kResident = 1;
+  using Order = TileOrder<P::kGroup>;
+  static constexpr int kThreads = cuda::kThreads + 128, kResident = 1;  // 168 registers each: 2 x 240 + 24
   static constexpr int kStages = 4;
-  static constexpr int kMemory = kStages * P::kStage + 8 * P::kStaged * static_cast<int>(sizeof(float));
+  static constexpr int kMemory = kStages * P::kStage + P::kForEpilogue;
   A a;
   B b;
-  int lines;  // tiles of 128 rows
+  int lines;  // tiles of 128 rows that there are: of A, or of scores of B
   Order order;
   Epilogue epilogue;
 
@@ -129,47 +196,52 @@ struct WideKernel {
     }
   };
 
+  /// f(tile) of those that a block takes.
+  template <class F>
+  NEARFAR_DEVICE void for_tiles(F f) const {
+    for (int index = static_cast<int>(cuda::block_index()); index < order.end();
+         index += static_cast<int>(cuda::block_count())) {
+      const auto w = order.work(index);
+      if (epilogue.wants(int64_t(w.m) * P::kM, int64_t(w.n) * P::kN, P::kM, P::kN)) f(w);
+    }
+  }
+
   NEARFAR_DEVICE void operator()(char* memory) const {
     NEARFAR_SHARED uint64_t full[kStages], empty[kStages];
     if (cuda::thread_index() == 0) {
       for (int s = 0; s < kStages; ++s) cuda::barrier_init(full + s, 1), cuda::barrier_init(empty + s, 2);
       cuda::barrier_fence();
     }
-    cuda::sync_block();
-    if (cuda::thread_index() < kConsumers) {
+    cuda::sync_all();
+    if (cuda::thread_index() < cuda::kThreads) {
+      cuda::take_registers<240>();
       multiply(memory, full, empty);
-    } else if (cuda::thread_index() == kConsumers) {
-      copy(memory, full, empty);
+    } else {
+      cuda::give_registers<24>();
+      if (cuda::thread_index() == cuda::kThreads) copy(memory, full, empty);
     }
   }
 
   NEARFAR_DEVICE void copy(char* memory, uint64_t* full, uint64_t* empty) const {
     Place at;
-    for (int index = static_cast<int>(cuda::block_index()); index < order.end();
-         index += static_cast<int>(cuda::block_count())) {
-      const auto w = order.work(index);
-      for (int k = order.begin(w.split); k < order.begin(w.split + 1); ++k, at.next()) {
+    for_tiles([&](const auto& w) {
+      const int first = order.begin(w.split);
+      for (int k = first; k < first + w.steps; ++k, at.next()) {
         cuda::barrier_wait(empty + at.stage, at.parity ^ 1);
         P::load(memory + at.stage * P::kStage, a, w.m, lines, b, w.n, k, full + at.stage);
       }
-    }
+    });
   }
 
   NEARFAR_DEVICE void multiply(char* memory, uint64_t* full, uint64_t* empty) const {
     const bool speaker = cuda::thread_index() % 128 == 0;
     Place at;
-    for (int index = static_cast<int>(cuda::block_index()); index < order.end();
-         index += static_cast<int>(cuda::block_count())) {
-      const auto w = order.work(index);
-      const int count = order.begin(w.split + 1) - order.begin(w.split);
+    for_tiles([&](const auto& w) {
       typename P::Accumulators acc;
-      NEARFAR_UNROLL
-      for (int tile = 0; tile < P::kTiles; ++tile) NEARFAR_UNROLL
-      for (int n = 0; n < N / 8; ++n) NEARFAR_UNROLL
-      for (int q = 0; q < 4; ++q) acc.v[tile][n][q] = 0;
+      P::clear(acc);
       // A step's memory is free when it is done, and by then the one after it has been given to the tensor cores.
       int before = at.stage;
-      for (int k = 0; k < count; ++k, at.next()) {
+      for (int k = 0; k < w.steps; ++k, at.next()) {
         cuda::barrier_wait(full + at.stage, at.parity);
         P::template step<A, B>(memory + at.stage * P::kStage, acc);
         if (k > 0) {
@@ -179,25 +251,29 @@ struct WideKernel {
         before = at.stage;
       }
       cuda::wgmma_wait<0>();
-      NEARFAR_UNROLL
-      for (int tile = 0; tile < P::kTiles; ++tile) cuda::wgmma_fence(acc.v[tile]);
+      P::fence(acc);
       if (speaker) cuda::barrier_arrive(empty + before);
-      epilogue.template apply<P>(Fragment<P>{acc, int64_t(w.m) * M, int64_t(w.n) * N, memory + kStages * P::kStage},
-                                 w.m, w.n, w.split);
-    }
+      P::apply(epilogue, acc, w.m, w.n, w.split, lines, memory + kStages * P::kStage);
+    });
     cuda::bulk_stored<false>();
   }
 };
 
-/// lines, pieces: blocks of 128 rows of A and of 64 columns of B. Every part of the depth has a step at least.
-template <int M, int N, class A, class B, class Epilogue>
-void launch_wide(cuda::Context& c, const A& a, const B& b, int64_t lines, int64_t pieces, int64_t steps, int64_t splits,
-                 const Epilogue& epilogue) {
-  using Kernel = WideKernel<M, N, A, B, Epilogue>;
-  const typename Kernel::Order order(ceil_div(lines, Kernel::P::kTiles), ceil_div(pieces, Kernel::P::kPieces), steps,
-                                     splits);
+template <class P, class A, class B, class Epilogue>
+void launch_wide(cuda::Context& c, const A& a, const B& b, int64_t lines, int64_t tiles_m, int64_t tiles_n,
+                 int64_t steps, int64_t splits, const Epilogue& epilogue) {
+  using Kernel = WideKernel<P, A, B, Epilogue>;
+  const typename Kernel::Order order(tiles_m, tiles_n, steps, splits);
   const int64_t work = order.end(), fit = c.device.multiprocessors;
   c.launch_large(work < fit ? work : fit, Kernel::kMemory, Kernel{a, b, static_cast<int>(lines), order, epilogue});
+}
+
+/// Of weights and rows. lines, pieces: blocks of 128 rows of A and of 64 columns of B. Every part of the depth has a
+/// step at least.
+template <class P, class A, class B, class Epilogue>
+void launch_product(cuda::Context& c, const A& a, const B& b, int64_t lines, int64_t pieces, int64_t steps,
+                    int64_t splits, const Epilogue& epilogue) {
+  launch_wide<P>(c, a, b, lines, ceil_div(lines, P::kTiles), ceil_div(pieces, P::kPieces), steps, splits, epilogue);
 }
 
 }  // namespace device
