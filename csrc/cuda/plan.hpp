@@ -1,6 +1,6 @@
 // Which policy and tile a product takes: a pure function of its shape, its operand type and the device.
 // NEARFAR_CUDA_PLAN=1 prints every choice. NEARFAR_CUDA_SPLIT=0 keeps float32 rows from Hopper's tensor cores, 1 sends
-// all of them there, auto those that should gain.
+// all of them there; else those that gain.
 #pragma once
 
 #include <cstdio>
@@ -32,11 +32,11 @@ bool on_tensor_cores(bool exact) {
 }
 
 /// Do scores of float32 rows come from Hopper's tensor cores, by three products of tf32 (wgmma.hpp)? They keep float32
-/// accuracy, and are worth it where their tiles fill the device. Only on demand, until a GPU has run them.
+/// accuracy, and are worth it where their tiles fill the device.
 inline bool splits_rows(const cuda::Context& c, int64_t n, int64_t m, int64_t d) {
   if (!c.hopper() || !c.exact || d == 0) return false;
   const char* wanted = std::getenv("NEARFAR_CUDA_SPLIT");
-  if (!wanted || *wanted != 'a') return wanted && *wanted == '1';
+  if (wanted && (*wanted == '0' || *wanted == '1')) return *wanted == '1';
   return d > kDirectDims && ceil_div(n, 128) * ceil_div(m, 128) >= c.device.multiprocessors;
 }
 
