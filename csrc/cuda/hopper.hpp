@@ -213,10 +213,10 @@ NEARFAR_DEVICE void wgmma(float (&c)[N][4], uint64_t a, uint64_t b) {
 template <class E>
 NEARFAR_DEVICE void wgmma(float (&c)[16][4], float (&beside)[16][4], uint64_t a, uint64_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define NEARFAR_WGMMA(type)                                                                               \
-  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" NEARFAR_WIDE_SUMS_TEXT   \
-               "}, %128, %129, 1, 1, 1, 0, 0;"                                                            \
-               : NEARFAR_SUMS(c), NEARFAR_SUMS(beside)                                                    \
+#define NEARFAR_WGMMA(type)                                                                             \
+  asm volatile("wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" NEARFAR_WIDE_SUMS_TEXT \
+               "}, %128, %129, 1, 1, 1, 0, 0;"                                                          \
+               : NEARFAR_SUMS(c), NEARFAR_SUMS(beside)                                                  \
                : "l"(a), "l"(b))
   if constexpr (std::is_same_v<E, BF16>) {
     NEARFAR_WGMMA("bf16");

@@ -70,8 +70,8 @@ struct MaskedScores {
       });
     }
     const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
-    const uint64_t hidden = f.without(
-        whole(i0, j0), [&](int64_t i, int64_t j) { return has(block.row + i, block.column + j); });
+    const uint64_t hidden =
+        f.without(whole(i0, j0), [&](int64_t i, int64_t j) { return has(block.row + i, block.column + j); });
     scores.apply(f, i0, j0, hidden);
     f.for_each([&](int64_t, int64_t, T& value) { value *= scale; });
     f.replace(hidden, -infinity<T>());

@@ -1,7 +1,7 @@
 // Products of blocked 16-bit rows on Hopper's tensor cores: wgmma.hpp in tiles of 128 x 256 or 256 x 128, which read
-// three quarters of what two tiles of 128 x 128 read. Such a tile leaves room for one block a multiprocessor; a thread of
-// a warpgroup of its own, which leaves its registers to the others, keeps copies in flight, also while these are in an
-// epilogue.
+// three quarters of what two tiles of 128 x 128 read. Such a tile leaves room for one block a multiprocessor; a thread
+// of a warpgroup of its own, which leaves its registers to the others, keeps copies in flight, also while these are in
+// an epilogue.
 #pragma once
 
 #include "cuda/wgmma.hpp"

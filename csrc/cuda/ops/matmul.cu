@@ -83,9 +83,8 @@ struct GaussianTimesColumns {
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t tile_n, int64_t) const {
     const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
-    const uint64_t hidden = f.without(i0 + P::kM <= n && j0 + P::kN <= m, [&](int64_t i, int64_t j) {
-      return block.row + i < n && block.column + j < m;
-    });
+    const uint64_t hidden = f.without(i0 + P::kM <= n && j0 + P::kN <= m,
+                                      [&](int64_t i, int64_t j) { return block.row + i < n && block.column + j < m; });
     scores.apply(f, i0, j0, hidden);
     const GaussianStep<T> step(parameter);
     f.for_each([&](int64_t, int64_t, T& value) { value = step.value(value); });
@@ -128,9 +127,9 @@ void gaussian_times_columns(cuda::Context& c, const PackedProgram<T>& kernel, co
     const TiledBlock<T, T> own(c, "kernel times few columns", pairs, b);
     with_few(r, [&](auto few) {
       constexpr int R = decltype(few)::value;
-      launch_scores(c, own.plan, pairs, b,
-                    GaussianTimesColumns<T, R>{pairs.scores, b, n, m, kernel.program.parameter, columns, own.tiles_n,
-                                               of_rows});
+      launch_scores(
+          c, own.plan, pairs, b,
+          GaussianTimesColumns<T, R>{pairs.scores, b, n, m, kernel.program.parameter, columns, own.tiles_n, of_rows});
     });
     c.launch_warps(own.valid * r, MergeSums<T>{of_rows, own.tiles_n, own.valid * r, totals + b.row * r});
   });

@@ -33,8 +33,8 @@ struct PotentialEpilogue {
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t tile_m, int64_t tile_n, int64_t) const {
     if constexpr (is_blocked<P>) return apply_unit(f, tile_m, tile_n);
     const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
-    const uint64_t hidden = f.without(i0 + P::kM <= n && j0 + P::kN <= n && i0 != j0,
-                                      [&](int64_t i, int64_t j) { return inside(i, j); });
+    const uint64_t hidden =
+        f.without(i0 + P::kM <= n && j0 + P::kN <= n && i0 != j0, [&](int64_t i, int64_t j) { return inside(i, j); });
     const uint64_t near = scores.apply(f, i0, j0, hidden);
     f.replace(hidden, infinity<T>());
     const T base = reference ? static_cast<T>(*reference) : T(0);

@@ -53,8 +53,8 @@ struct Keys : Key {
   NEARFAR_DEVICE void put(const Fragment<P>& f) const {
     const int64_t i0 = row(f.i0), j0 = column(f.j0);
     const bool crossed = exclude_self && i0 < j0 + P::kN && j0 < i0 + P::kM;
-    const uint64_t hidden = f.without(!crossed && i0 + P::kM <= n && j0 + P::kN <= m,
-                                      [&](int64_t i, int64_t j) { return inside(i, j); });
+    const uint64_t hidden =
+        f.without(!crossed && i0 + P::kM <= n && j0 + P::kN <= m, [&](int64_t i, int64_t j) { return inside(i, j); });
     this->apply(f, i0, j0, hidden);
     f.replace(hidden, infinity<T>());
   }

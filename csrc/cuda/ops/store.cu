@@ -54,9 +54,8 @@ struct StoreMap : Result<T> {
   /// row is at distance 1 from every row but itself.
   template <class P>
   NEARFAR_DEVICE void measure_near(const Fragment<P>& f, uint64_t hidden) const {
-    const uint64_t near = f.find([&](int a, int b) {
-      return f(a, b) <= scores.near_part || (same && f.i(a) == f.j(b) && f(a, b) == 1);
-    });
+    const uint64_t near =
+        f.find([&](int a, int b) { return f(a, b) <= scores.near_part || (same && f.i(a) == f.j(b) && f(a, b) == 1); });
     f.for_bits(near & ~hidden, [&](int a, int b) { f.set(a, b, scores.measure(f.i(a), f.j(b)) / 2); });
   }
 };
