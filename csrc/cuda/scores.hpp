@@ -82,11 +82,11 @@ Plan plan_scores(const cuda::Context& c, const char* operation, const Pairs<T, E
   return own;
 }
 
-/// Epilogues that know tiles of wgmma say whether they store one (`kStores`).
+/// Epilogues that know tiles of blocked rows say so (`kBlocked`).
 template <class Epilogue, class = void>
-struct KnowsWgmma : std::false_type {};
+struct KnowsBlocked : std::false_type {};
 template <class Epilogue>
-struct KnowsWgmma<Epilogue, std::void_t<decltype(Epilogue::kStores)>> : std::true_type {};
+struct KnowsBlocked<Epilogue, std::void_t<decltype(Epilogue::kBlocked)>> : std::true_type {};
 
 /// Of blocked rows.
 template <class T, class E, class Epilogue>
@@ -100,7 +100,7 @@ void launch_blocked(cuda::Context& c, const Pairs<T, E>& pairs, const Block& b, 
 template <class T, class E, class Epilogue>
 void launch_scores(cuda::Context& c, const Plan& plan, const Pairs<T, E>& pairs, const Block& b,
                    const Epilogue& epilogue) {
-  if constexpr (sizeof(E) == 2 && KnowsWgmma<Epilogue>::value) {
+  if constexpr (sizeof(E) == 2 && KnowsBlocked<Epilogue>::value) {
     if (pairs.blocked()) return launch_blocked(c, pairs, b, epilogue);
   }
   if constexpr (std::is_same_v<E, float>) {

@@ -77,7 +77,6 @@ struct Fill {
 template <class T>
 struct StoreParts {
   static constexpr bool kDistances = false;
-  static constexpr bool kStores = false;
   T* out;
   int64_t rows, d;
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
@@ -171,7 +170,6 @@ struct WeighRows {
 template <class T>
 struct AddRows {
   static constexpr bool kDistances = false;
-  static constexpr bool kStores = false;
   T* out;
   int64_t rows, d;
   const T* sums;

@@ -1,8 +1,8 @@
 // Multiply on Hopper's tensor cores: blocks (blocked.hpp) through the copy engine, float32 accumulators.
 //
 // C[i][j] = sum_k A[i][k] B[j][k] as in tile.hpp, with the same epilogues. Tiles of 128 x 128, two warpgroups of 64
-// rows; one thread keeps copies of the next steps in flight. Of 16-bit rows, two blocks share a multiprocessor, so that
-// one multiplies while the other is in its epilogue; float32 rows in two pieces of tf32 take the memory of both.
+// rows. Here: what tiles and operands are, and the kernel of float32 rows in two pieces of tf32. That of 16-bit rows is
+// in wgmma_wide.hpp.
 #pragma once
 
 #include "cuda/blocked.hpp"
@@ -57,28 +57,10 @@ struct WgmmaTile {
   }
 };
 
-/// Of bfloat16 or float16.
+/// The tile of bfloat16 or float16 rows that an epilogue sees.
 template <class E>
 struct Wgmma : WgmmaTile {
   using Element = E;
-  static constexpr int kOperand = Blocked::kBytes, kStage = 2 * kOperand;
-  static constexpr int kResident = 2;    // blocks of a multiprocessor
-  static constexpr bool kWaits = false;  // is a step's memory free at its end?
-  template <class Epilogue>
-  static constexpr bool stores() {
-    return Epilogue::kStores;
-  }
-
-  template <class A, class B>
-  NEARFAR_DEVICE static void step(const char* stage, Accumulators& acc, int) {
-    const int group = cuda::warp_index() / 4;
-    cuda::wgmma_begin();
-    NEARFAR_UNROLL
-    for (int k = 0; k < 4; ++k)
-      cuda::wgmma<E, !A::kSumColumns, !B::kSumColumns>(acc.v, view<A>(stage, group, k),
-                                                       view<B>(stage + kOperand, 0, k));
-    cuda::wgmma_commit();
-  }
 };
 
 /// Is P the policy of blocked 16-bit rows? Then float32 accumulators lie as a WgmmaTile says, and an epilogue may store
@@ -98,12 +80,6 @@ constexpr bool is_blocked = IsBlocked<P>::value;
 /// the one begins with high low', the other with low high'; of one that mirrors itself both are summed apart.
 struct WgmmaSplit : WgmmaTile {
   static constexpr int kDepth = SplitBlocked::kColumns, kOperand = SplitBlocked::kBytes, kStage = 2 * kOperand;
-  static constexpr int kResident = 1;
-  static constexpr bool kWaits = true;
-  template <class Epilogue>
-  static constexpr bool stores() {
-    return false;
-  }
 
   template <class A, class B>
   NEARFAR_DEVICE static void step(const char* stage, Accumulators& acc, int below) {
@@ -192,15 +168,14 @@ struct TileOrder {
 /// Shared memory of a warp for what it stores: 8 lines of 128 bytes.
 constexpr int kWarpPiece = 1024;
 
-/// As many blocks as fit; each takes every so many'th tile, and while it is in the epilogue of one the first steps of
-/// the next are on their way.
+/// A block a multiprocessor; each takes every so many'th tile, and while it is in the epilogue of one the first steps
+/// of the next are on their way: one thread keeps copies in flight.
 template <class A, class B, class Epilogue>
 struct WgmmaKernel {
-  using P = std::conditional_t<std::is_same_v<typename A::Element, float>, WgmmaSplit, Wgmma<typename A::Element>>;
-  static constexpr int kThreads = cuda::kThreads, kResident = P::kResident;
-  static constexpr bool kStores = P::template stores<Epilogue>();
+  using P = WgmmaSplit;
+  static constexpr int kThreads = cuda::kThreads, kResident = 1;
   static constexpr int kStages = 3;
-  static constexpr int kMemory = kStages * P::kStage + (kStores ? cuda::kWarps * kWarpPiece : 0);
+  static constexpr int kMemory = kStages * P::kStage;
   A a;
   B b;
   TileOrder<16> order;
@@ -258,11 +233,8 @@ struct WgmmaKernel {
       NEARFAR_UNROLL
       for (int n = 0; n < 16; ++n) NEARFAR_UNROLL
       for (int q = 0; q < 4; ++q) acc.v[n][q] = 0;
-      // A step's memory is free when it is done, and by then the one after it has been given to the tensor cores.
+      // A step's memory is loaded again after the next step, so that nobody waits for the other warpgroup.
       int before = stage, before_parity = parity;
-      const auto release = [&](int s) {
-        if (speaker) cuda::barrier_arrive(empty + s);
-      };
       const auto load_again = [&] {
         if (leader) {
           cuda::barrier_wait(empty + before, before_parity);
@@ -276,27 +248,14 @@ struct WgmmaKernel {
       for (int k = 0; k < count; ++k) {
         if (k > 0) cuda::barrier_wait(full + stage, parity);
         P::template step<A, B>(memory + stage * P::kStage, acc, below);
-        if (P::kWaits) release(stage);
-        if (k > 0) {
-          if (!P::kWaits) {
-            cuda::wgmma_wait<1>();
-            release(before);
-          }
-          load_again();
-        }
+        if (speaker) cuda::barrier_arrive(empty + stage);
+        if (k > 0) load_again();
         before = stage, before_parity = parity;
         if (++stage == kStages) stage = 0, parity ^= 1;
       }
-      if (!P::kWaits) {
-        cuda::wgmma_wait<0>();
-        cuda::wgmma_fence(acc.v);
-        release(before);
-      }
       load_again();
       const Work w = own;
-      epilogue.template apply<P>(
-          Fragment<P>{acc, int64_t(w.m) * P::kM, int64_t(w.n) * P::kN, memory + kStages * P::kStage}, w.m, w.n,
-          w.split);
+      epilogue.template apply<P>(Fragment<P>{acc, int64_t(w.m) * P::kM, int64_t(w.n) * P::kN}, w.m, w.n, w.split);
     }
   }
 };
@@ -445,7 +404,7 @@ void launch_wgmma(cuda::Context& c, const A& a, const B& b, int64_t tiles_m, int
                   int64_t splits, const Epilogue& epilogue) {
   using Kernel = WgmmaKernel<A, B, Epilogue>;
   const TileOrder<16> order(tiles_m, tiles_n, steps, splits);
-  const int64_t work = order.end(), fit = Kernel::kResident * c.device.multiprocessors;
+  const int64_t work = order.end(), fit = c.device.multiprocessors;
   c.launch_large(work < fit ? work : fit, Kernel::kMemory, Kernel{a, b, order, epilogue});
 }
 

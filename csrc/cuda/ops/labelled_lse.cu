@@ -95,7 +95,7 @@ struct LabelledPairs {
 /// Of a row in a tile: K sums of exponentials, above the largest logits of its own label and of the others.
 template <class T, int K>
 struct LabelledLseEpilogue {
-  static constexpr bool kDistances = false, kStores = false;
+  static constexpr bool kDistances = false, kBlocked = true;
   LabelledPairs<T> pairs;
   T power;
   Block block;
@@ -196,7 +196,7 @@ struct FillTerms {
 /// w_ij = dl_ij/ds sum_k g_ik e^{l_ijk - lse_ik}, and the same of columns where y is x.
 template <class T, int K>
 struct LabelledWeightEpilogue {
-  static constexpr bool kDistances = false, kStores = true;
+  static constexpr bool kDistances = false, kBlocked = true;
   LabelledPairs<T> pairs;
   T power;
   const T *base, *weight;  // [k][row], `padded` rows

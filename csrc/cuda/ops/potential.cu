@@ -15,7 +15,7 @@ using cuda::PotentialDevice;
 /// Of every tile: the sum of e^{t (r_0 - r)}, or with `least` the least r. Weights are stored where there is a strip.
 template <class T>
 struct PotentialEpilogue {
-  static constexpr bool kDistances = true, kStores = true;
+  static constexpr bool kDistances = true, kBlocked = true;
   Scores<T> scores;
   Weights<T> strip;  // w null: not stored
   Block block;

@@ -30,7 +30,7 @@ NEARFAR_DEVICE void softplus_sigmoid(T l, T& softplus, T& sigmoid) {
 
 template <class T>
 struct SigmoidEpilogue {
-  static constexpr bool kDistances = false, kStores = true;
+  static constexpr bool kDistances = false, kBlocked = true;
   static constexpr int kSums = 2;  // of a row of a tile: losses, weights
   Scores<T> scores;
   Multiplier multiplier;

@@ -151,7 +151,7 @@ struct FindFaint {
 /// Stores these tiles.
 template <class T>
 struct StoreFaint {
-  static constexpr bool kStores = true;
+  static constexpr bool kBlocked = true;
   MaskedScores<T> masked;
   Weights<T> out;
   const int32_t* again;

@@ -78,7 +78,7 @@ NEARFAR_DEVICE void with_positives(const Fragment<P>& f, const Block& block, con
 
 template <class T>
 struct SupConEpilogue {
-  static constexpr bool kDistances = false, kStores = false;
+  static constexpr bool kDistances = false, kBlocked = true;
   static constexpr int kSums = 2;  // of a row of a tile: how many positives, the sum of their scores
   MaskedScores<T> masked;
   PositiveSets positives;
@@ -213,7 +213,7 @@ struct FillRows {
 /// Weights of pairs, less what a positive adds to them.
 template <class T>
 struct SupConWeightEpilogue {
-  static constexpr bool kDistances = false, kStores = true;
+  static constexpr bool kDistances = false, kBlocked = true;
   WeighPairs<T> weigh;
   PositiveSets positives;
   const T* share;
