@@ -37,7 +37,7 @@ run=$(mktemp -d)
 trap 'rm -rf "$run"' EXIT
 cp -r tests pyproject.toml "$run/"
 cd "$run"
-part tests 150 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider tests/test_cuda.py tests/test_cuda_losses.py tests/test_cuda_float16.py tests/test_cuda_kernels.py tests/test_cuda_points.py tests/test_cuda_statistics.py -k "not million"
+part tests 150 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider tests/test_cuda.py tests/test_cuda_losses.py tests/test_cuda_float16.py tests/test_cuda_kernels.py tests/test_cuda_points.py tests/test_cuda_statistics.py tests/test_cuda_cupy.py -k "not million"
 part million-rows 45 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py -k million
 if [ "$capability" = 90 ]; then
   # Scores of float32 rows on the tensor cores: right first, then both paths side by side.
@@ -51,12 +51,18 @@ part bench-float16 60 "$python" -m nearfar bench --device cuda --budget 0.3 --js
 
 small="(info_nce or clip or nt_xent or uniformity or alignment or cdist or matmul or knn or kmeans)"
 small="$small and (37-16 or 65-33 or 5-66-3 or 65-16-2 or 40-3 or 33 or kmeans) and not float64"
-# initcheck does not see what the bulk copy engine writes, which on Hopper is the weights of 16-bit rows.
+# initcheck does not see what the bulk copy engine writes, which on Hopper is the products of weights of 16-bit rows.
 for tool in memcheck racecheck synccheck initcheck; do
   if command -v compute-sanitizer >/dev/null; then
     part "sanitizer-$tool" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
       "$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda.py \
       -k "$small$([ "$tool" = initcheck ] && echo ' and not float16')"
+    if [ "$capability" = 90 ] && [ "$tool" != initcheck ]; then
+      # Kernels of Hopper alone: three products of tf32, wide tiles with weights of float16.
+      part "sanitizer-$tool-90" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
+        --error-exitcode 9 "$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda_split.py tests/test_cuda_float16.py \
+        -k "neighbours and 5 or gaussian_matmul or temperatures and not views or sup_con"
+    fi
   else
     echo "sanitizer-$tool: SKIPPED, no compute-sanitizer on PATH" | tee -a "$out/summary.txt"
   fi
