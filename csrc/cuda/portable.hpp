@@ -33,7 +33,7 @@ namespace nearfar::cuda {
 NEARFAR_DEVICE int thread_index() { return static_cast<int>(threadIdx.x); }
 NEARFAR_DEVICE int64_t block_index() { return blockIdx.x; }
 NEARFAR_DEVICE int64_t block_count() { return gridDim.x; }
-/// The first kThreads: all of a block, but for a warp that only copies.
+/// The first kThreads: all of a block, but for a warpgroup that only copies (wgmma_wide.hpp).
 NEARFAR_DEVICE void sync_block() { asm volatile("bar.sync 0, %0;" ::"n"(kThreads) : "memory"); }
 NEARFAR_DEVICE void sync_all() { __syncthreads(); }
 NEARFAR_DEVICE void sync_warp() { __syncwarp(); }

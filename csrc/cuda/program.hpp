@@ -153,9 +153,7 @@ struct ProgramEpilogue {
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
     const int64_t i0 = out.block.row + f.i0, j0 = out.block.column + f.j0;
-    const uint64_t hidden = f.without(i0 + P::kM <= n && j0 + P::kN <= m, [&](int64_t i, int64_t j) {
-      return out.block.row + i < n && out.block.column + j < m;
-    });
+    const uint64_t hidden = device::outside(f, out.block, n, m);
     const uint64_t near = scores.apply(f, i0, j0, hidden);
     const auto one = put.begin();
     NEARFAR_UNROLL

@@ -12,6 +12,13 @@ struct Block {
   int64_t row, rows, column, columns;
 };
 
+/// Bits of a tile's pairs that lie past the n rows or m columns of the sets.
+template <class P>
+NEARFAR_DEVICE uint64_t outside(const Fragment<P>& f, const Block& b, int64_t n, int64_t m) {
+  return f.without(b.row + f.i0 + P::kM <= n && b.column + f.j0 + P::kN <= m,
+                   [&](int64_t i, int64_t j) { return b.row + i < n && b.column + j < m; });
+}
+
 /// Inner products of packed rows, and with `distance` squared distances that survive cancellation: see cpu/tile.hpp.
 template <class T>
 struct Scores {
@@ -109,7 +116,7 @@ void launch_scores(cuda::Context& c, const Plan& plan, const Pairs<T, E>& pairs,
       const BlockedOperand<true, float> x{pairs.x.splits(b.row / kRows), static_cast<int>(b.row / kRows)},
           y{pairs.y.splits(b.column / kRows), static_cast<int>(b.column / kRows)};
       return launch_wgmma(c, x, y, ceil_div(b.rows, kRows), ceil_div(b.columns, kRows),
-                          ceil_div(pairs.x.d, SplitBlocked::kColumns), 1, epilogue);
+                          ceil_div(pairs.x.d, SplitBlocked::kColumns), epilogue);
     }
   }
   const Operand<E, true> x{pairs.x.data + b.row * pairs.x.pitch, pairs.x.pitch};

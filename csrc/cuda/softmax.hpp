@@ -95,7 +95,7 @@ struct LseEpilogue {
       if (masked.bounded()) return sum_exponentials(f, tile_m, tile_n);
     masked.apply(f, block);
     if constexpr (!is_blocked<P>)
-      if (keep.w) f.for_each([&](int64_t i, int64_t j, T score) { keep.w[i * keep.pitch + j] = score; });
+      if (keep.w) keep.store(f);
     reduce_lse<P, true>(f, [&](int i, const PartialSum<T>& sum) { of_rows[(f.i0 + i) * tiles_n + tile_n] = sum; });
     if constexpr (!KEEPS_BLOCKS)
       if (of_columns)

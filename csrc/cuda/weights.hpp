@@ -21,14 +21,14 @@ struct Weights {
   const T *x_factor = nullptr, *y_factor = nullptr;
 
   NEARFAR_DEVICE bool stored() const { return w || blocks.data; }
-  /// A tile whose accumulators are weights, whole: once in an epilogue, at its end.
+  /// A whole tile of accumulators, which the strip has room for: of blocked weights once in an epilogue, at its end.
   template <class P>
   NEARFAR_DEVICE void store(const Fragment<P>& f) const {
     if constexpr (is_blocked<P>) {
       return weigh(f, {x_factor + block.row + f.i0}, {y_factor + block.column + f.j0},
                    [](const float*, const float*, float value, int, int) { return value; });
     }
-    f.for_each([&](int64_t i, int64_t j, T value) { w[i * pitch + j] = value; });
+    f.store([&](int a) { return w + f.i(a) * pitch + f.j0; });
   }
   /// Blocked: the same where weights are still to be computed, as for_each_pair does; what is not stored is computed
   /// too.

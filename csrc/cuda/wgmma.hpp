@@ -201,7 +201,7 @@ struct WgmmaKernel {
   NEARFAR_DEVICE void look_ahead(Ahead& ahead, int tile, int index) const {
     const Work w = order.work(index);
     ahead.of[tile % Ahead::kMost] = w;
-    ahead.index = index, ahead.tile = tile, ahead.step = order.begin(w.split), ahead.left = w.steps;
+    ahead.index = index, ahead.tile = tile, ahead.step = 0, ahead.left = w.steps;
   }
   NEARFAR_DEVICE void load(char* memory, uint64_t* full, int s, Ahead& ahead) const {
     if (ahead.index >= order.end()) return;
@@ -401,9 +401,9 @@ NEARFAR_DEVICE void store_half(const Fragment<P>& f, const Blocked& to, int64_t 
 /// steps: of a block's columns along the sum.
 template <class A, class B, class Epilogue>
 void launch_wgmma(cuda::Context& c, const A& a, const B& b, int64_t tiles_m, int64_t tiles_n, int64_t steps,
-                  int64_t splits, const Epilogue& epilogue) {
+                  const Epilogue& epilogue) {
   using Kernel = WgmmaKernel<A, B, Epilogue>;
-  const TileOrder<16> order(tiles_m, tiles_n, steps, splits);
+  const TileOrder<16> order(tiles_m, tiles_n, steps, 1);
   const int64_t work = order.end(), fit = c.device.multiprocessors;
   c.launch_large(work < fit ? work : fit, Kernel::kMemory, Kernel{a, b, order, epilogue});
 }

@@ -82,10 +82,8 @@ struct GaussianTimesColumns {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t tile_n, int64_t) const {
-    const int64_t i0 = block.row + f.i0, j0 = block.column + f.j0;
-    const uint64_t hidden = f.without(i0 + P::kM <= n && j0 + P::kN <= m,
-                                      [&](int64_t i, int64_t j) { return block.row + i < n && block.column + j < m; });
-    scores.apply(f, i0, j0, hidden);
+    const int64_t j0 = block.column + f.j0;
+    scores.apply(f, block.row + f.i0, j0, outside(f, block, n, m));
     const GaussianStep<T> step(parameter);
     f.for_each([&](int64_t, int64_t, T& value) { value = step.value(value); });
     reduce_sums<P, R>(

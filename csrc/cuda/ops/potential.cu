@@ -44,7 +44,7 @@ struct PotentialEpilogue {
       total = least ? fmin(total, static_cast<double>(value)) : total + static_cast<double>(value);
     });
     if (strip.w) {
-      f.store([&](int a) { return strip.w + f.i(a) * strip.pitch + f.j0; });
+      strip.store(f);
       f.for_bits(near, [&](int a, int b) { strip.mark(i0 + P::row(a), j0 + P::col(b)); });
     }
     if (least) {

@@ -68,7 +68,7 @@ struct StoreKeys : Keys<T, Key> {
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
     this->put(f);
-    f.store([&](int a) { return strip.w + f.i(a) * strip.pitch + f.j0; });
+    strip.store(f);
   }
 };
 

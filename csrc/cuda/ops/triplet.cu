@@ -43,12 +43,10 @@ struct StoreSquares {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    const int64_t i0 = strip.block.row + f.i0;
-    const uint64_t hidden = f.without(i0 + P::kM <= n && f.j0 + P::kN <= n,
-                                      [&](int64_t i, int64_t j) { return strip.block.row + i < n && j < n; });
-    scores.apply(f, i0, f.j0, hidden);
+    const uint64_t hidden = outside(f, strip.block, n, n);
+    scores.apply(f, strip.block.row + f.i0, strip.block.column + f.j0, hidden);
     f.replace(hidden, T(0));
-    f.store([&](int a) { return strip.w + f.i(a) * strip.pitch + f.j0; });
+    strip.store(f);
   }
 };
 
