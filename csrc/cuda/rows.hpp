@@ -163,7 +163,7 @@ template <class T, class E>
 struct Packed {
   E* data = nullptr;
   T* factor = nullptr;
-  T* squares = nullptr;  // squared norms of the packed rows, for distances
+  T* squares = nullptr;  // squared norms of the rows, for distances and ranks
   int64_t n = 0, d = 0, padded = 0, pitch = 0;
   bool blocked = false;  // as blocked.hpp says, 16-bit rows on Hopper
   SplitBlocked split{};  // the same rows in two pieces, where scores take them: float32 on Hopper
@@ -193,14 +193,14 @@ struct Pack {
     if (i > out.padded || (i == out.padded && out.blocked)) return;
     const bool inside = i < out.n;
     constexpr bool kExact = sizeof(E) == 2;
-    T multiply = inside && !kExact ? source.scale(i) : T(1);
+    T multiply = inside && !kExact ? source.scale(i) : T(1), factor = 1;
     if (kExact && out.factor) {
       const T inverse = inside ? source.scale(i) : T(0);
       T power = 1;
       if (source.inverse && inverse > 0 && inverse < infinity<T>())
         power = ldexp(T(1), ilogb(inverse) + 8);  // away from the subnormal numbers of float16
-      multiply = power;
-      if (cuda::lane_index() == 0 && i < out.padded) out.factor[i] = inverse / power;
+      multiply = power, factor = inverse / power;
+      if (cuda::lane_index() == 0 && i < out.padded) out.factor[i] = factor;
     }
     double sum = 0;
     // 16-bit rows are packed as what they are.
@@ -223,7 +223,8 @@ struct Pack {
     });
     if (!out.squares || i >= out.padded) return;
     sum = cuda::warp_sum(sum);
-    if (cuda::lane_index() == 0) out.squares[i] = static_cast<T>(sum);
+    if (cuda::lane_index() == 0)
+      out.squares[i] = static_cast<T>(sum * static_cast<double>(factor) * static_cast<double>(factor));
   }
   /// What is not finite, or would be if it were rounded, is in the first piece alone.
   template <int N>
