@@ -89,6 +89,11 @@ inline uint16_t float_to_half(float value) {
   std::memcpy(&bits, &half, sizeof(bits));
   return bits;
 }
+inline int opaque(int value) { return value; }
+template <class T>
+T at_most(T v, T most) {
+  return v <= most;
+}
 inline uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof(bits));

@@ -50,7 +50,8 @@ struct Rank {
       f.for_each(scores.x_factor + i0, scores.y_factor + j0, [](T& value, T x, T y) { value *= x * y; });
     if (!scores.distance) return f.for_each([](int64_t, int64_t, T& value) { value = -value; });
     if (scores.direct) return;
-    f.for_each(scores.x_squares + i0, scores.y_squares + j0, [](T& value, T, T square) { value = square - 2 * value; });
+    f.for_each(scores.x_squares + i0, scores.y_squares + j0,
+               [](T& value, T, T square) { value = fma(T(-2), value, square); });
   }
   /// Columns of row i whose rank is higher than `least` by more than this are not nearer than the one that has it. A
   /// column as near as that one has a norm of |x| and its distance at most.
@@ -168,9 +169,7 @@ struct LeastOfTile {
       const T slack = ranks.slack(i0 + P::row(a), least[a]);
       const T bar = slack < infinity<T>() ? least[a] + slack : least[a];
       tied[a] = !(slack > 0);
-      uint32_t bits = 0;
-      NEARFAR_UNROLL
-      for (int b = 0; b < P::kCols; ++b) bits |= uint32_t(f(a, b) <= bar) << b;
+      const uint32_t bits = reach(f, a, bar);
       column[a] = Least<T>::kNone;
       if (bits != 0 && least[a] < infinity<T>())
         column[a] = P::col(cuda::lowest_bit(bits)) | (bits & (bits - 1) ? Least<T>::kSeveral : 0);
@@ -181,6 +180,23 @@ struct LeastOfTile {
       if (first_of_row<P>() && P::warp_n() == 0)
         of_rows[(f.i0 + P::row(a)) * tiles_n + tile_n] = {
             least[a], tied[a] && column[a] != Least<T>::kNone ? column[a] % Least<T>::kSeveral : column[a]};
+  }
+
+ private:
+  /// Bits of the columns of row a with a rank of `bar` or less: 16 are added up as a number, because multiply-adds have
+  /// twice the rate of selects.
+  template <class P>
+  NEARFAR_DEVICE static uint32_t reach(const Fragment<P>& f, int a, T bar) {
+    constexpr int kHalf = P::kCols < 16 ? P::kCols : 16;
+    uint32_t bits = 0;
+    NEARFAR_UNROLL
+    for (int half = 0; half < P::kCols; half += kHalf) {
+      T sum = 0;
+      NEARFAR_UNROLL
+      for (int b = 0; b < kHalf; ++b) sum = fma(cuda::at_most(f(a, half + b), bar), T(1 << b), sum);
+      bits |= static_cast<uint32_t>(sum) << half;
+    }
+    return bits;
   }
 };
 
@@ -247,7 +263,7 @@ struct Settle {
   Measure<T> measure;
   T* value;
   int64_t* index;
-  static constexpr int kResident = 5;
+  static constexpr int kResident = 4;
 
   NEARFAR_DEVICE void operator()() const {
     const Block& b = candidates.block;

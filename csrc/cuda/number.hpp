@@ -88,6 +88,7 @@ NEARFAR_DEVICE float exp_flush(float x) { return expf(x); }
 NEARFAR_DEVICE double exp_flush(double x) { return exp(x); }
 using std::exp;
 using std::expm1;
+using std::fma;
 using std::log;
 using std::log1p;
 using std::sqrt;

@@ -79,6 +79,19 @@ NEARFAR_DEVICE float round_tf32(float value) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
   return __uint_as_float(bits);
 }
+/// The same number, computed here and known to nobody: what depends on it does not leave the loop around, to wait in
+/// registers, and what is added to it is not added before it is.
+NEARFAR_DEVICE int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+/// v <= most, as a number. The compiler would make two instructions of it.
+NEARFAR_DEVICE float at_most(float v, float most) {
+  float one;
+  asm("set.le.f32.f32 %0, %1, %2;" : "=f"(one) : "f"(v), "f"(most));
+  return one;
+}
+NEARFAR_DEVICE double at_most(double v, double most) { return v <= most; }
 NEARFAR_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 
 struct KindBF16 {};
