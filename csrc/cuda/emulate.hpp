@@ -77,6 +77,10 @@ template <class T>
 inline void atomic_min(T* place, T value) {
   if (value < *place) *place = value;
 }
+template <class T>
+inline void atomic_max(T* place, T value) {
+  if (value > *place) *place = value;
+}
 
 inline float half_to_float(uint16_t bits) {
   _Float16 value;

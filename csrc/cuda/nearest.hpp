@@ -42,6 +42,7 @@ struct Rank {
   T rounding;                    // of a sum of products, over the norms of both rows
   T floor;                       // what numbers too small for T may add up to
   const double* largest_square;  // of norms of columns; null: 1 at most
+  const T *x_lost, *y_lost;      // by packing, of norms: of each row, and at most of a column; null: nothing
 
   /// In the place of a tile's products.
   template <class P>
@@ -57,17 +58,18 @@ struct Rank {
   /// column as near as that one has a norm of |x| and its distance at most.
   NEARFAR_DEVICE T slack(int64_t i, T least) const {
     const T square = scores.x_squares[i], norm = sqrt(square);
-    T error;
+    T error, lost = 0;
     if (scores.direct) {
       error = least;
     } else if (scores.distance) {
       const T other = norm + sqrt(largest(square + least, T(0)));
       error = other * (2 * norm + other);
+      if (x_lost) lost = x_lost[i] * other + (norm + x_lost[i]) * *y_lost;
     } else {
       if (norm == 0) return 0;
       error = norm * (largest_square ? sqrt(static_cast<T>(*largest_square)) : T(1));
     }
-    return 2 * rounding * error + floor;
+    return 2 * rounding * error + T(4.001) * lost + floor;
   }
 };
 
@@ -97,8 +99,12 @@ Rank<T> rank_of(cuda::Context& c, const Pairs<T, E>& pairs, bool unit) {
     largest = c.take<double>(1);
     c.launch(1, LargestOf<T>{pairs.y.squares, pairs.y.n, largest, false});
   }
-  return {pairs.scores, static_cast<T>(rounding * wider * wider), static_cast<T>(4 * d) * std::numeric_limits<T>::min(),
-          largest};
+  return {pairs.scores,
+          static_cast<T>(rounding * wider * wider),
+          static_cast<T>(4 * d) * std::numeric_limits<T>::min(),
+          largest,
+          pairs.x.lost,
+          pairs.y.lost ? pairs.y.lost + pairs.y.padded : nullptr};
 }
 
 /// The least rank of a row of a tile, and its column, which counts from the tile's first.

@@ -62,6 +62,9 @@ NEARFAR_DEVICE void atomic_min(int32_t* place, int32_t value) { atomicMin(place,
 NEARFAR_DEVICE void atomic_min(float* place, float value) {
   atomicMin(reinterpret_cast<unsigned*>(place), __float_as_uint(value));
 }
+NEARFAR_DEVICE void atomic_max(float* place, float value) {
+  atomicMax(reinterpret_cast<unsigned*>(place), __float_as_uint(value));
+}
 NEARFAR_DEVICE void atomic_min(double* place, double value) {
   atomicMin(reinterpret_cast<unsigned long long*>(place), static_cast<unsigned long long>(__double_as_longlong(value)));
 }

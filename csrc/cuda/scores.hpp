@@ -55,7 +55,7 @@ struct Scores {
 };
 
 /// What packed rows are for, but for gradients: nothing else; `launch_scores`; or that to order the columns of a row,
-/// which takes norms also of dot products (nearest.hpp), and no centre of 16-bit rows.
+/// which takes norms also of dot products (nearest.hpp).
 enum class PairUse { rows, scores, ranks };
 
 /// Both point sets, packed. E is the type of packed rows; y packed may be x packed.
@@ -72,8 +72,10 @@ struct Pairs {
     const Source<T> of_y = source_of<T>(c, y_rows, normalize);
     const Source<T> of_x = same ? of_y : source_of<T>(c, x_rows, normalize);
     const bool direct = distance && x_rows.d <= kDirectDims;
-    const bool centered = sizeof(E) > 2 && distance && (products || !direct);
-    const T* center = centered ? center_of(c, of_y) : nullptr;
+    // 16-bit rows lose what they have no room for, far from zero next to nothing, and only ranks allow for it.
+    constexpr double kFar = sizeof(E) == 2 ? 4 : 0;
+    const bool centered = distance && (sizeof(E) == 2 ? use == PairUse::ranks && !normalize : products || !direct);
+    const T* center = centered ? center_of(c, of_y, kFar) : nullptr;
     const bool split =
         std::is_same_v<E, float> && use != PairUse::rows && !direct && splits_rows(c, x_rows.n, y_rows.n, x_rows.d);
     const bool by_blocks = blocked && blocks_rows<E>(c), squares = distance || use == PairUse::ranks;
