@@ -57,6 +57,21 @@ def test_tight_clusters_far_apart(dtype):
     check(x, y)
 
 
+@pytest.mark.parametrize("d", [17, 120])
+def test_columns_that_differ_in_the_last_bits(d, dtype):
+    """Distances of 1e-3 of the norms, on both sides of zero, so that no centre helps."""
+    rng = np.random.default_rng(d)
+    scale, sides = 2.0 ** -(np.arange(d) % 8), np.where(np.arange(200) % 2, 1.0, -1.0)[:, None]
+    base = tensor(scale * (8 + rng.random(d)), "bfloat16").double().cpu().numpy()
+
+    def rows(n):
+        moves = rng.integers(-2, 3, (n, d)) * scale / 8
+        return tensor(sides[:n] * (base + np.where(scale < 0.2, moves, 0)), dtype)
+
+    x, y = rows(140), rows(200)
+    check(x, y)
+
+
 @pytest.mark.parametrize("far", [30.0, 1000.0])
 def test_rows_far_from_zero(far, dtype):
     """Some of their coordinates; and one number that is so far from the others that 16 bits cannot hold it."""
