@@ -99,7 +99,9 @@ Rank<T> rank_of(cuda::Context& c, const Pairs<T, E>& pairs, bool unit) {
     largest = c.take<double>(1);
     c.launch(1, LargestOf<T>{pairs.y.squares, pairs.y.n, largest, false});
   }
-  return {pairs.scores,
+  Scores<T> scores = pairs.scores;
+  if (!scores.x.inverse && !scores.y.inverse) scores.x_factor = nullptr;  // they are 1
+  return {scores,
           static_cast<T>(rounding * wider * wider),
           static_cast<T>(4 * d) * std::numeric_limits<T>::min(),
           largest,
@@ -110,8 +112,7 @@ Rank<T> rank_of(cuda::Context& c, const Pairs<T, E>& pairs, bool unit) {
 /// The least rank of a row of a tile, and its column, which counts from the tile's first.
 template <class T>
 struct Least {
-  // Neither infinity nor NaN is chosen; several columns are too close to tell, where a lower one may be in the last
-  // bits.
+  // Neither infinity nor NaN is chosen; several columns, of which this is the first, are too close to tell.
   static constexpr int kNone = INT32_MAX, kSeveral = 1 << 16;
   T rank;
   int column;
