@@ -70,16 +70,24 @@ class Tail:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """A result as a function of a number: plain arithmetic; `slope` is its derivative, where it is not 1."""
+
+    value: Callable[[Any], Any]
+    slope: Callable[[Any], Any] | None = None
+
+
+@dataclass(frozen=True)
 class Call:
-    """``offset + operation(parts, config)``; with a tail, the tail of that."""
+    """``outcome(operation(parts, config))``; with a tail, the tail of that."""
 
     operation: str
     parts: tuple[Part, ...]
     config: tuple[Any, ...]
     scalar: bool = True  # the value is a number, so it has a gradient of its own
-    offset: float = 0.0
     extra: tuple[Any, ...] = field(default=())  # inputs without gradients, after the parts
     tail: Tail | None = None
+    outcome: Outcome | None = None
 
 
 def _launch(call: Call, gradients: bool) -> Any:
@@ -114,7 +122,7 @@ def run(call: Call) -> Array:
     else:
         value = _launch(call, False)[0]
         value = value[()] if value.ndim == 0 else value
-    return value + call.offset if call.offset else value
+    return value if call.outcome is None else call.outcome.value(value)
 
 
 def differentiable(plan: Callable[P, Call]) -> Callable[P, Any]:
@@ -230,6 +238,12 @@ def _plan_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: Any
     if not call.scalar:
         raise ValueError("f: expected a scalar value (reduction 'mean' or 'sum')")
     value, *gradients = _launch(call, True)
+    value = value[()]
+    if call.outcome is not None:
+        if call.outcome.slope is not None:
+            slope = call.outcome.slope(value)
+            gradients = [None if gradient is None else gradient * slope for gradient in gradients]
+        value = call.outcome.value(value)
     found: dict[str, Any] = {}
     for part, gradient in zip(call.parts, gradients, strict=True):
         if gradient is None:
@@ -245,4 +259,4 @@ def _plan_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: Any
     for name in names:
         if name not in found:
             raise ValueError(f"argnums: {name} has no gradient in this call")
-    return (value[()] if value.ndim == 0 else value) + call.offset, [found[name] for name in names]
+    return value, [found[name] for name in names]
