@@ -10,6 +10,7 @@ from generators import assert_gradient, assert_value, compare, pairs, points, re
 from torch.autograd import gradcheck, gradgradcheck
 
 import nearfar as nf
+from nearfar import autograd
 from nearfar import second as second_derivatives
 
 
@@ -417,6 +418,17 @@ def test_weights_of_rows(dtype):
     other = x.clone().requires_grad_()
     nf.info_nce_loss(other, y, reduction="sum").backward()
     assert_gradient(leaf_x.grad, other.grad.numpy(), 1e-6 if dtype == "float32" else 1e-14)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_scaled_and_rounded_at_once(dtype):
+    """The product in float32 is rounded once, beyond the range of float16 too: what the GPU does in one kernel."""
+    grad = torch.from_numpy(points(70, 5)).float() * torch.logspace(-9, 5, 70)[:, None]
+    for g in (0.37, 65536.0):
+        factor = torch.tensor(g)
+        scaled = autograd._scale(grad, factor, dtype)
+        assert scaled.dtype == dtype
+        assert torch.equal(scaled, (grad * factor).to(dtype))
 
 
 def test_loss_scaler():
