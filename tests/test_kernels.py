@@ -378,6 +378,11 @@ def test_bad_input():
         (lambda: nf.kernels.Gaussian(torch.ones(()))(x), TypeError, "lengthscale: a torch.Tensor"),
         (lambda: nf.gram(x, kernel="unknown"), ValueError, "kernel: expected one of gaussian, rbf"),
         (lambda: nf.gram(x, kernel=None), TypeError, "kernel: expected a name or a kernel object, got NoneType"),
+        (
+            lambda: nf.gram(x, kernel=nf.kernels.Gaussian),
+            TypeError,
+            "kernel: expected a name or a kernel object, got the",
+        ),
         (lambda: nf.gram(x, kernel=nf.kernels.Gaussian(), gamma=1), TypeError, "params: not with a kernel object"),
         (lambda: nf.gram(x, kernel="gaussian", gamma=1), TypeError, "params: "),
         (lambda: nf.gram(x, kernel="rbf", gamma=1, lengthscale=1), TypeError, "params: "),

@@ -193,6 +193,15 @@ def test_any_scalar_function_of_torch():
     assert dweight == pytest.approx((nf.uniformity(X) + nf.uniformity(Y)) / 2)
 
 
+def test_module():
+    x, y = (of_kind("torch", a) for a in (X, Y))
+    value, (dx, dy) = nf.value_and_grad(nf.InfoNCELoss(0.3), (0, 1))(x, y)
+    expected, grads = nf.value_and_grad(nf.info_nce_loss, (0, 1))(x, y, temperature=0.3)
+    assert torch.equal(value, expected)
+    assert torch.equal(dx, grads[0])
+    assert torch.equal(dy, grads[1])
+
+
 def test_torch_without_grad_mode():
     x, y = (of_kind("torch", a) for a in (X, Y))
     expected = nf.value_and_grad(nf.info_nce_loss)(x, y)
@@ -231,8 +240,11 @@ def test_not_a_scalar(kind):
 
 
 def test_not_differentiable():
-    for f in (nf.cdist, np.sum, lambda x: x):
-        with pytest.raises(TypeError, match=r"^f: expected a differentiable function of nearfar for NumPy arguments"):
+    for f, name in ((nf.cdist, "cdist"), (np.sum, "sum"), (lambda x: x, "<lambda>")):
+        with pytest.raises(
+            TypeError,
+            match=rf"^f: expected a differentiable function of nearfar for NumPy arguments, got {name}; other",
+        ):
             nf.value_and_grad(f)(X)
 
 

@@ -202,7 +202,7 @@ def value_and_grad(f: Callable[..., Any], argnums: int | Sequence[int] = 0) -> C
 
 
 def _bound(f: Callable[..., Any], wanted: Sequence[int], args: Any, kwargs: Any) -> tuple[Any, list[str]]:
-    signature = inspect.signature(f)
+    signature = inspect.signature(getattr(f, "forward", f))  # of a module, whose own is that of any
     names = list(signature.parameters)
     for k in wanted:
         if not -len(names) <= k < len(names):
@@ -232,7 +232,11 @@ def _torch_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: An
 def _plan_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: Any, kwargs: Any) -> tuple[Any, Any]:
     plan = getattr(f, "__nearfar_plan__", None)
     if plan is None:
-        raise TypeError(f"f: expected a differentiable function of nearfar for NumPy arguments, got {f!r}")
+        name = getattr(f, "__name__", repr(f))
+        raise TypeError(
+            f"f: expected a differentiable function of nearfar for NumPy arguments, got {name}; other functions take "
+            "torch tensors"
+        )
     _, names = _bound(f, wanted, args, kwargs)
     call = plan(*args, **kwargs)
     if not call.scalar:
