@@ -1,6 +1,7 @@
 // Which policy and tile a product takes: a pure function of its shape, its operand type and the device.
 // NEARFAR_CUDA_PLAN=1 prints every choice. NEARFAR_CUDA_SPLIT=0 keeps float32 rows from Hopper's tensor cores, 1 sends
-// all of them there; else those that gain.
+// all of them there; else those that gain. NEARFAR_CUDA_OVERLAP=1 lets Hopper's tensor cores multiply during the
+// epilogues of softmax losses of 16-bit rows of at most 256 numbers; not the default, because no GPU has timed it.
 #pragma once
 
 #include <cstdio>
@@ -8,6 +9,7 @@
 
 #include "cuda/mma.hpp"
 #include "cuda/simt.hpp"
+#include "cuda/wgmma_overlap.hpp"
 
 namespace nearfar {
 inline namespace device {
@@ -58,6 +60,15 @@ void print_plan(const cuda::Context& c, const Plan& plan, int64_t rows, int64_t 
                plan.operation, static_cast<long long>(rows), static_cast<long long>(columns),
                static_cast<long long>(depth), name_of_element<E>(), plan.policy, plan.tile, plan.columns,
                static_cast<long long>(plan.splits), c.device.architecture, c.device.multiprocessors);
+}
+
+/// Do scores of blocked rows take the kernel whose products run during epilogues (wgmma_overlap.hpp)?
+template <class E>
+bool overlaps(const cuda::Context& c, int64_t rows, int64_t columns, int64_t depth) {
+  const char* wanted = std::getenv("NEARFAR_CUDA_OVERLAP");
+  if (!wanted || *wanted != '1' || depth == 0 || depth > kOverlapDepth) return false;
+  print_plan<E>(c, Plan{"scores", "wgmma during epilogues", 128, 1}, rows, columns, depth);
+  return true;
 }
 
 constexpr int64_t kLeastDepth = 256, kMostSplits = 32;  // of a part of the depth

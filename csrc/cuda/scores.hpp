@@ -102,13 +102,21 @@ struct KnowsBlocked : std::false_type {};
 template <class Epilogue>
 struct KnowsBlocked<Epilogue, std::void_t<decltype(Epilogue::kBlocked)>> : std::true_type {};
 
+/// Those that are compiled for wgmma_overlap.hpp too say that as well (`kOverlaps`).
+template <class Epilogue, class = void>
+struct Overlaps : std::false_type {};
+template <class Epilogue>
+struct Overlaps<Epilogue, std::void_t<decltype(Epilogue::kOverlaps)>> : std::true_type {};
+
 /// Of blocked rows.
 template <class T, class E, class Epilogue>
 void launch_blocked(cuda::Context& c, const Pairs<T, E>& pairs, const Block& b, const Epilogue& epilogue) {
   const BlockedOperand<true, E> x{pairs.x.blocks(b.row / Blocked::kRows)}, y{pairs.y.blocks(b.column / Blocked::kRows)};
   const int64_t tiles_m = ceil_div(b.rows, Blocked::kRows), tiles_n = ceil_div(b.columns, Blocked::kRows);
-  launch_wide<WgmmaTwin<E>>(c, x, y, tiles_n, tiles_m, ceil_div(tiles_n, 2), ceil_div(pairs.x.d, Blocked::kColumns), 1,
-                            epilogue);
+  const int64_t steps = ceil_div(pairs.x.d, Blocked::kColumns);
+  if constexpr (Overlaps<Epilogue>::value)
+    if (overlaps<E>(c, b.rows, b.columns, pairs.x.d)) return launch_overlap(c, x, y, tiles_m, tiles_n, steps, epilogue);
+  launch_wide<WgmmaTwin<E>>(c, x, y, tiles_n, tiles_m, ceil_div(tiles_n, 2), steps, 1, epilogue);
 }
 
 template <class T, class E, class Epilogue>

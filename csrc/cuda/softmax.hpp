@@ -81,7 +81,7 @@ struct MaskedScores {
 /// Partial states of rows and columns by tile; `keep` also stores the scores.
 template <class T, bool KEEPS_BLOCKS>
 struct LseEpilogue {
-  static constexpr bool kDistances = false, kBlocked = true;
+  static constexpr bool kDistances = false, kBlocked = true, kOverlaps = true;
   MaskedScores<T> masked;
   Weights<T> keep;  // w null: not kept
   Block block;
@@ -161,7 +161,7 @@ struct WeighPairs {
 
 template <class T>
 struct WeightEpilogue {
-  static constexpr bool kDistances = false, kBlocked = true;
+  static constexpr bool kDistances = false, kBlocked = true, kOverlaps = true;
   WeighPairs<T> weigh;
   Weights<T> out;
 

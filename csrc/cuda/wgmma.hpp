@@ -165,6 +165,15 @@ struct TileOrder {
   NEARFAR_HOST_DEVICE int end() const { return tiles_m * tiles_n * splits; }
 };
 
+/// A stage of a ring; `parity` changes every round.
+template <int STAGES>
+struct RingPlace {
+  int stage = 0, parity = 0;
+  NEARFAR_DEVICE void next() {
+    if (++stage == STAGES) stage = 0, parity ^= 1;
+  }
+};
+
 /// Shared memory of a warp for what it stores: 8 lines of 128 bytes.
 constexpr int kWarpPiece = 1024;
 

@@ -188,14 +188,6 @@ struct WideKernel {
   Order order;
   Epilogue epilogue;
 
-  /// A stage of a ring; `parity` changes every round.
-  struct Place {
-    int stage = 0, parity = 0;
-    NEARFAR_DEVICE void next() {
-      if (++stage == kStages) stage = 0, parity ^= 1;
-    }
-  };
-
   /// f(tile) of those that a block takes.
   template <class F>
   NEARFAR_DEVICE void for_tiles(F f) const {
@@ -223,7 +215,7 @@ struct WideKernel {
   }
 
   NEARFAR_DEVICE void copy(char* memory, uint64_t* full, uint64_t* empty) const {
-    Place at;
+    RingPlace<kStages> at;
     for_tiles([&](const auto& w) {
       const int first = order.begin(w.split);
       for (int k = first; k < first + w.steps; ++k, at.next()) {
@@ -235,7 +227,7 @@ struct WideKernel {
 
   NEARFAR_DEVICE void multiply(char* memory, uint64_t* full, uint64_t* empty) const {
     const bool speaker = cuda::thread_index() % 128 == 0;
-    Place at;
+    RingPlace<kStages> at;
     for_tiles([&](const auto& w) {
       typename P::Accumulators acc;
       P::clear(acc);
