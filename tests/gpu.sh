@@ -5,6 +5,7 @@
 # A wheel that was built elsewhere (NEARFAR_WHEEL=FILE) saves the minutes of the build.
 set -uo pipefail
 cd "$(dirname "$0")/.."
+root=$PWD
 mkdir -p "${1:-gpu-results}"
 out=$(cd "${1:-gpu-results}" && pwd)
 python=${PYTHON:-python3}
@@ -43,6 +44,10 @@ if [ "$capability" = 90 ]; then
   # Scores of float32 rows on the tensor cores: right first, then both paths side by side.
   part split-tests 60 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda_split.py
   part split-times 60 "$python" tests/gpu_split.py
+  # Is it faster to multiply during epilogues? If so it becomes the default in plan.hpp.
+  part overlap-tests 30 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda_overlap.py
+  part overlap-times 60 bash -c "nvcc -std=c++17 --expt-relaxed-constexpr -O3 -arch=sm_90a -I '$root/csrc' -o overlap \
+    '$root/bench/cuda/overlap.cu' && ./overlap"
 fi
 part bench 130 "$python" -m nearfar bench --device cuda --budget 0.3 --json "$out/bench.json"
 # Beside the lines of bfloat16: float16 takes the same kernels.
@@ -69,7 +74,7 @@ for tool in memcheck racecheck synccheck initcheck; do
 done
 
 cat "$out/bench.log" "$out/bench-float16.log"
-if [ "$capability" = 90 ]; then cat "$out/split-times.log"; fi
+if [ "$capability" = 90 ]; then cat "$out/split-times.log" "$out/overlap-times.log"; fi
 if [ ${#failed[@]} -gt 0 ]; then
   echo "failed: ${failed[*]}"
   exit 1

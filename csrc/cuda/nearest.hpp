@@ -148,7 +148,7 @@ NEARFAR_DEVICE void reduce_rows(V (&v)[P::kRows], Merge merge) {
 
 template <class T, class Ranks>
 struct LeastOfTile {
-  static constexpr bool kDistances = Ranks::kDistances, kBlocked = true;
+  static constexpr bool kDistances = Ranks::kDistances, kBlocked = true, kOverlaps = true;
   Candidates candidates;
   Ranks ranks;
   int64_t tiles_n;
