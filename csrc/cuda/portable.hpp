@@ -80,6 +80,7 @@ NEARFAR_DEVICE float round_tf32(float value) {
   return __uint_as_float(bits);
 }
 NEARFAR_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
+NEARFAR_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
 struct KindBF16 {};
 struct KindF16 {};
