@@ -1,11 +1,10 @@
 // Products of float32 weights and float32 rows on Hopper's tensor cores: what a gradient multiplies, with the accuracy
 // of float32.
 //
-// w = 2^a (h + l) and y = 2^b (h' + l') with h, l of float16 hold 24 bits of what is near the largest number under one
-// power of two, and leave out 2^-40 of that one. So a power is taken for every row, and for the 64 weights of a line
-// that are summed at once, and  w y = 2^(a + b) (h h' + h l' + l h')  leaves out 2^-24 of a product or 2^-39 of the
-// largest. Tensor cores cut sums off where others round them: these begin anew with every 64 weights, small products
-// first, and are added up as float32.
+// w = 2^a (h + l) and y = 2^b (h' + l'), where h and l are float16: of numbers under one power of two they leave out
+// 2^-24, or if that is more 2^-39 of the largest. So there is a power for every row, and for the 64 weights of a line
+// that are summed at once;  w y = 2^(a + b) (h h' + h l' + l h')  leaves out another 2^-24. Tensor cores cut sums off
+// where others round them: these begin anew with every 64 weights, small products first, and are added up as float32.
 //
 // Rows are split once, in memory. Weights are split in the registers of the warps that multiply them: they are read as
 // they lie, in both directions, and take no other memory. bfloat16 would need no powers of two, but six products.
@@ -143,11 +142,13 @@ struct WgmmaWeights : WgmmaTile {
       if (k + 1 < steps) from += TRANSPOSE ? kDepth * a.stride : kDepth;
       read(from, a.stride, w);
       float part[16][4];
+      ring.take_turn();
       cuda::wgmma_begin();
       multiply<true>(part, low, stage);
       multiply<false>(part, high, stage + kPlane);
       multiply<false>(part, high, stage);
       cuda::wgmma_commit();
+      ring.pass_turn();
       cuda::wgmma_wait<0>();
       cuda::wgmma_fence(part);
       ring.free(ring.stage);

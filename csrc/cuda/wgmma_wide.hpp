@@ -9,13 +9,13 @@
 namespace nearfar {
 inline namespace device {
 
-/// The stages of a block, as those who multiply go through them; `parity` changes every round. Others are given back by
-/// SPEAKERS threads.
+/// The stages of a block, as a warpgroup goes through them; `parity` changes every round. SPEAKERS threads give one
+/// back.
 template <int STAGES, int BYTES, int SPEAKERS>
 struct Ring {
   char* memory;
-  uint64_t *full, *empty;
-  int stage = 0, parity = 0;
+  uint64_t *full, *empty, *turn;
+  int stage = 0, parity = 0, turns = 0;
 
   NEARFAR_DEVICE void next() {
     if (++stage == STAGES) stage = 0, parity ^= 1;
@@ -28,6 +28,15 @@ struct Ring {
   NEARFAR_DEVICE void wait_empty() const { cuda::barrier_wait(empty + stage, parity ^ 1); }
   NEARFAR_DEVICE void free(int which) const {
     if (cuda::thread_index() % (cuda::kThreads / SPEAKERS) == 0) cuda::barrier_arrive(empty + which);
+  }
+  /// Two warpgroups give products to the tensor cores by turns: while one's are done, the other makes its next.
+  NEARFAR_DEVICE void take_turn() const {
+    const int group = cuda::warp_index() / 4;
+    cuda::barrier_wait(turn + group, (turns & 1) ^ (group == 0));
+  }
+  NEARFAR_DEVICE void pass_turn() {
+    if (cuda::thread_index() % 128 == 0) cuda::barrier_arrive(turn + 1 - cuda::warp_index() / 4);
+    turns ^= 1;
   }
 };
 
@@ -249,39 +258,39 @@ struct WideKernel {
   }
 
   NEARFAR_DEVICE void operator()(char* memory) const {
-    NEARFAR_SHARED uint64_t full[kStages], empty[kStages];
+    NEARFAR_SHARED uint64_t full[kStages], empty[kStages], turn[2];
+    const Stages ring{memory, full, empty, turn};
     if (cuda::thread_index() == 0) {
+      for (int group = 0; group < 2; ++group) cuda::barrier_init(turn + group, 1);
       for (int s = 0; s < kStages; ++s) cuda::barrier_init(full + s, 1), cuda::barrier_init(empty + s, P::kSpeakers);
       cuda::barrier_fence();
     }
     cuda::sync_all();
     if (cuda::thread_index() < cuda::kThreads) {
       cuda::take_registers<240>();
-      multiply(memory, full, empty);
+      multiply(ring);
     } else {
       cuda::give_registers<24>();
-      if (cuda::thread_index() == cuda::kThreads) copy(memory, full, empty);
+      if (cuda::thread_index() == cuda::kThreads) copy(ring);
     }
   }
 
-  NEARFAR_DEVICE void copy(char* memory, uint64_t* full, uint64_t* empty) const {
-    Stages ring{memory, full, empty};
+  NEARFAR_DEVICE void copy(Stages ring) const {
     for_tiles([&](const auto& w) {
       const int first = order.begin(w.split);
       for (int k = first; k < first + w.steps; ++k, ring.next()) {
         ring.wait_empty();
-        P::load(ring.at(), a, w.m, lines, b, w.n, k, full + ring.stage);
+        P::load(ring.at(), a, w.m, lines, b, w.n, k, ring.full + ring.stage);
       }
     });
   }
 
-  NEARFAR_DEVICE void multiply(char* memory, uint64_t* full, uint64_t* empty) const {
-    Stages ring{memory, full, empty};
+  NEARFAR_DEVICE void multiply(Stages ring) const {
     for_tiles([&](const auto& w) {
       typename P::Accumulators acc;
       P::clear(acc);
       P::template sum<A, B>(a, w.m, order.begin(w.split), w.steps, ring, acc);
-      P::apply(epilogue, acc, w.m, w.n, w.split, lines, memory + kStages * P::kStage);
+      P::apply(epilogue, acc, w.m, w.n, w.split, lines, ring.memory + kStages * P::kStage);
     });
     cuda::bulk_stored<false>();
   }
