@@ -293,6 +293,22 @@ def uniformity(x, *, t=2, normalize=True):
     return torch.logsumexp(-t * square, 0) - np.log(len(square))
 
 
+def uniformity_gap(x, *, t=2):
+    """Its definition; the optimum is checked in test_sphere.py."""
+    return uniformity(x, t=t).exp() - np.exp(nf.uniformity_of_sphere(x.shape[1], t))
+
+
+def mi_lower_bound(query, key, *, temperature, estimator="infonce", normalize=True):
+    """The three bounds from the matrix of scores."""
+    query, key = (unit(query), unit(key)) if normalize else (query, key)
+    s = query @ key.T / temperature
+    positive, others = s.diagonal().mean(), s[~torch.eye(len(s), dtype=torch.bool)]
+    if estimator == "infonce":
+        return positive - torch.logsumexp(s, 1).mean() + np.log(len(s))
+    log_mean = torch.logsumexp(others, 0) - np.log(len(others))
+    return positive - (log_mean if estimator == "dv" else (log_mean - 1).exp())
+
+
 REFERENCES = {
     nf.info_nce_loss: info_nce,
     nf.clip_loss: clip,
@@ -308,6 +324,8 @@ REFERENCES = {
     nf.info_nce_limit: info_nce_limit,
     nf.alignment: alignment,
     nf.uniformity: uniformity,
+    nf.uniformity_gap: uniformity_gap,
+    nf.mi_lower_bound: mi_lower_bound,
 }
 
 

@@ -37,7 +37,7 @@ run=$(mktemp -d)
 trap 'rm -rf "$run"' EXIT
 cp -r tests pyproject.toml "$run/"
 cd "$run"
-part tests 150 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider tests/test_cuda.py tests/test_cuda_losses.py tests/test_cuda_float16.py tests/test_cuda_kernels.py tests/test_cuda_points.py tests/test_cuda_statistics.py tests/test_cuda_cupy.py -k "not million"
+part tests 150 "$python" -m pytest -q --maxfail=20 -p no:cacheprovider tests/test_cuda.py tests/test_cuda_losses.py tests/test_cuda_float16.py tests/test_cuda_kernels.py tests/test_cuda_points.py tests/test_cuda_nearest.py tests/test_cuda_statistics.py tests/test_cuda_cupy.py -k "not million"
 part million-rows 45 "$python" -m pytest -q -p no:cacheprovider tests/test_cuda.py -k million
 if [ "$capability" = 90 ]; then
   # Scores of float32 rows on the tensor cores: right first, then both paths side by side.

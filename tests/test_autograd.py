@@ -10,6 +10,7 @@ from generators import assert_gradient, assert_value, compare, pairs, points, re
 from torch.autograd import gradcheck, gradgradcheck
 
 import nearfar as nf
+from nearfar import autograd
 from nearfar import second as second_derivatives
 
 
@@ -419,6 +420,17 @@ def test_weights_of_rows(dtype):
     assert_gradient(leaf_x.grad, other.grad.numpy(), 1e-6 if dtype == "float32" else 1e-14)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_scaled_and_rounded_at_once(dtype):
+    """The product in float32 is rounded once, beyond the range of float16 too: what the GPU does in one kernel."""
+    grad = torch.from_numpy(points(70, 5)).float() * torch.logspace(-9, 5, 70)[:, None]
+    for g in (0.37, 65536.0):
+        factor = torch.tensor(g)
+        scaled = autograd._scale(grad, factor, dtype)
+        assert scaled.dtype == dtype
+        assert torch.equal(scaled, (grad * factor).to(dtype))
+
+
 def test_loss_scaler():
     """float16 gradients are rounded after the upstream factor, not before: what a gradient scaler is for."""
     x, y = (torch.from_numpy(a).half().requires_grad_() for a in pairs(400, 20))
@@ -506,6 +518,9 @@ COMPILED = {
     "gram": lambda q, k: nf.kernels.Gaussian(0.5)(q, k).sum(),
     "matmul": lambda q, k: nf.kernels.Gaussian(0.5).matmul(q, k, k).sum(),
     "knn": lambda q, k: nf.knn(q, k, 2)[0].sum() + nf.knn(q, k=2, metric="cosine")[0].sum(),
+    "mmd": lambda q, k: nf.mmd(q, k) + nf.mmd(q, k, nf.kernels.Gaussian(q.mean().exp()), unbiased=False),
+    "hsic": lambda q, k: nf.hsic(q, k) + nf.cka(q, k, "gaussian", unbiased=True) + nf.cka(q, k),
+    "bounds": lambda q, k: nf.mi_lower_bound(q, k, temperature=0.5, estimator="nwj") + nf.uniformity_gap(q),
     "kmeans_assign": lambda q, k: nf.kmeans_assign(q, k[:3])[1].sum() + k[nf.kmeans_assign(q, k[:3])[0]].sum(),
 }
 
@@ -680,6 +695,8 @@ def test_func_jacrev():
     torch.testing.assert_close(jacobian, expected, rtol=1e-12, atol=1e-14)
 
 
+CUSTOM = nf.kernels.Custom(lambda r: (1 + r) ** -1.5, lambda r: -1.5 * (1 + r) ** -2.5)
+
 VMAPPED = {
     "info_nce": lambda q, k: nf.info_nce_loss(q, k, temperature=0.3),
     "none": lambda q, k: nf.nt_xent_loss(q, k, reduction="none"),
@@ -691,6 +708,10 @@ VMAPPED = {
     "knn": lambda q, k: nf.knn(q, k, 2)[0] + nf.knn(k, k=2)[0],
     "kmeans_assign": lambda q, k: nf.kmeans_assign(q, k)[1],
     "cka": lambda q, k: nf.cka(q, k),
+    "kernel cka": lambda q, k: nf.cka(q, k, "gaussian") + nf.hsic(q, k, unbiased=True) + nf.mmd(q, k),
+    "custom kernel": lambda q, k: CUSTOM.matmul(q, k, k),
+    "chi-squared": lambda q, k: nf.gram(q**2, k**2, "chi2"),
+    "bounds": lambda q, k: nf.mi_lower_bound(q, k, temperature=0.5, estimator="dv") + nf.uniformity_gap(q),
 }
 
 

@@ -23,6 +23,7 @@ SETS = {
     nf.info_nce_limit: ("x", "y"),
     nf.alignment: ("x", "y"),
     nf.uniformity: ("x",),
+    nf.uniformity_gap: ("x",),
 }
 losses = pytest.mark.parametrize(("f", "names"), SETS.items(), ids=[f.__name__ for f in SETS])
 
@@ -127,7 +128,7 @@ def test_other_devices(f, names):
 @losses
 @pytest.mark.parametrize("reduction", ["", "Mean", "batchmean", None, 1, ["mean"]])
 def test_unknown_reduction(f, names, reduction):
-    if f in (nf.uniformity, nf.info_nce_limit):
+    if f in (nf.uniformity, nf.uniformity_gap, nf.info_nce_limit):
         pytest.skip("always a scalar")
     with refuses(ValueError, "reduction", "expected 'mean', 'sum' or 'none'"):
         call(f, names, reduction=reduction)
@@ -170,7 +171,7 @@ def test_beyond_float32(f, name):
 
 
 @scaled
-@pytest.mark.parametrize("value", ["0.5", 1j, [0.5], {}, object()])
+@pytest.mark.parametrize("value", ["0.5", 1j, [0.5], {}, object(), True])
 def test_not_a_number(f, name, value):
     with pytest.raises((TypeError, ValueError), match=rf"^{name}: expected a number"):
         f(X, Y, **{name: value})

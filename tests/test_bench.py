@@ -185,6 +185,21 @@ def test_table_names_every_peer(toy):
     assert note == "toy 20 x 3, broken: RuntimeError: no compiler"
 
 
+def test_flags_are_of_keops_where_it_was_measured(toy, monkeypatch):
+    monkeypatch.setenv("CXXFLAGS", "-O1")
+    result = bench.benchmark([toy], 1, 0.0, with_memory=False)
+    assert "KeOps" not in report.table(result)
+    keops = {"KeOps": toy.peers["numpy"], **toy.peers}
+    measured = bench.benchmark([Case(**{**vars(toy), "peers": keops})], 1, 0.0, with_memory=False)
+    assert "KeOps compiled with -O1" in report.table(measured).splitlines()
+    missing = bench.benchmark(
+        [Case(**{**vars(toy), "peers": {"KeOps": toy.peers["nobody"]}})], 1, 0.0, with_memory=False
+    )
+    assert "compiled with" not in report.table(missing)
+    bench.add_sweeps(result, [Case(**{**vars(toy), "peers": keops})], 1, 0.0)
+    assert "KeOps compiled with -O1" in report.table(result).splitlines()
+
+
 def test_only_ours(toy):
     """Nothing to compare with: still a line."""
     alone = Case(**{**vars(toy), "peers": {"nobody": toy.peers["nobody"]}})

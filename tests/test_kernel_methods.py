@@ -186,6 +186,7 @@ def test_ridge_memory_is_linear():
         ({"solver": "svd"}, "^solver: expected 'cg' or 'cholesky', got 'svd'"),
         ({"preconditioner": "none"}, "^preconditioner: expected one of nystrom, pivoted_cholesky, None"),
         ({"tol": 0}, "^tol: expected a positive number"),
+        ({"tol": np.inf}, "^tol: expected a positive number, got inf"),
         ({"rank": 0}, "^rank: expected at least 1"),
         ({"kernel": "none"}, "^kernel: expected one of gaussian"),
     ],

@@ -503,8 +503,8 @@ def test_bad_input(make):
         ("n_init", 0, ValueError, "expected 'auto' or at least 1"),
         ("n_init", "many", TypeError, "expected an integer"),
         ("max_iter", 0, ValueError, "expected at least 1"),
-        ("tol", -1.0, ValueError, "not negative"),
-        ("tol", np.nan, ValueError, "not negative"),
+        ("tol", -1.0, ValueError, "expected a non-negative number"),
+        ("tol", np.nan, ValueError, "expected a non-negative number"),
         ("random_state", "seed", ValueError, "expected an int, a RandomState or None"),
         ("random_state", -1, ValueError, "expected an int, a RandomState or None"),
     ):
@@ -530,7 +530,7 @@ def test_bad_batches():
         ("batch_size", 0, "expected at least 1"),
         ("init_size", 0, "expected at least 1"),
         ("max_no_improvement", -1, "expected None or at least 0"),
-        ("reassignment_ratio", -0.1, "not negative"),
+        ("reassignment_ratio", -0.1, "expected a non-negative number"),
     ):
         with pytest.raises(ValueError, match=f"^{name}: .*{message}"):
             nf.MiniBatchKMeans(2, **{name: value}).fit(x)

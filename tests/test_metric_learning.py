@@ -470,6 +470,7 @@ def test_bad_pairs(name, message, pairs, y):
         ("push: expected a number between 0 and 1, got 1", nf.LMNN(push=1)),
         ("n_neighbors: expected at least 1, got 0", nf.LMNN(n_neighbors=0)),
         ("gamma: expected a positive number, got 0", nf.ITML(gamma=0)),
+        ("gamma: expected a positive number, got inf", nf.ITML(gamma=np.inf)),
         ("n_constraints: expected at least 1, got 0", nf.ITML(n_constraints=0)),
         ("random_state: expected an int", nf.ITML(random_state="a")),
     ],

@@ -261,8 +261,8 @@ X, LABELS = points(6, 4), np.array([0, 0, 1, 1, 2, 2])
 
 BAD = {
     "mining": (dict(mining="easy"), ValueError, "mining: expected 'all', 'hard', 'semihard' or 'band', got 'easy'"),
-    "margin": (dict(margin=-0.1), ValueError, "margin: expected a number of at least 0, got -0.1"),
-    "infinite": (dict(margin=np.inf), ValueError, "margin: expected a number of at least 0"),
+    "margin": (dict(margin=-0.1), ValueError, "margin: expected a non-negative number, got -0.1"),
+    "infinite": (dict(margin=np.inf), ValueError, "margin: expected a non-negative number"),
     "labels": (dict(labels=LABELS[:4]), ValueError, r"labels: expected shape \(6,\) to match embeddings"),
     "floats": (dict(labels=LABELS / 2), TypeError, "labels: expected an integer dtype"),
     "list": (dict(embeddings=X.tolist()), TypeError, "embeddings: expected a NumPy"),

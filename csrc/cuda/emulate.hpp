@@ -77,6 +77,10 @@ template <class T>
 inline void atomic_min(T* place, T value) {
   if (value < *place) *place = value;
 }
+template <class T>
+inline void atomic_max(T* place, T value) {
+  if (value > *place) *place = value;
+}
 
 inline float half_to_float(uint16_t bits) {
   _Float16 value;
@@ -88,6 +92,11 @@ inline uint16_t float_to_half(float value) {
   uint16_t bits;
   std::memcpy(&bits, &half, sizeof(bits));
   return bits;
+}
+inline int opaque(int value) { return value; }
+template <class T>
+T at_most(T v, T most) {
+  return v <= most;
 }
 inline uint32_t bits_of(float value) {
   uint32_t bits;

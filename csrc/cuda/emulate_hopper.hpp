@@ -93,7 +93,6 @@ inline void store_matrices(uint32_t address, const uint32_t (&r)[4]) {
 }
 inline void copy_piece(void* to, uint32_t address) { emulation::copy_piece(to, address); }
 inline float2 load_pair(const float* at) { return {at[0], at[1]}; }
-inline int opaque(int value) { return value; }
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float reciprocal_fast(float x) { return 1 / x; }
 

@@ -143,12 +143,6 @@ NEARFAR_DEVICE void copy_piece(void* to, uint32_t address) {
       "r"(address)
       : "memory");
 }
-/// The same number, computed here: what depends on it does not leave the loop around, to wait in registers.
-NEARFAR_DEVICE int opaque(int value) {
-  asm volatile("" : "+r"(value));
-  return value;
-}
-
 /// 2^x, about 2 units in the last place; too small is zero.
 NEARFAR_DEVICE float exp2_fast(float x) {
   float y;

@@ -88,11 +88,14 @@ NEARFAR_DEVICE float exp_flush(float x) { return expf(x); }
 NEARFAR_DEVICE double exp_flush(double x) { return exp(x); }
 using std::exp;
 using std::expm1;
+using std::fma;
 using std::log;
 using std::log1p;
 using std::sqrt;
 NEARFAR_DEVICE float largest(float a, float b) { return fmaxf(a, b); }
 NEARFAR_DEVICE double largest(double a, double b) { return fmax(a, b); }
+NEARFAR_DEVICE float smallest(float a, float b) { return fminf(a, b); }
+NEARFAR_DEVICE double smallest(double a, double b) { return fmin(a, b); }
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }

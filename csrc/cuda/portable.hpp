@@ -62,6 +62,9 @@ NEARFAR_DEVICE void atomic_min(int32_t* place, int32_t value) { atomicMin(place,
 NEARFAR_DEVICE void atomic_min(float* place, float value) {
   atomicMin(reinterpret_cast<unsigned*>(place), __float_as_uint(value));
 }
+NEARFAR_DEVICE void atomic_max(float* place, float value) {
+  atomicMax(reinterpret_cast<unsigned*>(place), __float_as_uint(value));
+}
 NEARFAR_DEVICE void atomic_min(double* place, double value) {
   atomicMin(reinterpret_cast<unsigned long long*>(place), static_cast<unsigned long long>(__double_as_longlong(value)));
 }
@@ -79,6 +82,19 @@ NEARFAR_DEVICE float round_tf32(float value) {
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
   return __uint_as_float(bits);
 }
+/// The same number, computed here and known to nobody: what depends on it does not leave the loop around, to wait in
+/// registers, and what is added to it is not added before it is.
+NEARFAR_DEVICE int opaque(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+/// v <= most, as a number. The compiler would make two instructions of it.
+NEARFAR_DEVICE float at_most(float v, float most) {
+  float one;
+  asm("set.le.f32.f32 %0, %1, %2;" : "=f"(one) : "f"(v), "f"(most));
+  return one;
+}
+NEARFAR_DEVICE double at_most(double v, double most) { return v <= most; }
 NEARFAR_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 NEARFAR_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 

@@ -293,7 +293,7 @@ class PackedProgram {
       const ProgramScore& score = text.score[s];
       absolute_[s] = score.kind == ScoreKind::absolute;
       pairs_[s].emplace(c, columns_of(x, score), columns_of(y, score), false, program.square[s], products, false,
-                        !absolute_[s]);
+                        absolute_[s] ? PairUse::rows : PairUse::scores);
       mend_[s] = same && score.kind == ScoreKind::unit_dot;
     }
   }

@@ -163,7 +163,8 @@ template <class T, class E>
 struct Packed {
   E* data = nullptr;
   T* factor = nullptr;
-  T* squares = nullptr;  // squared norms of the packed rows, for distances
+  T* squares = nullptr;  // squared norms of the rows, for distances and ranks
+  T* lost = nullptr;     // of centred 16-bit rows, the norm of what they lose by it; behind all rows, the largest
   int64_t n = 0, d = 0, padded = 0, pitch = 0;
   bool blocked = false;  // as blocked.hpp says, 16-bit rows on Hopper
   SplitBlocked split{};  // the same rows in two pieces, where scores take them: float32 on Hopper
@@ -193,16 +194,16 @@ struct Pack {
     if (i > out.padded || (i == out.padded && out.blocked)) return;
     const bool inside = i < out.n;
     constexpr bool kExact = sizeof(E) == 2;
-    T multiply = inside && !kExact ? source.scale(i) : T(1);
+    T multiply = inside && !kExact ? source.scale(i) : T(1), factor = 1;
     if (kExact && out.factor) {
       const T inverse = inside ? source.scale(i) : T(0);
       T power = 1;
       if (source.inverse && inverse > 0 && inverse < infinity<T>())
         power = ldexp(T(1), ilogb(inverse) + 8);  // away from the subnormal numbers of float16
-      multiply = power;
-      if (cuda::lane_index() == 0 && i < out.padded) out.factor[i] = inverse / power;
+      multiply = power, factor = inverse / power;
+      if (cuda::lane_index() == 0 && i < out.padded) out.factor[i] = factor;
     }
-    double sum = 0;
+    double sum = 0, lost = 0;
     // 16-bit rows are packed as what they are.
     choose_way<T, std::conditional_t<kExact, E, void>>(source.wide(), source.rows.dtype, [&](auto how) {
       using Way = decltype(how);
@@ -215,6 +216,8 @@ struct Pack {
         for (int e = 0; e < Way::kWide; ++e) {
           own[e] = source.value(how, held, e) * multiply - shift[e];
           if (out.squares) sum += static_cast<double>(own[e]) * static_cast<double>(own[e]);
+          if constexpr (kExact)
+            if (out.lost) lost += lost_of(own[e]);
         }
         store_piece(out.at(i, k), own);
         if constexpr (std::is_same_v<E, float>)
@@ -223,7 +226,23 @@ struct Pack {
     });
     if (!out.squares || i >= out.padded) return;
     sum = cuda::warp_sum(sum);
-    if (cuda::lane_index() == 0) out.squares[i] = static_cast<T>(sum);
+    if (out.lost) lost = cuda::warp_sum(lost);
+    if (cuda::lane_index() != 0) return;
+    out.squares[i] = static_cast<T>(sum * static_cast<double>(factor) * static_cast<double>(factor));
+    if constexpr (kExact) {
+      if (!out.lost) return;
+      out.lost[i] = static_cast<T>(sqrt(lost));
+      if (lost > 0) cuda::atomic_max(out.lost + out.padded, out.lost[i]);
+    }
+  }
+  /// The square of what a number loses that is to be packed as E; it stays finite.
+  NEARFAR_DEVICE static double lost_of(T& own) {
+    constexpr T kMost = std::is_same_v<E, F16> ? T(65504) : T(3.3895314e38);
+    if (!(absolute(own) < infinity<T>())) return 0;
+    const T kept = static_cast<T>(widen(narrow<E>(smallest(largest(own, -kMost), kMost))));
+    const double lost = static_cast<double>(own) - static_cast<double>(kept);
+    own = kept;
+    return lost * lost;
   }
   /// What is not finite, or would be if it were rounded, is in the first piece alone.
   template <int N>
@@ -247,6 +266,14 @@ struct Pack {
   }
 };
 
+template <class T>
+struct Zero {
+  T* at;
+  NEARFAR_DEVICE void operator()() const {
+    if (cuda::thread_index() == 0) *at = 0;
+  }
+};
+
 template <class E, class T>
 Packed<T, E> pack(cuda::Context& c, const Source<T>& source, const T* center, bool squares, bool blocked = false,
                   bool split = false) {
@@ -259,6 +286,10 @@ Packed<T, E> pack(cuda::Context& c, const Source<T>& source, const T* center, bo
   out.data = c.take<E>((out.padded + 1) * out.pitch);
   if (sizeof(E) == 2 && (source.inverse || out.blocked)) out.factor = c.take<T>(out.padded);
   if (squares) out.squares = c.take<T>(out.padded);
+  if (sizeof(E) == 2 && center) {
+    out.lost = c.take<T>(out.padded + 1);
+    c.launch(1, Zero<T>{out.lost + out.padded});
+  }
   if (split) {
     out.split.across = ceil_div(out.d, out.split.kColumns);
     out.split.data = c.take<float>(out.padded * out.split.across * out.split.kColumns * out.split.kPieces);
@@ -269,12 +300,14 @@ Packed<T, E> pack(cuda::Context& c, const Source<T>& source, const T* center, bo
 
 /// About the mean of some evenly spaced rows, over finite entries, each coordinate rounded to half the binary order of
 /// its spread: subtracting it is then exact for most points, and points with integer coordinates keep integer ones, so
-/// ties stay ties. Any common point is a valid centre. A block takes 32 coordinates.
+/// ties stay ties. Any common point is a valid centre: coordinates nearer to zero than `far` times their spread may
+/// stay where they are. A block takes 32 coordinates.
 template <class T>
 struct Center {
   static constexpr int64_t kSamples = 256;
   Source<T> source;
   T* center;
+  double far;
 
   NEARFAR_DEVICE void operator()() const {
     NEARFAR_SHARED double sums[cuda::kWarps][cuda::kWarp], counts[cuda::kWarps][cuda::kWarp];
@@ -303,7 +336,9 @@ struct Center {
       }
     }
     if (warp != 0 || k >= source.rows.d) return;
-    if (spread > 0) {
+    if (fabs(mean) < far * spread) {
+      mean = 0;
+    } else if (spread > 0) {
       const double grid = ldexp(1.0, ilogb(spread) - 1);
       mean = nearbyint(mean / grid) * grid;
     }
@@ -312,9 +347,9 @@ struct Center {
 };
 
 template <class T>
-const T* center_of(cuda::Context& c, const Source<T>& source) {
+const T* center_of(cuda::Context& c, const Source<T>& source, double far = 0) {
   T* center = c.take<T>(source.rows.d);
-  c.launch(ceil_div(source.rows.d, cuda::kWarp), Center<T>{source, center});
+  c.launch(ceil_div(source.rows.d, cuda::kWarp), Center<T>{source, center, far});
   return center;
 }
 

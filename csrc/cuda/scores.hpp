@@ -54,6 +54,10 @@ struct Scores {
   NEARFAR_DEVICE T measure(int64_t i, int64_t j) const { return direct_distance(x, y, i, j); }
 };
 
+/// What packed rows are for, but for gradients: nothing else; `launch_scores`; or that to order the columns of a row,
+/// which takes norms also of dot products (nearest.hpp).
+enum class PairUse { rows, scores, ranks };
+
 /// Both point sets, packed. E is the type of packed rows; y packed may be x packed.
 template <class T, class E>
 struct Pairs {
@@ -62,18 +66,21 @@ struct Pairs {
 
   /// products: packed rows are also multiplied by weights, so distances must be centred in any case.
   /// blocked: the operation's epilogues store weights by `Weights::store` only, so that 16-bit rows may be blocked.
-  /// scored: launch_scores will be asked for scores.
   Pairs(cuda::Context& c, const Rows& x_rows, const Rows& y_rows, bool normalize, bool distance, bool products,
-        bool blocked = false, bool scored = true) {
+        bool blocked = false, PairUse use = PairUse::scores) {
     const bool same = same_rows(x_rows, y_rows);
     const Source<T> of_y = source_of<T>(c, y_rows, normalize);
     const Source<T> of_x = same ? of_y : source_of<T>(c, x_rows, normalize);
     const bool direct = distance && x_rows.d <= kDirectDims;
-    const T* center = distance && (products || !direct) ? center_of(c, of_y) : nullptr;
-    const bool split = std::is_same_v<E, float> && scored && !direct && splits_rows(c, x_rows.n, y_rows.n, x_rows.d);
-    const bool by_blocks = blocked && blocks_rows<E>(c);
-    y = pack<E>(c, of_y, center, distance, by_blocks, split);
-    x = same ? y : pack<E>(c, of_x, center, distance, by_blocks, split);
+    // 16-bit rows lose what they have no room for, far from zero next to nothing, and only ranks allow for it.
+    constexpr double kFar = sizeof(E) == 2 ? 4 : 0;
+    const bool centered = distance && (sizeof(E) == 2 ? use == PairUse::ranks && !normalize : products || !direct);
+    const T* center = centered ? center_of(c, of_y, kFar) : nullptr;
+    const bool split =
+        std::is_same_v<E, float> && use != PairUse::rows && !direct && splits_rows(c, x_rows.n, y_rows.n, x_rows.d);
+    const bool by_blocks = blocked && blocks_rows<E>(c), squares = distance || use == PairUse::ranks;
+    y = pack<E>(c, of_y, center, squares, by_blocks, split);
+    x = same ? y : pack<E>(c, of_x, center, squares, by_blocks, split);
     scores = {of_x, of_y, x.factor, y.factor, x.squares, y.squares, distance, direct, split ? kNearSplit : kNear<T>};
   }
   Block all() const { return {0, x.padded, 0, y.padded}; }

@@ -99,11 +99,13 @@ struct Fragment {
   NEARFAR_DEVICE void for_each(const typename P::T* of_rows, const typename P::T* of_columns, F f) const {
     using T = typename P::T;
     T x[P::kRows];
+    // One address each, and what the others add to it is a constant.
+    of_rows += cuda::opaque(P::row(0)), of_columns += cuda::opaque(P::col(0));
     NEARFAR_UNROLL
-    for (int a = 0; a < P::kRows; ++a) x[a] = of_rows[P::row(a)];
+    for (int a = 0; a < P::kRows; ++a) x[a] = of_rows[P::row(a) - P::row(0)];
     NEARFAR_UNROLL
     for (int b = 0; b < P::kCols; b += 2) {  // neighbours
-      const Two<T> y = *reinterpret_cast<const Two<T>*>(of_columns + P::col(b));
+      const Two<T> y = *reinterpret_cast<const Two<T>*>(of_columns + (P::col(b) - P::col(0)));
       NEARFAR_UNROLL
       for (int a = 0; a < P::kRows; ++a) {
         f(P::value(acc, a, b), x[a], y.first);

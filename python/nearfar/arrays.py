@@ -126,8 +126,8 @@ def number(value: Any, name: str) -> float:
     if is_torch(value) and value.requires_grad:
         raise TypeError(f"{name}: expected a number, got a tensor that requires a gradient, which it does not have")
     try:
-        if isinstance(value, (str, bytes)):
-            raise TypeError("float() would read the text")
+        if isinstance(value, (str, bytes, bool)):
+            raise TypeError("float() would read the text, and True as 1")
         return float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from error

@@ -88,6 +88,15 @@ def _is_scalar_loss(name: str, config: tuple[Any, ...]) -> bool:
     return OPERATIONS[name].loss and "none" not in config
 
 
+def _scale(grad: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad * g`` rounded once, to `dtype`, in one kernel.
+
+    Not differentiable, and no faster on the CPU: for the GPU, where nobody traces. One H100, 32768 x 512 to bfloat16:
+    103 us in two kernels, 80 in one.
+    """
+    return torch.mul(grad, g, out=torch.empty_like(grad, dtype=dtype))
+
+
 class _Backward(Function):
     """apply(name, number of tensors, upstream, *forward's output, *tensors, *config) -> gradients of the tensors."""
 
@@ -101,11 +110,15 @@ class _Backward(Function):
     @staticmethod
     def forward(name: str, count: int, g: Tensor, *args: Any) -> Any:
         operation, output, tensors, config = _Backward._parts(name, count, args)
+        # Rounded to the inputs' dtype only at last: a loss scaler's factor in g keeps float16 gradients from vanishing.
         if _is_scalar_loss(name, config):
-            grads = tuple(grad if is_absent(grad) else grad * g for grad in output[1:])
+            once = g.is_cuda and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed())
+            grads = tuple(
+                grad if is_absent(grad) else _scale(grad, g, t.dtype) if once and grad.is_cuda else grad * g
+                for grad, t in zip(output[1:], tensors, strict=False)
+            )
         else:
             grads = operation.grad(g, output[0], tensors, config)
-        # Rounded to the inputs' dtype only now: a loss scaler's factor in g keeps float16 gradients from vanishing.
         return tuple(v if is_absent(v) else v.to(t.dtype) for v, t in zip(grads, tensors, strict=False))
 
     @staticmethod

@@ -70,16 +70,24 @@ class Tail:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """A result as a function of a number: plain arithmetic; `slope` is its derivative, where it is not 1."""
+
+    value: Callable[[Any], Any]
+    slope: Callable[[Any], Any] | None = None
+
+
+@dataclass(frozen=True)
 class Call:
-    """``offset + operation(parts, config)``; with a tail, the tail of that."""
+    """``outcome(operation(parts, config))``; with a tail, the tail of that."""
 
     operation: str
     parts: tuple[Part, ...]
     config: tuple[Any, ...]
     scalar: bool = True  # the value is a number, so it has a gradient of its own
-    offset: float = 0.0
     extra: tuple[Any, ...] = field(default=())  # inputs without gradients, after the parts
     tail: Tail | None = None
+    outcome: Outcome | None = None
 
 
 def _launch(call: Call, gradients: bool) -> Any:
@@ -114,7 +122,7 @@ def run(call: Call) -> Array:
     else:
         value = _launch(call, False)[0]
         value = value[()] if value.ndim == 0 else value
-    return value + call.offset if call.offset else value
+    return value if call.outcome is None else call.outcome.value(value)
 
 
 def differentiable(plan: Callable[P, Call]) -> Callable[P, Any]:
@@ -194,7 +202,7 @@ def value_and_grad(f: Callable[..., Any], argnums: int | Sequence[int] = 0) -> C
 
 
 def _bound(f: Callable[..., Any], wanted: Sequence[int], args: Any, kwargs: Any) -> tuple[Any, list[str]]:
-    signature = inspect.signature(f)
+    signature = inspect.signature(getattr(f, "forward", f))  # of a module, whose own is that of any
     names = list(signature.parameters)
     for k in wanted:
         if not -len(names) <= k < len(names):
@@ -224,12 +232,22 @@ def _torch_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: An
 def _plan_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: Any, kwargs: Any) -> tuple[Any, Any]:
     plan = getattr(f, "__nearfar_plan__", None)
     if plan is None:
-        raise TypeError(f"f: expected a differentiable function of nearfar for NumPy arguments, got {f!r}")
+        name = getattr(f, "__name__", repr(f))
+        raise TypeError(
+            f"f: expected a differentiable function of nearfar for NumPy arguments, got {name}; other functions take "
+            "torch tensors"
+        )
     _, names = _bound(f, wanted, args, kwargs)
     call = plan(*args, **kwargs)
     if not call.scalar:
         raise ValueError("f: expected a scalar value (reduction 'mean' or 'sum')")
     value, *gradients = _launch(call, True)
+    value = value[()]
+    if call.outcome is not None:
+        if call.outcome.slope is not None:
+            slope = call.outcome.slope(value)
+            gradients = [None if gradient is None else gradient * slope for gradient in gradients]
+        value = call.outcome.value(value)
     found: dict[str, Any] = {}
     for part, gradient in zip(call.parts, gradients, strict=True):
         if gradient is None:
@@ -245,4 +263,4 @@ def _plan_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: Any
     for name in names:
         if name not in found:
             raise ValueError(f"argnums: {name} has no gradient in this call")
-    return (value[()] if value.ndim == 0 else value) + call.offset, [found[name] for name in names]
+    return value, [found[name] for name in names]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Array, cast, check_seed, integer, is_torch, number, of_kind, to_numpy
+from .arrays import Array, cast, check_seed, finite, integer, is_torch, of_kind, to_numpy
 from .estimator import Estimator, convergence_warning, floating, weights_of
 from .implicit import ImplicitGram
 from .kernels.named import resolve
@@ -189,11 +189,7 @@ class KernelRidge(_KernelEstimator):
         sample_weight : array (N,) or number, optional
             Of the squared errors; not negative. A point of weight 2 is that point twice, one of weight 0 is left out.
         """
-        alpha, tol = number(self.alpha, "alpha"), number(self.tol, "tol")
-        if not 0 < alpha < math.inf:
-            raise ValueError(f"alpha: expected a positive number, got {alpha}")
-        if not tol > 0:
-            raise ValueError(f"tol: expected a positive number, got {tol}")
+        alpha, tol = (finite(getattr(self, name), name, 0.0, strict=True) for name in ("alpha", "tol"))
         if self.solver not in ("cg", "cholesky"):
             raise ValueError(f"solver: expected 'cg' or 'cholesky', got {self.solver!r}")
         plain = self._gram(X)
@@ -444,7 +440,7 @@ class KernelPCA(_KernelEstimator):
         return values[::-1][:wanted], vectors[:, ::-1][:, :wanted]
 
     def _lanczos(self, gram: ImplicitGram, wanted: int) -> tuple[Numbers, Numbers]:
-        most, tol = integer(self.max_iter, "max_iter"), number(self.tol, "tol")
+        most, tol = integer(self.max_iter, "max_iter"), finite(self.tol, "tol", 0.0)
         columns = wanted + 8
         passes = min(most, gram.n // columns - 1)
         random = np.random.default_rng(check_seed(self.random_state, "random_state"))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import Array, cast, dtype_name, integer, is_torch, number, of_kind, to_numpy
+from .arrays import Array, cast, dtype_name, finite, integer, is_torch, of_kind, to_numpy
 from .distances import cdist
 from .estimator import Estimator, check_random_state, convergence_warning, floating, weights_of
 from .lloyd import Data, Fit, Numbers, lloyd, unit
@@ -101,10 +101,7 @@ class Clusterer(Estimator):
         return max_iter
 
     def _check_tol(self) -> float:
-        tol = number(self.tol, "tol")  # type: ignore[attr-defined]
-        if not 0 <= tol < math.inf:
-            raise ValueError(f"tol: expected a number that is not negative, got {tol}")
-        return tol
+        return finite(self.tol, "tol", 0.0)  # type: ignore[attr-defined]
 
     def fit_predict(self, X: Any, y: Any = None, sample_weight: Any = None) -> Array:
         """`fit`, then ``labels_``."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import integer, number, to_numpy
+from .arrays import finite, integer, to_numpy
 from .estimator import check_random_state
 from .kmeans import Clusterer
 from .lloyd import Data, Fit, Numbers, Pass
@@ -106,10 +106,7 @@ class MiniBatchKMeans(Clusterer):
             raise ValueError(f"batch_size: expected at least 1, got {batch}")
         if self.max_no_improvement is not None and integer(self.max_no_improvement, "max_no_improvement") < 0:
             raise ValueError(f"max_no_improvement: expected None or at least 0, got {self.max_no_improvement}")
-        if not 0 <= number(self.reassignment_ratio, "reassignment_ratio") < math.inf:
-            raise ValueError(
-                f"reassignment_ratio: expected a number that is not negative, got {self.reassignment_ratio}"
-            )
+        finite(self.reassignment_ratio, "reassignment_ratio", 0.0)
         batch = min(batch, n)
         size = max(3 * batch, 3 * k) if self.init_size is None else integer(self.init_size, "init_size")
         if size < 1:

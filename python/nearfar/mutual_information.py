@@ -11,16 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import Array, cast, check_matrix, check_points, check_shape, compute_dtype, is_torch
-from .gradients import NOTHING, Call, Part, run
-from .losses.softmax import info_nce_loss, scale_part
+from .arrays import Array, check_matrix, check_points, check_shape, is_torch
+from .gradients import NOTHING, Call, Outcome, Part, Tail, differentiable
+from .losses.log_sum_exp import constants, library, linear, numbers
+from .losses.softmax import scale_part
 
 _ESTIMATORS = ("infonce", "nwj", "dv")
 
 
+@differentiable
 def mi_lower_bound(
     query: Array, key: Array, *, temperature: Any, estimator: str = "infonce", normalize: bool = True
-) -> Any:
+) -> Call:
     """A lower bound on the mutual information of paired samples, in nats.
 
     With :math:`f_{ij} = \\langle q_i, k_j\\rangle / \\tau`,
@@ -44,8 +46,8 @@ def mi_lower_bound(
     Returns
     -------
     scalar
-        float32 for half precisions, else the inputs' dtype. For torch differentiable in query, key and temperature, so
-        it can be maximised.
+        float32 for half precisions, else the inputs' dtype. Differentiable in query, key and temperature, so it can be
+        maximised.
 
     Raises
     ------
@@ -85,26 +87,36 @@ def mi_lower_bound(
         raise ValueError(f"query: expected at least two rows, got {n}")
     if temperature is None:
         raise TypeError("temperature: expected a number, got NoneType")
-    if estimator == "infonce":
-        return math.log(n) - info_nce_loss(query, key, temperature=temperature, normalize=normalize)
-    # Without the positive in its own denominator a row's loss is log sum_{j != i} exp(f_ij) - f_ii.
+    parts = (Part(("query",), (query,)), Part(("key",), (key,)))
     scale = scale_part(temperature, None, 1.0, query)
-    parts = (Part(("query",), (query,)), Part(("key",), (key,)), NOTHING, NOTHING, scale)
-    loss = run(Call("softmax", parts, ("rows", "none", bool(normalize), False, 0), scalar=False, extra=(None,)))
-    positive = _positive_scores(query, key, normalize) * cast(scale.value(), compute_dtype(query))
-    log_mean = _log_sum_exp(loss + positive) - math.log(n * (n - 1))
-    if estimator == "dv":
-        return positive.mean() - log_mean
-    exp = log_mean - 1
-    return positive.mean() - (exp.exp() if is_torch(exp) else np.exp(exp))
+    if estimator == "infonce":
+        outcome = Outcome(lambda loss: math.log(n) - loss, lambda loss: -1.0)
+        config = ("rows", "mean", bool(normalize), True, 0)
+        return Call("softmax", (*parts, NOTHING, NOTHING, scale), config, extra=(None,), outcome=outcome)
+    # Each pair is a label of its own: a row's sums are over its positive alone, and over all other keys.
+    extra = (numbers(query, n), constants(query, linear(1.0, 0.0), linear(1.0, 0.0)))
+    tail = _bound(n, estimator == "nwj")
+    return Call("labelled_lse", (*parts, scale), (None, bool(normalize)), extra=extra, tail=tail)
 
 
-def _positive_scores(query: Array, key: Array, normalize: bool) -> Array:
-    """<q_i, k_i> in the dtype that computes."""
-    query, key = (cast(a, compute_dtype(a)) for a in (query, key))
-    if normalize:
-        query, key = unit_rows(query), unit_rows(key)
-    return (query * key).sum(-1)
+def _bound(n: int, exponential: bool) -> Tail:
+    """Donsker-Varadhan's bound, or (exponential) NWJ's, of the positives' scores and the rows' other log-sum-exps."""
+
+    def log_mean(others: Array) -> Any:
+        return _log_sum_exp(others) - math.log(n * (n - 1))
+
+    def value(rows: Array, scale: Any) -> Any:
+        positive, own = rows[:, 0].mean(), log_mean(rows[:, 1])
+        return positive - (library(rows).exp(own - 1) if exponential else own)
+
+    def slopes(rows: Array, scale: Any) -> tuple[Array, Any]:
+        others = rows[:, 1]
+        weight = np.exp(others - _log_sum_exp(others))
+        if exponential:
+            weight = weight * np.exp(log_mean(others) - 1)
+        return np.stack([np.full_like(weight, 1 / n), -weight], 1), 0.0
+
+    return Tail(value, slopes)
 
 
 def unit_rows(x: Array) -> Array:

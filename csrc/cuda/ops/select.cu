@@ -1,9 +1,9 @@
 // Select: for every row the k best columns. k-means assignment (k = 1) and k nearest neighbours.
 //
-// Of one neighbour every tile leaves the best of each of its rows. Of more, keys go to a strip; a warp scans a row of
-// it in ascending order and keeps the 32 best so far in its lanes; more than 32 are found 32 at a time. Ties go to the
-// lower index. The kept candidates are then measured again from the original rows and sorted by (value, index).
-#include "cuda/coordinate.hpp"
+// One neighbour is found as nearest.hpp says. Of more, keys go to a strip; a warp scans a row of it in ascending order
+// and keeps the 32 best so far in its lanes; more than 32 are found 32 at a time. Ties go to the lower index. The kept
+// candidates are then measured again from the original rows and sorted by (value, index).
+#include "cuda/nearest.hpp"
 #include "cuda/ops.hpp"
 
 namespace nearfar {
@@ -35,114 +35,19 @@ struct CoordinateKey {
   NEARFAR_DEVICE void apply(const Fragment<P>&, int64_t, int64_t, uint64_t) const {}
 };
 
-/// Keys of a block of pairs, and which pairs have one.
+/// Keys to a strip, +inf where a column is not to be chosen.
 template <class T, class Key>
-struct Keys : Key {
-  bool exclude_self;
-  int64_t n, m;
-  Block block;
-
-  NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
-  NEARFAR_DEVICE int64_t row(int64_t i) const { return block.row + i; }
-  NEARFAR_DEVICE int64_t column(int64_t j) const { return block.column + j; }
-  NEARFAR_DEVICE bool inside(int64_t i, int64_t j) const {
-    return row(i) < n && column(j) < m && !(exclude_self && row(i) == column(j));
-  }
-  /// Keys in the place of a tile's products, +inf where there is none.
-  template <class P>
-  NEARFAR_DEVICE void put(const Fragment<P>& f) const {
-    const int64_t i0 = row(f.i0), j0 = column(f.j0);
-    const bool crossed = exclude_self && i0 < j0 + P::kN && j0 < i0 + P::kM;
-    const uint64_t hidden =
-        f.without(!crossed && i0 + P::kM <= n && j0 + P::kN <= m, [&](int64_t i, int64_t j) { return inside(i, j); });
-    this->apply(f, i0, j0, hidden);
-    f.replace(hidden, infinity<T>());
-  }
-};
-
-/// All of them to a strip, +inf where a column is not to be chosen.
-template <class T, class Key>
-struct StoreKeys : Keys<T, Key> {
+struct StoreKeys : Key {
+  Candidates candidates;
   Weights<T> strip;
 
+  NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    this->put(f);
+    const uint64_t hidden = candidates.hidden(f);
+    Key::apply(f, candidates.row(f.i0), candidates.column(f.j0), hidden);
+    f.replace(hidden, infinity<T>());
     strip.store(f);
-  }
-};
-
-/// The least key and its column, of equal ones the lower. Neither infinity nor NaN is chosen.
-template <class T>
-struct Least {
-  T key;
-  int column;
-
-  NEARFAR_DEVICE static Least none() { return {infinity<T>(), -1}; }
-  NEARFAR_DEVICE void take(T other, int other_column) {
-    if (other < key || (other == key && other_column < column)) key = other, column = other_column;
-  }
-};
-
-/// That of every row of a tile.
-template <class T, class Key>
-struct LeastOfTile : Keys<T, Key> {
-  int64_t tiles_n;
-  Least<T>* of_rows;  // [row][tile_n]; columns of the block
-
-  template <class P>
-  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t tile_n, int64_t) const {
-    this->put(f);
-    Least<T> least[P::kRows];
-    NEARFAR_UNROLL
-    for (int a = 0; a < P::kRows; ++a) {
-      least[a] = Least<T>::none();
-      NEARFAR_UNROLL
-      for (int b = 0; b < P::kCols; ++b)  // in ascending order: of equal ones the first
-        if (f(a, b) < least[a].key) least[a] = {f(a, b), P::col(b)};
-    }
-    NEARFAR_SHARED Least<T> parts[P::kWarpsN][P::kM];
-    NEARFAR_UNROLL
-    for (int a = 0; a < P::kRows; ++a) {
-      NEARFAR_UNROLL
-      for (int mask = 1; mask < P::kRowLanes; mask *= 2)
-        least[a].take(cuda::shuffle_xor(least[a].key, mask), cuda::shuffle_xor(least[a].column, mask));
-      if (first_of_row<P>()) parts[P::warp_n()][P::row(a)] = least[a];
-    }
-    cuda::sync_block();
-    for (int i = cuda::thread_index(); i < P::kM; i += cuda::kThreads) {
-      Least<T> all = parts[0][i];
-      for (int warp = 1; warp < P::kWarpsN; ++warp) all.take(parts[warp][i].key, parts[warp][i].column);
-      if (all.column >= 0) all.column += static_cast<int>(f.j0);
-      of_rows[(f.i0 + i) * tiles_n + tile_n] = all;
-    }
-    cuda::sync_block();
-  }
-};
-
-/// The tiles of a row, and what was kept of the columns before them: a warp a row.
-template <class T>
-struct MergeLeast {
-  const Least<T>* of_rows;
-  int64_t tiles_n;
-  Block block;
-  int64_t n;
-  T* kept;
-  int64_t* index;
-
-  NEARFAR_DEVICE void operator()() const {
-    const int64_t local = cuda::global_warp(), i = block.row + local;
-    if (local >= block.rows || i >= n) return;
-    Least<T> least = Least<T>::none();
-    for (int64_t tile = cuda::lane_index(); tile < tiles_n; tile += cuda::kWarp) {
-      const Least<T> other = of_rows[local * tiles_n + tile];
-      least.take(other.key, other.column);
-    }
-    for (int mask = 1; mask < cuda::kWarp; mask *= 2)
-      least.take(cuda::shuffle_xor(least.key, mask), cuda::shuffle_xor(least.column, mask));
-    if (cuda::lane_index() != 0 || (block.column > 0 && !(least.key < kept[i]))) return;
-    kept[i] = least.key;
-    index[i] = least.column < 0 ? -1 : block.column + least.column;
   }
 };
 
@@ -206,24 +111,21 @@ struct KeepBest {
 /// Measured again from the rows as given, and sorted: a warp a row.
 template <class T>
 struct MeasureBest {
-  Source<T> x, y;
-  PairMap map;
-  double p;  // of minkowski
-  int64_t k;
+  Measure<T> measure;
+  int64_t n, k;
   T* value;
   int64_t* index;
   static constexpr int kResident = 5;
 
   NEARFAR_DEVICE void operator()() const {
     const int64_t i = cuda::global_warp();
-    if (i >= x.rows.n) return;
+    if (i >= n) return;
     T* values = value + i * k;
     int64_t* indices = index + i * k;
-    // Powers take longer than the memory, and too much code for more than one number at once.
-    choose_way<T>(map != PairMap::minkowski && x.wide_as(y), x.rows.dtype, [&](auto how) {
+    measure.with_row(i, [&](auto measured) {
       for (int64_t c = 0; c < k; ++c) {
         const int64_t j = indices[c];
-        const T own = j < 0 ? not_a_number<T>() : measure(how, i, j);
+        const T own = j < 0 ? not_a_number<T>() : measured(j);
         if (cuda::lane_index() == 0) values[c] = own;
       }
     });
@@ -238,40 +140,8 @@ struct MeasureBest {
       values[place] = own;
       indices[place] = j;
     }
-    for (int64_t c = 0; c < k; ++c) {
-      if (map == PairMap::euclidean) values[c] = sqrt(values[c]);
-      if (map == PairMap::dot) values[c] = -values[c];
-      if (map == PairMap::minkowski) values[c] = power(values[c], 1 / p);
-    }
+    for (int64_t c = 0; c < k; ++c) values[c] = measure.finish(values[c]);
   }
-  template <class Way>
-  NEARFAR_DEVICE T measure(Way how, int64_t i, int64_t j) const {
-    if (is_dot()) {
-      const double dot = warp_dot(how, x, i, y, j);
-      if (map == PairMap::dot) return static_cast<T>(-dot);
-      if (!(1 - dot <= static_cast<double>(kNear<T>))) return static_cast<T>(1 - dot);
-    }
-    double sum = 0;
-    for_both(how, x, i, y, j, [&](T u, T v) {
-      const double difference = fabs(static_cast<double>(u) - static_cast<double>(v));
-      if (map == PairMap::cityblock) {
-        sum += difference;
-      } else if (map == PairMap::chebyshev) {
-        sum = largest(sum, difference);
-      } else if (Way::kWide == 1 && map == PairMap::minkowski) {
-        sum += power(difference, p);
-      } else {
-        sum += difference * difference;
-      }
-    });
-    if (map == PairMap::chebyshev) {
-      for (int mask = cuda::kWarp / 2; mask > 0; mask /= 2) sum = largest(sum, cuda::shuffle_xor(sum, mask));
-      return static_cast<T>(sum);
-    }
-    sum = cuda::warp_sum(sum);
-    return static_cast<T>(is_dot() ? sum / 2 : sum);
-  }
-  NEARFAR_DEVICE bool is_dot() const { return map == PairMap::dot || map == PairMap::one_minus_dot; }
 };
 
 /// By scores of packed rows E.
@@ -282,6 +152,7 @@ struct SearchScores {
   using Packed = E;
   using Points = Pairs<T, E>;
   ScoreKey<T> key(const Points& pairs) const { return {pairs.scores, map}; }
+  Rank<T> rank(cuda::Context& c, const Points& pairs) const { return rank_of(c, pairs, map == PairMap::one_minus_dot); }
   Plan plan(const cuda::Context& c, const Points& pairs, const Block& b) const {
     return plan_scores(c, "keys", pairs, b);
   }
@@ -299,6 +170,7 @@ struct SearchCoordinates {
   using Packed = T;
   using Points = Pairs<T, T>;
   CoordinateKey<T> key(const Points&) const { return {}; }
+  CoordinateRank<T> rank(cuda::Context&, const Points&) const { return {}; }
   Plan plan(const cuda::Context&, const Points&, const Block&) const { return {"keys", "simt", 64, 1}; }
   template <class Epilogue>
   void launch(cuda::Context& c, const Plan&, const Points& pairs, const Block& b, const Epilogue& epilogue) const {
@@ -308,33 +180,40 @@ struct SearchCoordinates {
 
 template <class T, class By>
 void search(cuda::Context& c, const SelectParams<T>& p, const By& by) {
-  const typename By::Points pairs(c, p.x, p.y, p.normalize, By::kScored && is_distance(p.map), false, false,
-                                  By::kScored);
-  const auto key = by.key(pairs);
-  using Key = std::remove_const_t<decltype(key)>;
-  const auto keys_of = [&](const Block& b) { return Keys<T, Key>{key, p.exclude_self, p.x.n, p.y.n, b}; };
-  T* kept = c.take<T>(p.x.n * p.k);
-  if (p.k == 1) {
+  const bool one = p.k == 1;
+  const typename By::Points pairs(c, p.x, p.y, p.normalize, By::kScored && is_distance(p.map), false, one,
+                                  !By::kScored ? PairUse::rows
+                                  : one        ? PairUse::ranks
+                                               : PairUse::scores);
+  const Measure<T> measure{pairs.scores.x, pairs.scores.y, p.map, p.power};
+  const auto candidates = [&](const Block& b) { return Candidates{p.exclude_self, p.x.n, p.y.n, b}; };
+  if (one) {
+    const auto ranks = by.rank(c, pairs);
+    using Ranks = std::remove_const_t<decltype(ranks)>;
     constexpr int64_t kNumbers = sizeof(Least<T>) / sizeof(T);
     const StripShape shape = tile_blocks(c, pairs, kNumbers);
     Least<T>* of_rows = c.take<Least<T>>(shape.rows * tiles_of(shape));
     for_tile_blocks(c, pairs, kNumbers, [&](const Block& b) {
       const Plan plan = by.plan(c, pairs, b);
       const int64_t tiles_n = ceil_div(b.columns, plan.tile);
-      by.launch(c, plan, pairs, b, LeastOfTile<T, Key>{keys_of(b), tiles_n, of_rows});
-      c.launch_warps(b.rows, MergeLeast<T>{of_rows, tiles_n, b, p.x.n, kept, p.index});
+      by.launch(c, plan, pairs, b, LeastOfTile<T, Ranks>{candidates(b), ranks, tiles_n, of_rows});
+      c.launch_warps(b.rows,
+                     Settle<T, Ranks>{candidates(b), ranks, of_rows, tiles_n, plan.tile, measure, p.value, p.index});
     });
-  } else {
-    // More than 32 are found round by round, from whole rows.
-    Strip<T, typename By::Packed> strip(c, pairs, p.k > cuda::kWarp, true, nullptr, nullptr);
-    strip.for_blocks([&](const Weights<T>& weights) {
-      const Block& b = weights.block;
-      by.launch(c, by.plan(c, pairs, b), pairs, b, StoreKeys<T, Key>{keys_of(b), weights});
-      for (int64_t first = 0; first < p.k; first += cuda::kWarp)
-        c.launch_warps(b.rows, KeepBest<T>{weights, p.x.n, p.k, first, b.column > 0, kept, p.index});
-    });
+    return;
   }
-  c.launch_warps(p.x.n, MeasureBest<T>{pairs.scores.x, pairs.scores.y, p.map, p.power, p.k, p.value, p.index});
+  const auto key = by.key(pairs);
+  using Key = std::remove_const_t<decltype(key)>;
+  // More than 32 are found round by round, from whole rows.
+  Strip<T, typename By::Packed> strip(c, pairs, p.k > cuda::kWarp, true, nullptr, nullptr);
+  T* kept = c.take<T>(p.x.n * p.k);
+  strip.for_blocks([&](const Weights<T>& weights) {
+    const Block& b = weights.block;
+    by.launch(c, by.plan(c, pairs, b), pairs, b, StoreKeys<T, Key>{key, candidates(b), weights});
+    for (int64_t first = 0; first < p.k; first += cuda::kWarp)
+      c.launch_warps(b.rows, KeepBest<T>{weights, p.x.n, p.k, first, b.column > 0, kept, p.index});
+  });
+  c.launch_warps(p.x.n, MeasureBest<T>{measure, p.x.n, p.k, p.value, p.index});
 }
 
 }  // namespace
@@ -346,8 +225,9 @@ void select(Context& c, const SelectParams<T>& p) {
   if (by_coordinate(p.map))
     return with_coordinate_map(p.map, p.power,
                                [&](auto map) { search(c, p, SearchCoordinates<T, decltype(map.score)>{map.score}); });
-  with_element<T>(p.x.dtype, is_distance(p.map),
-                  [&](auto element) { search(c, p, SearchScores<T, decltype(element)>{p.map}); });
+  // The bound on ranks says what a missing centre costs.
+  const bool centered = is_distance(p.map) && (p.k > 1 || p.x.d <= kDirectDims || p.x.dtype != p.y.dtype);
+  with_element<T>(p.x.dtype, centered, [&](auto element) { search(c, p, SearchScores<T, decltype(element)>{p.map}); });
 }
 
 }  // namespace cuda

@@ -120,7 +120,7 @@ struct StoredPair {
 
 template <class T>
 void store_coordinates(cuda::Context& c, const StoreParams<T>& p) {
-  const Pairs<T, T> pairs(c, p.x, p.y, false, false, false, false, false);
+  const Pairs<T, T> pairs(c, p.x, p.y, false, false, false, false, PairUse::rows);
   with_coordinate_map(p.map, p.power, [&](auto map) {
     launch_coordinates(c, map.score, pairs, pairs.all(),
                        StoreCoordinates<T, decltype(map)>{{p.condensed, p.x.n, p.y.n, p.out}, map});
@@ -129,7 +129,7 @@ void store_coordinates(cuda::Context& c, const StoreParams<T>& p) {
 
 template <class T>
 void store_coordinates_grad(cuda::Context& c, const StoreGradParams<T>& p) {
-  const Pairs<T, T> pairs(c, p.x, p.y, false, false, false, false, false);
+  const Pairs<T, T> pairs(c, p.x, p.y, false, false, false, false, PairUse::rows);
   const int64_t n = p.x.n, m = p.y.n;
   with_coordinate_map(p.map, p.power, [&](auto map) {
     StoredPair<T> of{m, p.condensed, false, p.out, p.grad};
@@ -160,7 +160,7 @@ void store_grad(Context& c, const StoreGradParams<T>& p) {
   if (by_coordinate(p.map)) return store_coordinates_grad(c, p);
   const bool distance = is_distance(p.map);
   with_element<T>(p.x.dtype, distance, [&](auto element) {
-    const Pairs<T, decltype(element)> pairs(c, p.x, p.y, p.normalize, distance, true, false, false);
+    const Pairs<T, decltype(element)> pairs(c, p.x, p.y, p.normalize, distance, true, false, PairUse::rows);
     Strip<T, decltype(element)> strip(c, pairs, false, true, p.dx, p.dy);
     strip.for_blocks([&](const Weights<T>& weights) {
       const Block& b = weights.block;

@@ -32,7 +32,7 @@ def table(report: dict[str, Any]) -> str:
         f"FMA peak {_digits(rates['fma_gflops'])} GFLOP/s; fresh pages written at {write['huge']:.2f} GB/s (huge), "
         f"{write['plain']:.2f} GB/s (plain)",
     ]
-    if flags := report["machine"].get("cxxflags"):
+    if (flags := report["machine"].get("cxxflags")) and _timed(report, "KeOps"):
         head.append(f"KeOps compiled with {flags}")
     head += _warnings(report)
     lines: list[tuple[str, ...]] = [_HEADER]
@@ -58,6 +58,13 @@ def _warnings(report: dict[str, Any]) -> list[str]:
     if others <= _QUIET:
         return quick
     return [*quick, f"NOT QUIET: others kept {others:.1f} processors busy during {worst}; do not quote these figures"]
+
+
+def _timed(report: dict[str, Any], name: str) -> bool:
+    """Whether the peer was measured, in a case or in a sweep."""
+    peers = [(peer["name"], peer["status"]) for result in report["results"] for peer in result["peers"]]
+    lines = [point["lines"] for swept in report.get("sweeps", []) for point in swept["points"]]
+    return (name, "ok") in peers or any(name in own and own[name]["status"] == "ok" for own in lines)
 
 
 def _title(report: dict[str, Any]) -> str:

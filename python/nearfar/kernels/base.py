@@ -163,12 +163,9 @@ class Kernel:
         def block(x: Array, columns: Array, v: Array) -> Array:
             return self(x, columns) @ v
 
-        if is_torch(x):
-            from torch.utils.checkpoint import checkpoint
-
-            # Always: hyper-parameters may require a gradient where the points do not.
-            return by_rows(lambda own: checkpoint(block, own, columns, v, use_reentrant=False), x, rows)
-        return by_rows(lambda own: block(own, columns, v), x, rows)
+        # Always: hyper-parameters may require a gradient where the points do not.
+        evaluate = _recomputed(block) if is_torch(x) else block
+        return by_rows(lambda own: evaluate(own, columns, v), x, rows)
 
     def operator(self, x: Array) -> Any:
         """``k(x, x)`` as a `scipy.sparse.linalg.LinearOperator` of NumPy vectors: for `cg`, `eigsh`, `lobpcg`.
@@ -260,9 +257,16 @@ def checkpointed(function: Callable[..., Any], *arrays: Array) -> Callable[..., 
     if not is_torch(arrays[0]):
         return function
     import torch
+
+    recorded = torch.is_grad_enabled() and any(array.requires_grad for array in arrays)
+    return _recomputed(function) if recorded else function
+
+
+def _recomputed(function: Callable[..., Any]) -> Callable[..., Any]:
+    import torch
     from torch.utils.checkpoint import checkpoint
 
-    if not torch.is_grad_enabled() or not any(array.requires_grad for array in arrays):
+    if torch._C._are_functorch_transforms_active():  # which have no hooks on what is saved: there it is stored
         return function
     return lambda *points: checkpoint(function, *points, use_reentrant=False)
 

@@ -96,11 +96,16 @@ def _differentiated() -> Any:
     import torch
 
     class Differentiated(torch.autograd.Function):
+        generate_vmap_rule = True
+
         @staticmethod
-        def forward(ctx: Any, scores: Any, value: Any, derivative: Any) -> Any:
-            ctx.save_for_backward(scores)
-            ctx.derivative = derivative
+        def forward(scores: Any, value: Any, derivative: Any) -> Any:
             return value(scores)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            scores, _, ctx.derivative = inputs
+            ctx.save_for_backward(scores)
 
         @staticmethod
         def backward(ctx: Any, *grad: Any) -> Any:

@@ -101,6 +101,8 @@ def gram(x: Array, y: Array | None = None, kernel: Any = "gaussian", **params: A
            [ 9., 25.]])
     """
     if not isinstance(kernel, str):
+        if isinstance(kernel, type):
+            raise TypeError(f"kernel: expected a name or a kernel object, got the class {kernel.__name__}")
         if not callable(kernel):
             raise TypeError(f"kernel: expected a name or a kernel object, got {type(kernel).__name__}")
         if params:

@@ -210,8 +210,11 @@ def _discrepancies(kernel: Kernel, z: Array, groups: NDArray[np.bool_], unbiased
 
 
 def _like(values: NDArray[Any], z: Array, dtype: str | None = None) -> Array:
-    """NumPy values as an array of the kind of z, in the dtype that computes."""
-    return of_kind(np.asarray(values, dtype or compute_dtype(z)), z)
+    """New NumPy values as an array of the kind of z, in the dtype that computes."""
+    values = np.asarray(values, dtype or compute_dtype(z))
+    if is_torch(z):  # without a copy, whose memory order the compiler does not trace
+        return sys.modules["torch"].as_tensor(values, device=z.device)
+    return of_kind(values, z)
 
 
 def _scalar(value: Array, x: Array) -> Array:
@@ -247,7 +250,8 @@ def hsic(x: Array, y: Array, kernel_x: Any = "gaussian", kernel_y: Any = "gaussi
     Returns
     -------
     0-d array
-        Differentiable for tensors, where the kernels are: tiles are computed again in the backward pass, not stored.
+        Differentiable for tensors, where the kernels are: tiles are computed again in the backward pass, not stored
+        (under ``torch.func`` they are: O(N^2) memory).
 
     Raises
     ------

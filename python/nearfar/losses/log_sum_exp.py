@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, check_matrix, check_points, check_shape, finite, is_torch, kind_of
+from ..arrays import Array, check_matrix, check_points, check_shape, concatenate, finite, is_torch, kind_of, namespace
 from ..gradients import NOTHING, Call, Part, Tail, differentiable, shows
 from .softmax import check_labels, check_reduction, scale_part
 
 # ---- arithmetic of both kinds ----------------------------------------------------------------------------------------
 
 
-def _library(array: Array) -> Any:
+def library(array: Array) -> Any:
     return sys.modules["torch"] if is_torch(array) else np
 
 
@@ -38,12 +38,19 @@ def _sigmoid(x: Any) -> Any:
     return np.where(x < 0, e, 1) / (1 + e)
 
 
-def _constants(like: Array, *values: Any) -> Array:
+def constants(like: Array, *values: Any) -> Array:
     """In memory of the CPU, whose numbers the launch of a kernel carries: a GPU would have to be waited for."""
     if is_torch(like):
         torch = sys.modules["torch"]
         return torch.tensor(values, dtype=torch.float64)
     return np.array(values, np.float64)
+
+
+def numbers(like: Array, n: int) -> Array:
+    """0 to n - 1 beside the points."""
+    if is_torch(like):
+        return sys.modules["torch"].arange(n, device=like.device)
+    return namespace(like).arange(n)
 
 
 def _reduced(loss: Array, reduction: str, count: Any) -> Array:
@@ -52,7 +59,7 @@ def _reduced(loss: Array, reduction: str, count: Any) -> Array:
     return loss.sum() if reduction == "sum" else loss.sum() / count
 
 
-def _linear(slope: float, shift: float) -> tuple[float, float, float, float]:
+def linear(slope: float, shift: float) -> tuple[float, float, float, float]:
     """slope (s - shift) in the constants of a map: sign, q, r, shift."""
     return math.copysign(1.0, slope), 0.0, abs(slope), shift
 
@@ -138,14 +145,13 @@ def hcl_loss(
         raise ValueError(f"tau_plus: expected a number below 1, got {tau_plus}")
     scale = scale_part(temperature, logit_scale, 0.5, z1)
     n = z1.shape[0]
-    lib = _library(z1)
-    items = lib.arange(n, device=z1.device) if is_torch(z1) else lib.arange(n)
+    items = numbers(z1, n)
     return Call(
         "labelled_lse",
         (Part(("z1", "z2"), (z1, z2)), NOTHING, scale),
         (beta / (1 + beta), normalize),
         scalar=reduction != "none",
-        extra=(lib.concatenate((items, items)), _constants(z1, _linear(1, 0), _linear(1 + beta, 0))),
+        extra=(concatenate((items, items)), constants(z1, linear(1, 0), linear(1 + beta, 0))),
         tail=_hcl_tail(2 * n - 2, tau_plus, reduction),
     )
 
@@ -156,7 +162,7 @@ def _hcl_tail(negatives: int, tau_plus: float, reduction: str) -> Tail:
 
     def ratios(rows: Array, scale: Any) -> tuple[Array, Array, Array]:
         """log G_i / e^{positive}; where it is the estimate, not the bound; and log tau_plus M e^{positive} / R_i."""
-        lib = _library(rows)
+        lib = library(rows)
         positive, log_r = rows[:, 0], rows[:, 1] - rows[:, 2]
         false = log_tau - (log_r - positive)
         some = ~(false >= 0)  # so that NaN goes on
@@ -258,7 +264,7 @@ def multi_similarity_loss(
     def slopes(rows: Array, scale: Any) -> tuple[Array, Any]:
         return _sigmoid(rows) / (alpha, beta) / (max(len(rows), 1) if reduction == "mean" else 1), 0.0
 
-    maps = _constants(embeddings, _linear(-alpha, base), _linear(beta, base))
+    maps = constants(embeddings, linear(-alpha, base), linear(beta, base))
     return _one_set(embeddings, labels, maps, normalize, reduction, Tail(value, slopes))
 
 
@@ -354,7 +360,7 @@ def circle_loss(
     def value(rows: Array, scale: Any) -> Array:
         paired = rows[:, 0] != -math.inf
         # Without a positive 0, whatever the negatives are.
-        both = _library(rows).where(paired, rows[:, 0] + rows[:, 1], -math.inf)
+        both = library(rows).where(paired, rows[:, 0] + rows[:, 1], -math.inf)
         return _reduced(_softplus(both), reduction, paired.sum().clip(1))
 
     def slopes(rows: Array, scale: Any) -> tuple[Array, Any]:
@@ -363,7 +369,7 @@ def circle_loss(
         weight = weight / (paired.sum().clip(1) if reduction == "mean" else 1)
         return np.stack([weight, weight], 1), 0.0
 
-    maps = _constants(embeddings, (-1.0, -gamma, gamma * (1 + m), 1 - m), (1.0, gamma, gamma * m, m))
+    maps = constants(embeddings, (-1.0, -gamma, gamma * (1 + m), 1 - m), (1.0, gamma, gamma * m, m))
     return _one_set(embeddings, labels, maps, normalize, reduction, Tail(value, slopes))
 
 
@@ -447,7 +453,7 @@ def proxy_anchor_loss(
     def slopes(rows: Array, scale: Any) -> tuple[Array, Any]:
         return _sigmoid(rows) / shares(rows), 0.0
 
-    maps = _constants(embeddings, _linear(-alpha, margin), _linear(alpha, -margin))
+    maps = constants(embeddings, linear(-alpha, margin), linear(alpha, -margin))
     return Call(
         "labelled_lse",
         (

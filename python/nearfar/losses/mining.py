@@ -9,8 +9,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import operations, triplets
-from ..arrays import Array, check_matrix, check_points, check_seed, codes_of, integer, is_torch, of_kind, to_numpy
-from .ranking import check_margin
+from ..arrays import (
+    Array,
+    check_matrix,
+    check_points,
+    check_seed,
+    codes_of,
+    finite,
+    integer,
+    is_torch,
+    of_kind,
+    to_numpy,
+)
 from .softmax import check_labels
 
 _BLOCK = 256  # anchors whose distances are at hand together
@@ -101,7 +111,7 @@ def mine_triplets(
     check_labels(labels, embeddings.shape[0], embeddings, "labels", "embeddings")
     if mining not in _MINING:
         raise ValueError(f"mining: expected 'all', 'hard', 'semihard' or 'band', got {mining!r}")
-    margin = check_margin(margin)
+    margin = finite(margin, "margin", 0.0)
     if max_triplets is not None and (max_triplets := integer(max_triplets, "max_triplets")) < 0:
         raise ValueError(f"max_triplets: expected at least 0, got {max_triplets}")
     seed = check_seed(seed)

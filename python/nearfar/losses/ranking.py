@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-from ..arrays import Array, check_matrix, check_points, check_shape, dtype_name, is_concrete, kind_of, number
+from ..arrays import Array, check_matrix, check_points, check_shape, dtype_name, finite, is_concrete, kind_of, number
 from ..gradients import Call, Part, differentiable
 from .softmax import check_labels, check_reduction
 
 _MINING = ("hard", "all", "semihard")
-
-
-def check_margin(margin: Any) -> float:
-    """A finite number, at least 0."""
-    value = number(margin, "margin")
-    if not 0 <= value < math.inf:
-        raise ValueError(f"margin: expected a number of at least 0, got {value}")
-    return value
 
 
 def _check_same(same: Array, n: int, like: Array) -> Array:
@@ -90,7 +79,7 @@ def contrastive_loss(
     check_shape(x2, "x2", tuple(x1.shape), "x1")
     check_reduction(reduction)
     same = _check_same(same, x1.shape[0], x1)
-    config = (check_margin(margin), reduction, bool(normalize))
+    config = (finite(margin, "margin", 0.0), reduction, bool(normalize))
     parts = (Part(("x1",), (x1,)), Part(("x2",), (x2,)))
     return Call("contrastive", parts, config, scalar=reduction != "none", extra=(same,))
 
@@ -155,13 +144,10 @@ def triplet_margin_loss(
     check_shape(positive, "positive", tuple(anchor.shape), "anchor")
     check_shape(negative, "negative", tuple(anchor.shape), "anchor")
     check_reduction(reduction)
-    margin, p, eps = number(margin, "margin"), number(p, "p"), number(eps, "eps")
-    if not 0 < margin < math.inf:
-        raise ValueError(f"margin: expected a positive number, got {margin}")
+    margin, eps = finite(margin, "margin", 0.0, strict=True), finite(eps, "eps", 0.0)
+    p = number(p, "p")
     if not p > 0:
         raise ValueError(f"p: expected a positive number or inf, got {p}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps: expected a number of at least 0, got {eps}")
     config = (margin, p, bool(swap), eps, reduction, bool(normalize))
     parts = tuple(
         Part((name,), (array,)) for name, array in (("anchor", anchor), ("positive", positive), ("negative", negative))
@@ -250,6 +236,6 @@ def batch_triplet_loss(
     check_reduction(reduction)
     if mining not in _MINING:
         raise ValueError(f"mining: expected 'hard', 'all' or 'semihard', got {mining!r}")
-    config = (mining, check_margin(margin), bool(squared), bool(soft), reduction, bool(normalize))
+    config = (mining, finite(margin, "margin", 0.0), bool(squared), bool(soft), reduction, bool(normalize))
     parts = (Part(("embeddings",), (embeddings,)),)
     return Call("batch_triplet", parts, config, scalar=reduction != "none", extra=(labels,))

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..arrays import Array, check_matrix, check_points, check_shape, dtype_name, finite, is_torch, kind_of
-from ..gradients import NOTHING, Call, Part, differentiable, shows
+from ..gradients import NOTHING, Call, Outcome, Part, differentiable, shows
 
 _REDUCTIONS = ("mean", "sum", "none")
 
@@ -428,4 +428,5 @@ def info_nce_limit(x: Array, y: Array, temperature: Any) -> Call:
         raise TypeError("temperature: expected a number, got NoneType")
     scale = scale_part(temperature, None, 1.0, x)
     parts = (Part(("x",), (x,)), Part(("x",), (x,)), Part(("y",), (y,)), NOTHING, scale)
-    return Call("softmax", parts, ("rows", "mean", True, False, 0), offset=-math.log(x.shape[0]), extra=(None,))
+    outcome = Outcome(lambda loss: loss - math.log(x.shape[0]))
+    return Call("softmax", parts, ("rows", "mean", True, False, 0), extra=(None,), outcome=outcome)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from numbers import Real
+from typing import Any
 
 import numpy as np
 
 from ..arrays import Array, check_matrix, check_points, check_shape, finite, is_torch
-from ..gradients import Call, Part, differentiable
+from ..gradients import Call, Outcome, Part, differentiable
 from .softmax import check_reduction
 
 
@@ -89,6 +91,10 @@ def uniformity(x: Array, *, t: float = 2, normalize: bool = True) -> Call:
     >>> float(round(nf.uniformity(np.array([[1.0, 0.0], [-1.0, 0.0]])), 6))
     -8.0
     """
+    return _uniformity(x, t, normalize)
+
+
+def _uniformity(x: Array, t: float, normalize: bool) -> Call:
     check_points(x=x)
     check_matrix(x, "x")
     if x.shape[0] < 2:
@@ -143,7 +149,8 @@ def uniformity_of_sphere(dim: int, t: float = 2) -> float:
             return -2 * t + log_sum
 
 
-def uniformity_gap(x: Array, *, t: float = 2) -> Array:
+@differentiable
+def uniformity_gap(x: Array, *, t: float = 2) -> Call:
     """How far points are from uniform on the sphere: the squared MMD to the uniform law.
 
     .. math:: e^{\\text{uniformity}(x)} - e^{\\text{optimum}}
@@ -162,7 +169,7 @@ def uniformity_gap(x: Array, *, t: float = 2) -> Array:
     -------
     scalar
         1 less the optimum where all points coincide; unbiased, so around 0 on either side for points that are uniform.
-        For torch differentiable as `uniformity` is.
+        Differentiable as `uniformity` is.
 
     Raises
     ------
@@ -181,6 +188,11 @@ def uniformity_gap(x: Array, *, t: float = 2) -> Array:
     >>> float(abs(nf.uniformity_gap(circle)).round(2)), float(nf.uniformity_gap(np.ones((9, 2))).round(4))
     (0.0, 0.793)
     """
-    excess = uniformity(x, t=t) - uniformity_of_sphere(x.shape[1], t)
-    grown = excess.expm1() if is_torch(excess) else np.expm1(excess)
-    return grown * math.exp(uniformity_of_sphere(x.shape[1], t))
+    call = _uniformity(x, t, True)
+    least = uniformity_of_sphere(x.shape[1], t)
+
+    def gap(spread: Any) -> Any:
+        excess = spread - least
+        return (excess.expm1() if is_torch(excess) else np.expm1(excess)) * math.exp(least)
+
+    return replace(call, outcome=Outcome(gap, np.exp))

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays import integer
+from ..arrays import finite, integer
 from ..estimator import check_random_state, convergence_warning
 from .base import MetricLearner, Numbers, minimise
 
@@ -84,8 +84,7 @@ class ITML(MetricLearner):
         self.verbose = verbose
 
     def _fit(self, X: Any, y: Any) -> None:
-        if not self.gamma > 0:
-            raise ValueError(f"gamma: expected a positive number, got {self.gamma}")
+        gamma = finite(self.gamma, "gamma", 0.0, strict=True)
         if getattr(X, "ndim", 2) == 3:
             differences, similar = self._paired(X, y)
         else:
@@ -103,7 +102,7 @@ class ITML(MetricLearner):
         low, high = np.percentile(square, (5, 95))
         self.bounds_ = (float(low), float(high))
         self.components_, self.n_iter_, remaining = solve(
-            differences, similar, np.where(similar, low, high), self.gamma, self.max_iter, self.verbose
+            differences, similar, np.where(similar, low, high), gamma, self.max_iter, self.verbose
         )
         if remaining > self.tol:
             text = f"ITML: the gradient is {remaining:.1e}, not {self.tol:.1e}; raise max_iter"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..ranking import batch_triplet_loss, check_margin, contrastive_loss, triplet_margin_loss
+from ...arrays import finite
+from ..ranking import batch_triplet_loss, contrastive_loss, triplet_margin_loss
 from ..softmax import check_reduction
 
 
@@ -12,7 +13,7 @@ class _MarginLoss(nn.Module):
     def __init__(self, margin: float, reduction: str, normalize: bool) -> None:
         super().__init__()
         check_reduction(reduction)
-        self.margin = check_margin(margin)
+        self.margin = finite(margin, "margin", 0.0)
         self.reduction = reduction
         self.normalize = normalize
 

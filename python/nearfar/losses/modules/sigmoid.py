@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...arrays import number
+from ...arrays import finite
 from ..sigmoid import siglip_loss
 from .temperature import TemperatureLoss
 
@@ -50,11 +50,9 @@ class SigLipLoss(TemperatureLoss):
         reduction: str = "mean",
         normalize: bool = True,
     ) -> None:
-        logit_scale = number(logit_scale, "logit_scale")
-        if not logit_scale > 0:
-            raise ValueError(f"logit_scale: expected a positive number, got {logit_scale}")
+        logit_scale = finite(logit_scale, "logit_scale", 0.0, strict=True)
         super().__init__(1 / logit_scale, learnable_temperature, reduction, normalize)
-        bias = number(logit_bias, "logit_bias")
+        bias = finite(logit_bias, "logit_bias")
         self.logit_bias = nn.Parameter(torch.tensor(bias)) if learnable_temperature else bias
 
     def forward(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ...arrays import number
+from ...arrays import finite
 from ..softmax import check_reduction
 
 
@@ -18,9 +18,7 @@ class TemperatureLoss(nn.Module):
 
     def __init__(self, temperature: float, learnable_temperature: bool, reduction: str, normalize: bool) -> None:
         super().__init__()
-        temperature = number(temperature, "temperature")
-        if not (temperature > 0 and math.isfinite(temperature)):
-            raise ValueError(f"temperature: expected a positive number, got {temperature}")
+        temperature = finite(temperature, "temperature", 0.0, strict=True)
         check_reduction(reduction)
         self.temperature = temperature
         self.reduction = reduction
