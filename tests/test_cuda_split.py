@@ -1,4 +1,5 @@
-"""float32 scores on Hopper's tensor cores, three products of tf32, against float64. The path is taken where it is worth
+"""float32 rows on Hopper's tensor cores against float64: scores by three products of tf32, and the products of weights
+that a gradient is made of, by three of float16. The path is taken where it is worth
 it; here always. In emulation, which then is one of sm_90, tensor cores read the first 19 bits of a number, no more, and
 cut sums off. Where this runs on, and why it shows what it shows: test_cuda.py.
 """
@@ -170,6 +171,105 @@ def test_tight_clusters_far_apart():
     np.testing.assert_allclose(distances.cpu(), exact.min(1), rtol=1e-5)
 
 
+# ---- products of weights ---------------------------------------------------------------------------------------------
+
+
+def linear_gradients(weights, x, y):
+    """W Y and W^T X, and both in float64."""
+    leaves = [tensor(z, "float32").requires_grad_() for z in (x, y)]
+    w = tensor(weights, "float32")
+    got = torch.autograd.grad((nf.cdist(*leaves, "dot") * w).sum(), leaves)
+    wide = g.numpy_of(w).astype(float)
+    return got, [wide @ g.numpy_of(leaves[1]).astype(float), wide.T @ g.numpy_of(leaves[0]).astype(float)]
+
+
+def errors(*case):
+    """Of both gradients' norms."""
+    return [
+        np.linalg.norm(g.numpy_of(got).astype(float) - expected) / np.linalg.norm(expected)
+        for got, expected in zip(*linear_gradients(*case), strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("n", "m"), [*SIZES, (131, 257), (61, 601)])
+@pytest.mark.parametrize("d", [1, 17, 64, 66, 127, 128, 131, 260])
+def test_products_of_weights(n, m, d):
+    assert max(errors(g.points(n, m, seed=2), g.points(n, d), g.points(m, d, seed=1))) <= 3e-7
+
+
+def wide_range(n, m, sigma, seed):
+    return g.points(n, m, seed=seed) * np.exp(sigma * np.random.default_rng(seed).standard_normal((n, m)))
+
+
+@pytest.mark.parametrize("case", ["weights", "rows", "coordinates", "tiny", "large"])
+def test_numbers_of_many_sizes(case):
+    """A power of two for every row, and for every 64 weights of a line: nothing is too faint for float16."""
+    n, m, d = 140, 300, 40
+    weights, x, y = g.points(n, m, seed=2), g.points(n, d), g.points(m, d, seed=1)
+    if case == "weights":
+        weights = wide_range(n, m, 8, 3)
+    elif case == "rows":
+        x, y = (z * np.exp(8 * np.random.default_rng(4).standard_normal((len(z), 1))) for z in (x, y))
+    elif case == "coordinates":
+        x, y = wide_range(n, d, 4, 3), wide_range(m, d, 4, 5)
+    elif case == "tiny":
+        weights, x, y = weights * 1e-20, x * 1e-12, y * 1e-12
+    else:
+        weights, x, y = weights * 1e15, x * 1e20, y * 1e20
+    assert max(errors(weights, x, y)) <= 3e-7
+
+
+def test_long_sums_are_not_cut_off(monkeypatch):
+    """Numbers of one sign, where cutting off a long sum takes off most."""
+    case = np.random.default_rng(0).random((8, 3000)) + 0.5, g.points(8, 20), np.abs(g.points(3000, 20, seed=1))
+    found = errors(*case)
+    monkeypatch.setenv("NEARFAR_CUDA_SPLIT", "0")
+    plain = errors(*case)
+    assert all(one <= max(other, 2e-7) for one, other in zip(found, plain, strict=True))
+    assert found != plain
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_weights_and_rows_that_are_not_finite(bad):
+    x, y = (z.requires_grad_() for z in sets(140, 130, 40))
+    weights = tensor(g.points(140, 130, seed=2), "float32")
+    plain = torch.autograd.grad((nf.cdist(x, y, "dot") * weights).sum(), (x, y))
+    weights[3, 5] = bad
+    grads = torch.autograd.grad((nf.cdist(x, y, "dot") * weights).sum(), (x, y))
+    for grad, before, row in zip(grads, plain, (3, 5), strict=True):
+        others = torch.arange(len(grad), device=DEVICE) != row
+        assert not grad[row].isfinite().any()
+        assert references.same_bits(grad[others].cpu(), before[others].cpu())
+    weights[3, 5] = 1
+    with torch.no_grad():
+        y[7, 2] = bad
+    grad, _ = torch.autograd.grad((nf.cdist(x, y, "dot") * weights).sum(), (x, y))
+    assert not grad[:, 2].isfinite().any()
+    others = torch.arange(40, device=DEVICE) != 2
+    assert grad[:, others].isfinite().all()
+
+
+def test_integer_products_are_exact():
+    n, m, d = 130, 257, 70
+    got, expected = linear_gradients(
+        *(references.integers(*shape, seed=sum(shape)) for shape in ((n, m), (n, d), (m, d)))
+    )
+    for one, other in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(one.cpu(), other)
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean", "cosine"])
+@pytest.mark.parametrize(("n", "m", "d"), [(131, 257, 17), (300, 67, 66), (5, 129, 101)])
+def test_gradients_of_distances(metric, n, m, d, small_strips):
+    x, y = (z.requires_grad_() for z in sets(n, m, d))
+    upstream = tensor(g.points(n, m, seed=2), "float32")
+    grads = torch.autograd.grad((nf.cdist(x, y, metric) * upstream).sum(), (x, y))
+    wide = [z.detach().cpu().double().requires_grad_() for z in (x, y)]
+    expected = (references.torch_distances(*wide, metric) * upstream.cpu().double()).sum()
+    for got, other in zip(grads, torch.autograd.grad(expected, wide), strict=True):
+        g.assert_gradient(got, other, 1e-5)
+
+
 # ---- gradients, kernels, losses ----------------------------------------------------------------------------------
 
 
@@ -195,6 +295,15 @@ def test_gaussian_matmul(n, m):
 def test_losses(n, m, d):
     query, key = (tensor(z, "float32") for z in g.pairs(max(n, m), d))
     test_cuda.check(nf.info_nce_loss, ["query", "positive_key"], "float32", query=query, positive_key=key)
+
+
+@pytest.mark.parametrize(("n", "d"), [(67, 19), (131, 66), (257, 131)])
+def test_losses_of_two_views(n, d):
+    x, y = (tensor(z, "float32") for z in g.pairs(n, d))
+    test_cuda.check(nf.clip_loss, ["image_features", "text_features"], "float32", image_features=x, text_features=y)
+    test_cuda.check(nf.nt_xent_loss, ["z1", "z2"], "float32", z1=x, z2=y)
+    test_cuda.check(nf.siglip_loss, ["image_features", "text_features"], "float32", image_features=x, text_features=y)
+    test_cuda.check(nf.uniformity, ["x"], "float32", x=x)
 
 
 def test_a_strip_at_a_time(small_strips):

@@ -51,6 +51,7 @@ struct Multiply {
   int columns, given;
   bool transpose_a, transpose_b, fresh;
   float* c[kGroup];
+  const uint32_t* in_registers[kGroup];  // of a; null: as its descriptor says
 };
 struct Warpgroup {
   static constexpr int kMost = 64;
@@ -238,6 +239,15 @@ void read_operand(uint64_t descriptor, Operand type, bool transpose, int lines, 
     }
 }
 
+/// The same of float16 in registers ("Register Fragments"): out[row][k] of 64 x 16.
+void read_registers(const uint32_t* const (&words)[kGroup], double* out) {
+  for (int t = 0; t < kGroup; ++t)
+    for (int half = 0; half < 8; ++half) {
+      const int word = half / 2, row = t / 32 * 16 + t % 32 / 4 + word % 2 * 8, k = t % 4 * 2 + word / 2 * 8 + half % 2;
+      out[row * 16 + k] = static_cast<double>(half_to_float(static_cast<uint16_t>(words[t][word] >> half % 2 * 16)));
+    }
+}
+
 /// Sums are cut off, not rounded, as tensor cores do.
 float truncated(double value) {
   const float nearest = static_cast<float>(value);
@@ -249,7 +259,11 @@ float truncated(double value) {
 void multiply(const Multiply& m) {
   constexpr int kRows = 64, kMostColumns = 256, kMostDepth = 16;
   static double a[kRows * kMostDepth], b[kMostColumns * kMostDepth];
-  read_operand(m.a, m.type, m.transpose_a, kRows, a);
+  if (m.in_registers[0]) {
+    read_registers(m.in_registers, a);
+  } else {
+    read_operand(m.a, m.type, m.transpose_a, kRows, a);
+  }
   read_operand(m.b, m.type, m.transpose_b, m.columns, b);
   const int depth = 32 / size_of(m.type);
   for (int t = 0; t < kGroup; ++t)
@@ -262,6 +276,24 @@ void multiply(const Multiply& m) {
 }
 
 Warpgroup& own_group() { return machine->groups[machine->current / kGroup]; }
+
+/// A thread's part of a product, which begins when all of the warpgroup have given theirs.
+void give(const Multiply& product, float* c, const uint32_t* in_registers) {
+  sync_warp();
+  Warpgroup& group = own_group();
+  const int own = machine->current % kGroup;
+  const uint64_t at = group.given[own]++;
+  expect(at - group.done < Warpgroup::kMost, "too many products in flight");
+  Multiply& m = group.queue[at % Warpgroup::kMost];
+  if (m.given == 0) m = product;
+  expect(m.a == product.a && m.b == product.b && m.type == product.type && m.columns == product.columns,
+         "threads of a warpgroup that give different products");
+  m.c[own] = c;
+  m.in_registers[own] = in_registers;
+  if (++m.given < kGroup) return;
+  ++group.ready;
+  ++machine->progress;
+}
 
 }  // namespace
 
@@ -332,19 +364,10 @@ void bulk_stored() { finish(machine->stores, nullptr); }
 
 void wgmma(float* c, int columns, uint64_t a, uint64_t b, Operand type, bool transpose_a, bool transpose_b,
            bool fresh) {
-  sync_warp();
-  Warpgroup& group = own_group();
-  const int own = machine->current % kGroup;
-  const uint64_t at = group.given[own]++;
-  expect(at - group.done < Warpgroup::kMost, "too many products in flight");
-  Multiply& m = group.queue[at % Warpgroup::kMost];
-  if (m.given == 0) m = {a, b, type, columns, 0, transpose_a, transpose_b, fresh, {}};
-  expect(m.a == a && m.b == b && m.type == type && m.columns == columns,
-         "threads of a warpgroup that give different products");
-  m.c[own] = c;
-  if (++m.given < kGroup) return;
-  ++group.ready;
-  ++machine->progress;
+  give({a, b, type, columns, 0, transpose_a, transpose_b, fresh, {}, {}}, c, nullptr);
+}
+void wgmma_registers(float* c, int columns, const uint32_t* a, uint64_t b, bool fresh) {
+  give({0, b, Operand::f16, columns, 0, false, true, fresh, {}, {}}, c, a);
 }
 
 void wgmma_wait(int left) {

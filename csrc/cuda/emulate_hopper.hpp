@@ -29,6 +29,8 @@ void wgmma_begin();
 enum class Operand { bf16, f16, tf32 };
 /// c += a b as descriptors say, b of so many columns. fresh: c = a b.
 void wgmma(float* c, int columns, uint64_t a, uint64_t b, Operand type, bool transpose_a, bool transpose_b, bool fresh);
+/// The same of float16, a in registers; lines of b lie along the sum.
+void wgmma_registers(float* c, int columns, const uint32_t* a, uint64_t b, bool fresh);
 void wgmma_commit();
 void wgmma_wait(int left);
 void store_word(uint32_t address, uint32_t bits);
@@ -76,6 +78,9 @@ inline void wgmma(float (&c)[16][4], float (&)[16][4], uint64_t a, uint64_t b) {
 }
 inline void wgmma_tf32(float (&c)[16][4], uint64_t a, uint64_t b, bool fresh) {
   emulation::wgmma(&c[0][0], 128, a, b, emulation::Operand::tf32, false, false, fresh);
+}
+inline void wgmma_registers(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b, bool fresh) {
+  emulation::wgmma_registers(&c[0][0], 128, a, b, fresh);
 }
 
 template <class E>

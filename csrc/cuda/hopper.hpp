@@ -222,6 +222,23 @@ NEARFAR_DEVICE void wgmma(float (&c)[16][4], float (&beside)[16][4], uint64_t a,
   __trap();
 #endif
 }
+/// The same of float16, a in registers, of every 16 rows a warp's as `mma` takes them (mma.hpp), which must stay until
+/// the wait; lines of b lie along the sum. fresh: c = a b.
+NEARFAR_DEVICE void wgmma_registers(float (&c)[16][4], const uint32_t (&a)[4], uint64_t b, bool fresh) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile(
+      "{\n"
+      ".reg .pred adds;\n"
+      "setp.eq.b32 adds, %69, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" NEARFAR_SUMS_TEXT
+      "}, {%64, %65, %66, %67}, %68, adds, 1, 1, 1;\n"
+      "}"
+      : NEARFAR_SUMS(c)
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(fresh)));
+#else
+  __trap();
+#endif
+}
 /// The same of tf32, a of 64 x 8 and b of 8 x 128; only sums along lines. fresh: c = a b.
 NEARFAR_DEVICE void wgmma_tf32(float (&c)[16][4], uint64_t a, uint64_t b, bool fresh) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

@@ -6,6 +6,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <initializer_list>
 
 #include "cuda/mma.hpp"
 #include "cuda/simt.hpp"
@@ -33,8 +34,9 @@ bool on_tensor_cores(bool exact) {
   return sizeof(E) == 2 || (sizeof(E) == 4 && !exact);
 }
 
-/// Do scores of float32 rows come from Hopper's tensor cores, by three products of tf32 (wgmma.hpp)? They keep float32
-/// accuracy, and are worth it where their tiles fill the device.
+/// Do scores of float32 rows come from Hopper's tensor cores, by three products of tf32 (wgmma.hpp), and products of
+/// weights with them, by three of float16 (wgmma_weights.hpp)? They keep float32 accuracy, and are worth it where tiles
+/// fill the device.
 inline bool splits_rows(const cuda::Context& c, int64_t n, int64_t m, int64_t d) {
   if (!c.hopper() || !c.exact || d == 0) return false;
   const char* wanted = std::getenv("NEARFAR_CUDA_SPLIT");
@@ -93,20 +95,18 @@ Plan plan(const cuda::Context& c, const char* operation, int64_t rows, int64_t c
   return plan;
 }
 
-/// Of blocked weights and rows of `columns` numbers: the tile (wgmma_wide.hpp) and the parts of the depth that take the
-/// least time.
+struct TileTime {
+  int rows, columns;
+  int64_t time;  // of a step of 64 of the depth
+};
+/// The tile and the parts of the depth that take the least time.
 template <class E>
-Plan plan_blocked_product(const cuda::Context& c, const char* operation, int64_t rows, int64_t columns, int64_t depth,
-                          bool split) {
-  struct Tile {
-    int rows, columns;
-    int64_t time;  // of a step of 64 of the depth
-  };
+Plan plan_tiles(const cuda::Context& c, Plan plan, int64_t rows, int64_t columns, int64_t depth, bool split,
+                std::initializer_list<TileTime> tiles_to_try) {
   // An epilogue, and merging what it has left, takes as long as so many steps.
   constexpr int64_t kEpilogue = 12;
-  Plan plan{operation, "wgmma", 0, 1, 0};
   int64_t least = INT64_MAX;
-  for (const Tile& tile : {Tile{128, 256, 10}, Tile{256, 128, 11}}) {
+  for (const TileTime& tile : tiles_to_try) {
     const int64_t tiles = ceil_div(rows, tile.rows) * ceil_div(columns, tile.columns);
     for (int64_t splits = 1; splits == 1 || (split && splits <= kMostSplits && splits * kLeastDepth <= depth);
          ++splits) {
@@ -117,6 +117,17 @@ Plan plan_blocked_product(const cuda::Context& c, const char* operation, int64_t
   }
   print_plan<E>(c, plan, rows, columns, depth);
   return plan;
+}
+/// Of blocked weights and rows of `columns` numbers (wgmma_wide.hpp).
+template <class E>
+Plan plan_blocked_product(const cuda::Context& c, const char* operation, int64_t rows, int64_t columns, int64_t depth,
+                          bool split) {
+  return plan_tiles<E>(c, {operation, "wgmma", 0, 1, 0}, rows, columns, depth, split, {{128, 256, 10}, {256, 128, 11}});
+}
+/// Of float32 weights and rows in two pieces (wgmma_weights.hpp).
+inline Plan plan_split_product(const cuda::Context& c, const char* operation, int64_t rows, int64_t columns,
+                               int64_t depth) {
+  return plan_tiles<float>(c, {operation, "wgmma, 3 x float16", 0, 1, 0}, rows, columns, depth, true, {{128, 128, 1}});
 }
 
 /// f(policy of a product of two packed sets): both operands exact.

@@ -96,6 +96,7 @@ NEARFAR_DEVICE float at_most(float v, float most) {
 }
 NEARFAR_DEVICE double at_most(double v, double most) { return v <= most; }
 NEARFAR_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
+NEARFAR_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
 
 struct KindBF16 {};
 struct KindF16 {};

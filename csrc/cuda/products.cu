@@ -42,6 +42,14 @@ void multiply_blocked_transposed(cuda::Context& c, const Plan& plan, const Block
   launch_blocked_product(c, plan, BlockedOperand<false, E>{w}, BlockedOperand<false, E>{rows}, b.columns, b.rows, add);
 }
 
+template <class W, class Epilogue>
+void multiply_split(cuda::Context& c, const Plan& plan, const W& w, const SplitRows& rows, int64_t lines, int64_t depth,
+                    int64_t d, const Epilogue& epilogue) {
+  using P = WgmmaWeights<!W::kContiguous>;
+  const int64_t tiles = lines / P::kM;
+  launch_wide<P>(c, w, rows, tiles, tiles, ceil_div(d, P::kN), depth / P::kDepth, plan.splits, epilogue);
+}
+
 #define NEARFAR_PRODUCTS(T, E)                                                                                       \
   template void multiply_parts<T, E>(cuda::Context&, const Plan&, const Operand<T, true>&, const Operand<E, false>&, \
                                      const Block&, int64_t, T*);                                                     \
@@ -58,6 +66,15 @@ NEARFAR_PRODUCTS(float, F16)
 NEARFAR_PRODUCTS(double, double)
 NEARFAR_BLOCKED_PRODUCTS(BF16)
 NEARFAR_BLOCKED_PRODUCTS(F16)
+#define NEARFAR_SPLIT_PRODUCTS(W, EPILOGUE)                                                                            \
+  template void multiply_split<W, EPILOGUE>(cuda::Context&, const Plan&, const W&, const SplitRows&, int64_t, int64_t, \
+                                            int64_t, const EPILOGUE&);
+using Across = Operand<float, true>;
+using Down = Operand<float, false>;
+NEARFAR_SPLIT_PRODUCTS(Across, StoreParts<float>)
+NEARFAR_SPLIT_PRODUCTS(Across, AddRows<float>)
+NEARFAR_SPLIT_PRODUCTS(Down, StoreParts<float>)
+NEARFAR_SPLIT_PRODUCTS(Down, AddRows<float>)
 
 }  // namespace device
 }  // namespace nearfar

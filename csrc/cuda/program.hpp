@@ -301,6 +301,8 @@ class PackedProgram {
   PackedProgram& operator=(const PackedProgram&) = delete;
 
   const Pairs<T, T>& operator[](int s) const { return *pairs_[s]; }
+  /// Has score s products of its own, by coordinates?
+  bool absolute(int s) const { return absolute_[s]; }
 
   template <class Put>
   void put(int s, const Weights<T>& out, bool outside, const Put& put) const {
@@ -377,7 +379,9 @@ void program_gradient(cuda::Context& c, const Program& text, const double* param
     const Pairs<T, T>& pairs = packed[s];
     if (points) parts[s].dx = room(dx, x, pairs.x.d);
     if (dy) parts[s].dy = room(dy, y, pairs.y.d);
-    parts[s].strip.emplace(c, pairs, false, true, parts[s].dx, parts[s].dy);
+    const bool multiplies = !packed.absolute(s);
+    parts[s].strip.emplace(c, pairs, false, true, multiplies ? parts[s].dx : nullptr,
+                           multiplies ? parts[s].dy : nullptr);
   }
   const StripShape shape = parts[0].strip->shape;
   Weights<T> aside{nullptr, nullptr, shape.columns, {}};

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "cuda/weights.hpp"
+#include "cuda/wgmma_weights.hpp"
 
 namespace nearfar {
 inline namespace device {
@@ -179,7 +180,9 @@ struct AddRows {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    if constexpr (is_wide<P>) return put_rows<true>(f, out, rows, d, [&](int64_t i) { return reciprocal(factor, i); });
+    // Of distances, what is not the product is added apart: MergeParts, without parts.
+    if constexpr (is_wide<P>)
+      return put_rows<true>(f, out, rows, d, [&](int64_t i) { return sums ? T(-1) : reciprocal(factor, i); });
     f.for_each([&](int64_t i, int64_t k, T value) {
       if (i < rows && k < d)
         out[i * d + k] += sums ? sums[i] * own[i * pitch + k] - value : value * reciprocal(factor, i);
@@ -203,6 +206,11 @@ void multiply_blocked(cuda::Context& c, const Plan& plan, const Blocked& w, cons
 template <class E>
 void multiply_blocked_transposed(cuda::Context& c, const Plan& plan, const Blocked& w, const Blocked& rows,
                                  const Block& b, int64_t d, const AddRows<float>& add);
+
+/// The same of float32 weights, either way about, and rows in two pieces.
+template <class W, class Epilogue>
+void multiply_split(cuda::Context& c, const Plan& plan, const W& w, const SplitRows& rows, int64_t lines, int64_t depth,
+                    int64_t d, const Epilogue& epilogue);
 
 /// What the caller gets back from a strip: rows and columns of its blocks, by the shape alone.
 struct StripShape {
@@ -260,6 +268,11 @@ class Strip {
     weights_.near = pairs.scores.distance && dx ? c.take<uint32_t>(size / 32) : nullptr;
     weights_.pitch = shape.columns;
     if (!dx) return;
+    if constexpr (std::is_same_v<E, float>)
+      if (!pairs.scores.direct && splits_rows(c, pairs.x.n, pairs.y.n, pairs.x.d)) {
+        split();
+        return;
+      }
     if (blocked && whole_rows && dy) {
       weighed_rows_ = {c.take<uint16_t>(shape.rows * pairs.x.pitch), pairs.x.pitch / Blocked::kColumns};
       if (std::is_same_v<E, F16>) largest_row_ = c.take<double>(1), weighed_divisor_ = c.take<T>(shape.columns);
@@ -323,6 +336,8 @@ class Strip {
       c_.launch_warps(b.rows, NearRows<T>{weights, pairs_.scores.x, pairs_.scores.y, dx_, row_sums_});
       if (dy_) c_.launch_threads(b.columns, ColumnSums<T>{weights, column_sums_});
     }
+    if constexpr (std::is_same_v<E, float>)
+      if (of_y_.factor) return split_products(weights);
     {
       const Operand<T, true> w{weights.w, weights.pitch, factor(pairs_.y, b.column)};
       const Operand<E, false> rows{pairs_.y.data + b.column * pairs_.y.pitch, pairs_.y.pitch};
@@ -344,6 +359,47 @@ class Strip {
   StripShape shape;
 
  private:
+  void split() {
+    const int64_t d = pairs_.x.d;
+    const auto pieces = [&](const Packed<T, E>& rows) { return split_rows(c_, rows.data, rows.padded, rows.pitch); };
+    plan_ = plan_split_product(c_, kProduct, shape.rows, d, shape.columns);
+    row_sums_ = c_.take<T>(shape.rows);
+    of_y_ = pieces(pairs_.y);
+    int64_t parts = plan_.splits * shape.rows;
+    if (dy_) {
+      down_ = plan_split_product(c_, kTransposedProduct, shape.columns, d, shape.rows);
+      column_sums_ = c_.take<T>(shape.columns);
+      of_x_ = pairs_.x.data == pairs_.y.data ? of_y_ : pieces(pairs_.x);
+      parts = std::max(parts, down_.splits * shape.columns);
+    }
+    parts_ = c_.take<T>(parts * d);
+  }
+  void split_products(const Weights<T>& weights) {
+    const Block& b = weights.block;
+    const int64_t rows = std::min(b.rows, pairs_.x.n - b.row), columns = std::min(b.columns, pairs_.y.n - b.column);
+    add_split_product(plan_, Operand<T, true>{weights.w, weights.pitch}, of_y_.from(b.column / kPadRows), b.rows,
+                      b.columns, rows, row_sums_, own(pairs_.x, b.row), dx_ + b.row * pairs_.x.d);
+    if (!dy_) return;
+    add_split_product(down_, Operand<T, false>{weights.w, weights.pitch}, of_x_.from(b.row / kPadRows), b.columns,
+                      b.rows, columns, column_sums_, own(pairs_.y, b.column), dy_ + b.column * pairs_.y.d);
+  }
+  /// Of `lines` lines, of which `valid` are in the set; `sums` of their weights, for distances, with their own rows.
+  template <class W>
+  void add_split_product(Plan plan, const W& w, const SplitRows& rows, int64_t lines, int64_t depth, int64_t valid,
+                         const T* sums, const T* own, T* out) {
+    const int64_t d = pairs_.x.d, pitch = pairs_.x.pitch;
+    if (!pairs_.scores.distance) sums = nullptr;
+    plan.splits = std::min(plan.splits, depth / Blocked::kColumns);
+    const bool merges = plan.splits > 1;
+    if (merges) {
+      multiply_split(c_, plan, w, rows, lines, depth, d, StoreParts<T>{parts_, lines, d});
+    } else {
+      multiply_split(c_, plan, w, rows, lines, depth, d, AddRows<T>{out, valid, d, sums, own, pitch});
+    }
+    if (merges || sums)
+      MergeParts<T>::launch(c_, {parts_, merges ? plan.splits : 0, lines, valid, d, sums, own, pitch, out});
+  }
+
   void blocked_products(const Weights<T>& weights, const T* of_rows) {
     const Block& b = weights.block;
     const int64_t d = pairs_.x.d;
@@ -394,7 +450,8 @@ class Strip {
   const T* y_divisor_ = nullptr;  // of blocked rows: what the product for row j of y is divided by
   T* weighed_divisor_ = nullptr;  // the same for rows of x times a number each, of a strip's columns
   double* largest_row_ = nullptr;
-  Plan plan_{};
+  SplitRows of_x_, of_y_;  // float32 on Hopper
+  Plan plan_{}, down_{};
   T *parts_ = nullptr, *row_sums_ = nullptr, *column_sums_ = nullptr;
 };
 

@@ -27,6 +27,8 @@ struct WgmmaTile {
   using T = float;
   static constexpr int kM = 128, kN = 128, kDepth = 64;
   static constexpr int kRows = 2, kCols = 32, kRowLanes = 4, kWarpsM = 8, kWarpsN = 1;
+  static constexpr int kApart = 1;     // rows from one lane's to the next's
+  static constexpr int kSpeakers = 2;  // threads that give a stage back
   struct Accumulators {
     float v[16][4];
   };

@@ -9,6 +9,51 @@
 namespace nearfar {
 inline namespace device {
 
+/// The stages of a block, as a warpgroup goes through them. SPEAKERS threads give one back.
+template <int STAGES, int BYTES, int SPEAKERS>
+struct Ring : RingPlace<STAGES> {
+  char* memory;
+  uint64_t *full, *empty, *turn;
+  int turns = 0;
+
+  NEARFAR_DEVICE char* at() const { return memory + this->stage * BYTES; }
+  NEARFAR_DEVICE const char* wait_full() const {
+    cuda::barrier_wait(full + this->stage, this->parity);
+    return at();
+  }
+  NEARFAR_DEVICE void wait_empty() const { cuda::barrier_wait(empty + this->stage, this->parity ^ 1); }
+  NEARFAR_DEVICE void free(int which) const {
+    if (cuda::thread_index() % (cuda::kThreads / SPEAKERS) == 0) cuda::barrier_arrive(empty + which);
+  }
+  /// Two warpgroups give products to the tensor cores by turns: while one's are done, the other makes its next.
+  NEARFAR_DEVICE void take_turn() const {
+    const int group = cuda::warp_index() / 4;
+    cuda::barrier_wait(turn + group, (turns & 1) ^ (group == 0));
+  }
+  NEARFAR_DEVICE void pass_turn() {
+    if (cuda::thread_index() % 128 == 0) cuda::barrier_arrive(turn + 1 - cuda::warp_index() / 4);
+    turns ^= 1;
+  }
+};
+
+/// The sum of a tile by products that are given one step after the other: the memory of one is free when it is done,
+/// and by then the one after it has been given to the tensor cores.
+template <class P, class A, class B, class Ring>
+NEARFAR_DEVICE void sum_steps(int steps, Ring& ring, typename P::Accumulators& acc) {
+  int before = ring.stage;
+  for (int k = 0; k < steps; ++k, ring.next()) {
+    P::template step<A, B>(ring.wait_full(), acc);
+    if (k > 0) {
+      cuda::wgmma_wait<1>();
+      ring.free(before);
+    }
+    before = ring.stage;
+  }
+  cuda::wgmma_wait<0>();
+  P::fence(acc);
+  ring.free(before);
+}
+
 /// Weights times rows. Two warpgroups: each takes 64 of every 128 rows. A: as in WgmmaTile. B: rows, to be summed over.
 template <class E, int M, int N>
 struct WgmmaWide : WgmmaTile {
@@ -45,6 +90,10 @@ struct WgmmaWide : WgmmaTile {
   NEARFAR_DEVICE static void fence(Accumulators& acc) {
     NEARFAR_UNROLL
     for (int tile = 0; tile < kTiles; ++tile) cuda::wgmma_fence(acc.v[tile]);
+  }
+  template <class A, class B, class Ring>
+  NEARFAR_DEVICE static void sum(const A&, int, int, int steps, Ring& ring, Accumulators& acc) {
+    sum_steps<WgmmaWide, A, B>(steps, ring, acc);
   }
   template <class Epilogue>
   NEARFAR_DEVICE static void apply(const Epilogue& epilogue, Accumulators& acc, int m, int n, int split, int,
@@ -87,6 +136,10 @@ struct WgmmaTwin : WgmmaTile {
     cuda::wgmma_fence(acc.half[0].v);
     cuda::wgmma_fence(acc.half[1].v);
   }
+  template <class A, class B, class Ring>
+  NEARFAR_DEVICE static void sum(const A&, int, int, int steps, Ring& ring, Accumulators& acc) {
+    sum_steps<WgmmaTwin, A, B>(steps, ring, acc);
+  }
   template <class A, class B>
   NEARFAR_DEVICE static void step(const char* stage, Accumulators& acc) {
     const int group = cuda::warp_index() / 4;
@@ -119,10 +172,11 @@ struct WgmmaTwin : WgmmaTile {
   }
 };
 
-template <class P>
+/// Do policies of products say how their warps send lines (`kStaged`)?
+template <class P, class = void>
 struct IsWide : std::false_type {};
-template <class E, int M, int N>
-struct IsWide<WgmmaWide<E, M, N>> : std::true_type {};
+template <class P>
+struct IsWide<P, std::void_t<decltype(P::kStaged)>> : std::true_type {};
 template <class P>
 constexpr bool is_wide = IsWide<P>::value;
 
@@ -137,7 +191,7 @@ NEARFAR_DEVICE void put_rows(const Fragment<P>& f, float* out, int64_t rows, int
     NEARFAR_UNROLL
     for (int a = 0; a < P::kRows; ++a) {
       const float multiply = multiplier(f.i(a));
-      const int64_t i = f.i(a) - lane / 4 + lane;  // of the line that this lane sends
+      const int64_t i = f.i(a) + (lane - lane / 4) * P::kApart;  // of the line that this lane sends
       NEARFAR_UNROLL
       for (int part = 0; part < P::kCols / 32; ++part) {
         cuda::bulk_stored<true>();
@@ -181,6 +235,7 @@ struct WideKernel {
   using Order = TileOrder<P::kGroup>;
   static constexpr int kThreads = cuda::kThreads + 128, kResident = 1;  // 168 registers each: 2 x 240 + 24
   static constexpr int kStages = 4;
+  using Stages = Ring<kStages, P::kStage, P::kSpeakers>;
   static constexpr int kMemory = kStages * P::kStage + P::kForEpilogue;
   A a;
   B b;
@@ -199,53 +254,39 @@ struct WideKernel {
   }
 
   NEARFAR_DEVICE void operator()(char* memory) const {
-    NEARFAR_SHARED uint64_t full[kStages], empty[kStages];
+    NEARFAR_SHARED uint64_t full[kStages], empty[kStages], turn[2];
+    const Stages ring{{}, memory, full, empty, turn};
     if (cuda::thread_index() == 0) {
-      for (int s = 0; s < kStages; ++s) cuda::barrier_init(full + s, 1), cuda::barrier_init(empty + s, 2);
+      for (int group = 0; group < 2; ++group) cuda::barrier_init(turn + group, 1);
+      for (int s = 0; s < kStages; ++s) cuda::barrier_init(full + s, 1), cuda::barrier_init(empty + s, P::kSpeakers);
       cuda::barrier_fence();
     }
     cuda::sync_all();
     if (cuda::thread_index() < cuda::kThreads) {
       cuda::take_registers<240>();
-      multiply(memory, full, empty);
+      multiply(ring);
     } else {
       cuda::give_registers<24>();
-      if (cuda::thread_index() == cuda::kThreads) copy(memory, full, empty);
+      if (cuda::thread_index() == cuda::kThreads) copy(ring);
     }
   }
 
-  NEARFAR_DEVICE void copy(char* memory, uint64_t* full, uint64_t* empty) const {
-    RingPlace<kStages> at;
+  NEARFAR_DEVICE void copy(Stages ring) const {
     for_tiles([&](const auto& w) {
       const int first = order.begin(w.split);
-      for (int k = first; k < first + w.steps; ++k, at.next()) {
-        cuda::barrier_wait(empty + at.stage, at.parity ^ 1);
-        P::load(memory + at.stage * P::kStage, a, w.m, lines, b, w.n, k, full + at.stage);
+      for (int k = first; k < first + w.steps; ++k, ring.next()) {
+        ring.wait_empty();
+        P::load(ring.at(), a, w.m, lines, b, w.n, k, ring.full + ring.stage);
       }
     });
   }
 
-  NEARFAR_DEVICE void multiply(char* memory, uint64_t* full, uint64_t* empty) const {
-    const bool speaker = cuda::thread_index() % 128 == 0;
-    RingPlace<kStages> at;
+  NEARFAR_DEVICE void multiply(Stages ring) const {
     for_tiles([&](const auto& w) {
       typename P::Accumulators acc;
       P::clear(acc);
-      // A step's memory is free when it is done, and by then the one after it has been given to the tensor cores.
-      int before = at.stage;
-      for (int k = 0; k < w.steps; ++k, at.next()) {
-        cuda::barrier_wait(full + at.stage, at.parity);
-        P::template step<A, B>(memory + at.stage * P::kStage, acc);
-        if (k > 0) {
-          cuda::wgmma_wait<1>();
-          if (speaker) cuda::barrier_arrive(empty + before);
-        }
-        before = at.stage;
-      }
-      cuda::wgmma_wait<0>();
-      P::fence(acc);
-      if (speaker) cuda::barrier_arrive(empty + before);
-      P::apply(epilogue, acc, w.m, w.n, w.split, lines, memory + kStages * P::kStage);
+      P::template sum<A, B>(a, w.m, order.begin(w.split), w.steps, ring, acc);
+      P::apply(epilogue, acc, w.m, w.n, w.split, lines, ring.memory + kStages * P::kStage);
     });
     cuda::bulk_stored<false>();
   }
