@@ -83,11 +83,10 @@ def test_rows_far_from_zero(far, dtype):
     check(x, y)
 
 
-@pytest.mark.parametrize("metric", references.METRICS)
-@pytest.mark.parametrize("d", [8, 40])
+@pytest.mark.parametrize(("metric", "d"), [("euclidean", 8), *((metric, 40) for metric in references.METRICS)])
 def test_ties_go_to_the_lower_index(metric, d, dtype, small_strips):
     """Over tiles and over blocks of columns."""
-    rows = np.tile(references.integers(70, d, 1, 4), (5, 1))
+    rows = np.tile(references.integers(70, d, 1, 4), (3, 1))
     x = tensor(rows, dtype)
     _, index = nf.knn(x, x, 1, metric=metric)
     exact = references.distances(x[:70].cpu(), x[:70].cpu(), metric).astype(float)
@@ -95,7 +94,7 @@ def test_ties_go_to_the_lower_index(metric, d, dtype, small_strips):
     if metric == "cosine":  # rows that point the same way are ties as well
         np.testing.assert_allclose(np.take_along_axis(exact, index.cpu().numpy()[:70] % 70, 1), 0, atol=1e-6)
     else:
-        np.testing.assert_array_equal(index.cpu()[:, 0], np.tile(exact.argmin(1), 5))
+        np.testing.assert_array_equal(index.cpu()[:, 0], np.tile(exact.argmin(1), 3))
 
 
 @pytest.mark.parametrize("metric", references.METRICS)
