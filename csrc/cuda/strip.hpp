@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "cuda/finish.hpp"
 #include "cuda/weights.hpp"
 #include "cuda/wgmma_weights.hpp"
 

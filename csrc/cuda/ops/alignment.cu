@@ -1,6 +1,6 @@
 // Alignment: |u_i - v_i|^alpha of paired rows, from the differences, in double throughout: see cpu/ops/alignment.cpp.
+#include "cuda/finish.hpp"
 #include "cuda/ops.hpp"
-#include "cuda/rows.hpp"
 
 namespace nearfar {
 namespace {
