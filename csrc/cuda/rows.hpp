@@ -267,10 +267,13 @@ struct Pack {
 };
 
 template <class T>
-struct Zero {
-  T* at;
+struct Fill {
+  T* out;
+  int64_t count;
+  T value;
   NEARFAR_DEVICE void operator()() const {
-    if (cuda::thread_index() == 0) *at = 0;
+    const int64_t k = cuda::global_thread();
+    if (k < count) out[k] = value;
   }
 };
 
@@ -288,7 +291,7 @@ Packed<T, E> pack(cuda::Context& c, const Source<T>& source, const T* center, bo
   if (squares) out.squares = c.take<T>(out.padded);
   if (sizeof(E) == 2 && center) {
     out.lost = c.take<T>(out.padded + 1);
-    c.launch(1, Zero<T>{out.lost + out.padded});
+    c.launch_threads(1, Fill<T>{out.lost + out.padded, 1, T(0)});
   }
   if (split) {
     out.split.across = ceil_div(out.d, out.split.kColumns);

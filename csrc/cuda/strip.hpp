@@ -64,17 +64,6 @@ struct FitFactors {
   }
 };
 
-template <class T>
-struct Fill {
-  T* out;
-  int64_t count;
-  T value;
-  NEARFAR_DEVICE void operator()() const {
-    const int64_t k = cuda::global_thread();
-    if (k < count) out[k] = value;
-  }
-};
-
 /// Parts of a product whose depth was cut: out[split][i][k].
 template <class T>
 struct StoreParts {
@@ -84,7 +73,8 @@ struct StoreParts {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t split) const {
-    if constexpr (is_wide<P>) return put_rows<false>(f, out + split * rows * d, rows, d, [](int64_t) { return 1.0f; });
+    if constexpr (is_product<P>)
+      return put_rows<false>(f, out + split * rows * d, rows, d, [](int64_t) { return 1.0f; });
     f.for_each([&](int64_t i, int64_t k, T value) {
       if (i < rows && k < d) out[(split * rows + i) * d + k] = value;
     });
@@ -182,7 +172,7 @@ struct AddRows {
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
     // Of distances, what is not the product is added apart: MergeParts, without parts.
-    if constexpr (is_wide<P>)
+    if constexpr (is_product<P>)
       return put_rows<true>(f, out, rows, d, [&](int64_t i) { return sums ? T(-1) : reciprocal(factor, i); });
     f.for_each([&](int64_t i, int64_t k, T value) {
       if (i < rows && k < d)

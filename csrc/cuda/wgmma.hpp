@@ -37,6 +37,11 @@ struct WgmmaTile {
   NEARFAR_DEVICE static int row(int a) { return cuda::warp_index() * 16 + a * 8 + cuda::lane_index() / 4; }
   NEARFAR_DEVICE static int col(int b) { return b / 2 * 8 + b % 2 + cuda::lane_index() % 4 * 2; }
   NEARFAR_DEVICE static float& value(Accumulators& acc, int a, int b) { return acc.v[b / 2][a * 2 + b % 2]; }
+  NEARFAR_DEVICE static void clear(Accumulators& acc) {
+    NEARFAR_UNROLL
+    for (int n = 0; n < 16; ++n) NEARFAR_UNROLL
+    for (int q = 0; q < 4; ++q) acc.v[n][q] = 0;
+  }
   static constexpr int kHalf = 8192;
 
   /// Step k of tile t.
@@ -241,9 +246,7 @@ struct WgmmaKernel {
     int stage = 0, parity = 0, tile = 0;
     for (int index = wanted(static_cast<int>(cuda::block_index())); index < order.end(); index = next(index)) {
       typename P::Accumulators acc;
-      NEARFAR_UNROLL
-      for (int n = 0; n < 16; ++n) NEARFAR_UNROLL
-      for (int q = 0; q < 4; ++q) acc.v[n][q] = 0;
+      P::clear(acc);
       // A step's memory is loaded again after the next step, so that nobody waits for the other warpgroup.
       int before = stage, before_parity = parity;
       const auto load_again = [&] {

@@ -100,9 +100,7 @@ struct OverlapKernel {
     int m = -1;
     // Without a tile these are products of what is left in memory, which nobody reads.
     const auto begin = [&](const Tile& tile, Accumulators& acc) {
-      NEARFAR_UNROLL
-      for (int n = 0; n < 16; ++n) NEARFAR_UNROLL
-      for (int q = 0; q < 4; ++q) acc.v[n][q] = 0;
+      P::clear(acc);
       if (tile.left > 0) {
         if (tile.m != m) {
           if (m >= 0 && speaker) cuda::barrier_arrive(&barriers.x_empty);

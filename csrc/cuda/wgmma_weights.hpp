@@ -93,20 +93,13 @@ inline SplitRows split_rows(cuda::Context& c, const float* rows, int64_t padded,
 /// TRANSPOSE: the sum goes down the columns of the weights; a thread then has two neighbouring ones in place of rows
 /// eight apart.
 template <bool TRANSPOSE>
-struct WgmmaWeights : WgmmaTile {
+struct WgmmaWeights : WgmmaProduct {
   static constexpr int kPlane = 2 * kHalf, kFactors = 2 * kPlane;  // of a stage: 64 rows of 128 numbers, twice
   static constexpr int kStage = kFactors + 1024, kBytes = kDepth * sizeof(float);  // of factors
-  static constexpr int kPitch = 128 + 8, kStaged = 8 * kPitch - 8;                 // as WgmmaWide
-  static constexpr int kForEpilogue = cuda::kWarps * kStaged * static_cast<int>(sizeof(float)), kGroup = 4;
   static constexpr int kApart = TRANSPOSE ? 2 : 1;
   static constexpr int kSpeakers = cuda::kWarps;  // every warp reads factors by itself
   NEARFAR_DEVICE static int row(int a) {
     return cuda::warp_index() * 16 + cuda::lane_index() / 4 * kApart + a * (TRANSPOSE ? 1 : 8);
-  }
-  NEARFAR_DEVICE static void clear(Accumulators& acc) {
-    NEARFAR_UNROLL
-    for (int n = 0; n < 16; ++n) NEARFAR_UNROLL
-    for (int q = 0; q < 4; ++q) acc.v[n][q] = 0;
   }
   template <class Epilogue>
   NEARFAR_DEVICE static void apply(const Epilogue& epilogue, Accumulators& acc, int m, int n, int split, int,

@@ -54,16 +54,22 @@ NEARFAR_DEVICE void sum_steps(int steps, Ring& ring, typename P::Accumulators& a
   ring.free(before);
 }
 
+/// Of products with weights, whose lines are sent to memory by `put_rows`.
+struct WgmmaProduct : WgmmaTile {
+  // What a warp sends in one go: eight rows of 128 float32, apart by a quarter of the banks.
+  static constexpr int kPitch = 128 + 8, kStaged = 8 * kPitch - 8;
+  static constexpr int kForEpilogue = cuda::kWarps * kStaged * static_cast<int>(sizeof(float)), kGroup = 4;
+};
+template <class P>
+constexpr bool is_product = std::is_base_of_v<WgmmaProduct, P>;
+
 /// Weights times rows. Two warpgroups: each takes 64 of every 128 rows. A: as in WgmmaTile. B: rows, to be summed over.
 template <class E, int M, int N>
-struct WgmmaWide : WgmmaTile {
+struct WgmmaWide : WgmmaProduct {
   using Element = E;
   static constexpr int kM = M, kN = N, kRows = M / 64, kCols = N / 4;
   static constexpr int kBlock = Blocked::kBytes, kTiles = M / 128, kPieces = N / 64;  // of A, of B
   static constexpr int kFirst = kTiles * kBlock, kStage = kFirst + kPieces * kHalf;
-  // What a warp sends in one go: eight rows of 128 float32, apart by a quarter of the banks.
-  static constexpr int kPitch = 128 + 8, kStaged = 8 * kPitch - 8;
-  static constexpr int kForEpilogue = cuda::kWarps * kStaged * static_cast<int>(sizeof(float)), kGroup = 4;
   struct Accumulators {
     float v[kTiles][N / 8][4];
   };
@@ -127,10 +133,8 @@ struct WgmmaTwin : WgmmaTile {
     typename Half::Accumulators half[2];
   };
   NEARFAR_DEVICE static void clear(Accumulators& acc) {
-    NEARFAR_UNROLL
-    for (int half = 0; half < 2; ++half) NEARFAR_UNROLL
-    for (int n = 0; n < 16; ++n) NEARFAR_UNROLL
-    for (int q = 0; q < 4; ++q) acc.half[half].v[n][q] = 0;
+    Half::clear(acc.half[0]);
+    Half::clear(acc.half[1]);
   }
   NEARFAR_DEVICE static void fence(Accumulators& acc) {
     cuda::wgmma_fence(acc.half[0].v);
@@ -171,14 +175,6 @@ struct WgmmaTwin : WgmmaTile {
     }
   }
 };
-
-/// Do policies of products say how their warps send lines (`kStaged`)?
-template <class P, class = void>
-struct IsWide : std::false_type {};
-template <class P>
-struct IsWide<P, std::void_t<decltype(P::kStaged)>> : std::true_type {};
-template <class P>
-constexpr bool is_wide = IsWide<P>::value;
 
 /// out_ik = value, or with ADD += value * factor(i), of a tile of (rows, d). A launch adds once to every number, so
 /// that it does not matter who adds first.

@@ -21,6 +21,7 @@ from .softmax import check_labels, check_reduction, scale_part
 
 
 def library(array: Array) -> Any:
+    """torch for its tensors, else NumPy, whose functions hand CuPy arrays on."""
     return sys.modules["torch"] if is_torch(array) else np
 
 
