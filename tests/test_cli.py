@@ -194,7 +194,11 @@ def test_short_demo_from_end_to_end(tmp_path, demo_packages):
 
 def test_interrupt_ends_without_a_traceback(tmp_path, demo_packages):
     command = [sys.executable, "-m", "nearfar", "demo", "--output", str(tmp_path / "picture.png")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background, and inherited
+    try:
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     process.stdout.readline()  # the opening: training follows
     time.sleep(1)
     process.send_signal(signal.SIGINT)
