@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -254,11 +255,34 @@ float truncated(double value) {
   return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
+/// The binary order of a number; far below all others of 0, far above them of what is not finite.
+constexpr int kFar = 1 << 20;
+int order(double value) { return value == 0 ? -kFar : std::isfinite(value) ? std::ilogb(value) : 4 * kFar; }
+
+/// c + a b, of so many numbers. Each product, and c, is cut off where the largest of them has its last bit and two
+/// more, as far as is known of Hopper: sums of one sign lose more by that than by a sum that is cut off once.
+float add_products(float c, const double* a, const int* a_order, const double* b, const int* b_order, int count) {
+  constexpr int kBits = 23 + 2, kLeast = -500;  // no product is as small
+  const double wide = static_cast<double>(c);
+  int most = std::max(kLeast, order(wide));
+  for (int k = 0; k < count; ++k) most = std::max(most, a_order[k] + b_order[k]);
+  if (most > kFar) {
+    double sum = wide;
+    for (int k = 0; k < count; ++k) sum += a[k] * b[k];
+    return static_cast<float>(sum);
+  }
+  const double scale = std::ldexp(1.0, kBits - most);
+  int64_t sum = static_cast<int64_t>(wide * scale);
+  for (int k = 0; k < count; ++k) sum += static_cast<int64_t>(a[k] * b[k] * scale);
+  return truncated(static_cast<double>(sum) / scale);
+}
+
 /// "Register Fragments": thread t of the group holds rows t / 32 * 16 + t % 32 / 4 and the one eight below, and of
 /// every eight columns two from t % 4 * 2 on.
 void multiply(const Multiply& m) {
   constexpr int kRows = 64, kMostColumns = 256, kMostDepth = 16;
   static double a[kRows * kMostDepth], b[kMostColumns * kMostDepth];
+  static int a_order[kRows * kMostDepth], b_order[kMostColumns * kMostDepth];
   if (m.in_registers[0]) {
     read_registers(m.in_registers, a);
   } else {
@@ -266,12 +290,13 @@ void multiply(const Multiply& m) {
   }
   read_operand(m.b, m.type, m.transpose_b, m.columns, b);
   const int depth = 32 / size_of(m.type);
+  for (int k = 0; k < kRows * depth; ++k) a_order[k] = order(a[k]);
+  for (int k = 0; k < m.columns * depth; ++k) b_order[k] = order(b[k]);
   for (int t = 0; t < kGroup; ++t)
     for (int q = 0; q < m.columns / 2; ++q) {
-      const int row = t / 32 * 16 + t % 32 / 4 + q % 4 / 2 * 8, column = q / 4 * 8 + t % 4 * 2 + q % 2;
-      double sum = m.fresh ? 0.0 : static_cast<double>(m.c[t][q]);
-      for (int k = 0; k < depth; ++k) sum += a[row * depth + k] * b[column * depth + k];
-      m.c[t][q] = truncated(sum);
+      const int row = (t / 32 * 16 + t % 32 / 4 + q % 4 / 2 * 8) * depth,
+                column = (q / 4 * 8 + t % 4 * 2 + q % 2) * depth;
+      m.c[t][q] = add_products(m.fresh ? 0.0f : m.c[t][q], a + row, a_order + row, b + column, b_order + column, depth);
     }
 }
 
