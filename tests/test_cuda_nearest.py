@@ -72,6 +72,24 @@ def test_columns_that_differ_in_the_last_bits(d, dtype):
     check(x, y)
 
 
+@pytest.mark.parametrize("metric", ["dot", "sqeuclidean"])
+def test_products_that_tensor_cores_cut_off(metric, dtype):
+    """Beside a coordinate whose product leaves no room for the others, which decide; on both sides of zero."""
+    rng = np.random.default_rng(0)
+
+    def rows(n, faint):
+        signs = np.where(np.arange(n) % 2 * (metric != "dot"), -1.0, 1.0)[:, None]
+        others = (1 + rng.integers(0, 8, (n, 99)) / 8) * np.where(rng.random((n, 1)) < faint, 0.5, 1) / 64
+        return tensor(signs * np.concatenate([np.full((n, 1), 128.0), others], 1), dtype)
+
+    x, y = rows(130, 0), rows(300, 0.9)
+    _, index = nf.knn(x, y, 1, metric=metric)
+    values = -(g.numpy_of(x) @ g.numpy_of(y).T) if metric == "dot" else measured(x, y)
+    values = values.astype(g.numpy_of(x).dtype if dtype == "float64" else np.float32)
+    found = np.take_along_axis(values, index.cpu().numpy(), 1)[:, 0]
+    np.testing.assert_allclose(found, values.min(1), rtol=3 * np.finfo(values.dtype).eps)
+
+
 @pytest.mark.parametrize("far", [30.0, 1000.0])
 def test_rows_far_from_zero(far, dtype):
     """Some of their coordinates; and one number that is so far from the others that 16 bits cannot hold it."""
