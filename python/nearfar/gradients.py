@@ -10,8 +10,8 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -40,8 +40,7 @@ _ROWS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """An input of an operation: the named arguments one below the other, or a function of one scalar argument.
 
     `slope` is d value / d argument for a scalar. Arrays without a name are constants.
@@ -77,15 +76,14 @@ class Outcome:
     slope: Callable[[Any], Any] | None = None
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """``outcome(operation(parts, config))``; with a tail, the tail of that."""
 
     operation: str
     parts: tuple[Part, ...]
     config: tuple[Any, ...]
     scalar: bool = True  # the value is a number, so it has a gradient of its own
-    extra: tuple[Any, ...] = field(default=())  # inputs without gradients, after the parts
+    extra: tuple[Any, ...] = ()  # inputs without gradients, after the parts
     tail: Tail | None = None
     outcome: Outcome | None = None
 

@@ -22,6 +22,7 @@ from .arrays import (
     compute_dtype,
     empty,
     namespace,
+    scalar,
 )
 from .backend import kernel, on_cuda
 
@@ -42,9 +43,8 @@ def _reduced(like: Array, rows: Array, total: Any, reduction: str, anchors: Any 
     if reduction == "none":
         return rows
     n = rows.shape[0] if anchors is None else anchors
-    value = empty(like, (), compute_dtype(like))
-    value[...] = total if reduction == "sum" else total / (n.clip(1) if hasattr(n, "clip") else max(n, 1))
-    return value
+    total = total if reduction == "sum" else total / (n.clip(1) if hasattr(n, "clip") else max(n, 1))
+    return scalar(like, total, compute_dtype(like))
 
 
 def _contiguous(array: Array) -> Array:
@@ -76,13 +76,6 @@ def _offset(bias: Any, like: Array) -> Any:
     if not math.isfinite(offset):
         raise ValueError(f"logit_bias: expected a finite number, got {offset}")
     return offset
-
-
-def _number(like: Array, value: float) -> Array:
-    """A gradient of a scalar: always in double."""
-    number = empty(like, (), "float64")
-    number[...] = value
-    return number
 
 
 def _codes(ids: Array, columns: int) -> tuple[Array, Array | None]:
@@ -155,7 +148,7 @@ def softmax(
     if not gradients:
         return value, None, None, None, None, None
     dy = None if y is None or mode == "pairs" else dy
-    return value, dx, dy, dpositive if own_positive else None, dpaired, _number(x, dscale)
+    return value, dx, dy, dpositive if own_positive else None, dpaired, scalar(x, dscale, "float64")
 
 
 def _block_ids(ids_x: Array | None, ids_y: Array | None) -> tuple[Array | None, Array | None]:
@@ -202,7 +195,7 @@ def softmax_block_grad(
     (a, u), (b, v) = rows, columns or (None, None)
     both = (x, x if y is None else y, y is None)
     dscale = launch(*both, *ids, _multiplier(scale, x), normalize, a, b, u, v, dx, dy)
-    return dx, None if y is None else dy, _number(x, dscale)
+    return dx, None if y is None else dy, scalar(x, dscale, "float64")
 
 
 def n_pairs(
@@ -261,7 +254,7 @@ def sup_con(
         None if dx is None else dx.reshape(-1, d),
     )
     value = _reduced(x, rows, total, reduction, anchors)
-    return value, dx, _number(x, dscale) if gradients else None
+    return value, dx, scalar(x, dscale, "float64") if gradients else None
 
 
 def sigmoid(
@@ -287,7 +280,7 @@ def sigmoid(
     scale = _multiplier(scale, x)
     total, *scalars = kernel(x, "sigmoid")(x, y, matched, scale, bias, normalize, weights, weight, rows, dx, dy)
     value = _reduced(x, rows, total, reduction)
-    return value, dx, dy, *(_number(x, g) if gradients else None for g in scalars)
+    return value, dx, dy, *(scalar(x, g, "float64") if gradients else None for g in scalars)
 
 
 def _labels(labels: Array, x: Array, y: Array | None) -> tuple[Array | None, Array]:
@@ -352,7 +345,7 @@ def labelled_lse_grad(
     dy = dx if y is None else empty(x, tuple(columns.shape), zero=True)
     grad = _contiguous(cast(grad, "float64"))
     dscale = _labelled_lse(x, y, scale, labels, maps, power, normalize, _contiguous(lse), grad, dx, dy)
-    return dx, None if y is None else dy, _number(x, dscale)
+    return dx, None if y is None else dy, scalar(x, dscale, "float64")
 
 
 def exponential(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -367,9 +360,7 @@ def potential(x: Array, t: float, normalize: bool, gradients: bool) -> tuple[Any
     n = x.shape[0]
     dx = empty(x, tuple(x.shape), zero=True) if gradients else None
     log_sum = kernel(x, "potential")(x, t, normalize, dx)
-    value = empty(x, ())
-    value[...] = log_sum - math.log(n * (n - 1) / 2)
-    return value, dx
+    return scalar(x, log_sum - math.log(n * (n - 1) / 2), compute_dtype(x)), dx
 
 
 def alignment(

@@ -19,11 +19,29 @@ _library = torch.library.Library("nearfar", "DEF")
 
 
 def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+    return value.detach().resolve_neg() if isinstance(value, Tensor) else value
 
 
-def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define an operator of both devices; absent tensors in the result become empty ones, for the schema."""
+def _traced(args: tuple[Any, ...]) -> bool:
+    """Whether somebody looks at the operators that run: the compiler, a dispatch mode, a tensor of its own class."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._autograd._profiler_enabled()
+        or any(isinstance(a, Tensor) and type(a) not in (Tensor, torch.nn.Parameter) for a in args)
+    )
+
+
+def _is_absent(grad: Tensor) -> bool:
+    """An operator's way to return no gradient: an empty vector. Real ones are matrices or numbers."""
+    return grad.dim() == 1 and grad.numel() == 0
+
+
+def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define an operator of both devices, whose absent results are empty tensors, for the schema.
+
+    Returned is what calls it: where nobody looks, `run` without an operator's fixed cost. Absent results are None.
+    """
     name = schema.split("(", 1)[0]
 
     def implementation(*args: Any) -> Any:
@@ -36,7 +54,15 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> A
     for device in ("CPU", "CUDA"):
         _library.impl(name, implementation, device)
     torch.library.register_fake(f"nearfar::{name}", fake, lib=_library)
-    return getattr(torch.ops.nearfar, name).default
+    operator = getattr(torch.ops.nearfar, name).default
+
+    def call(*args: Any) -> Any:
+        if not _traced(args):
+            return run(*map(_detached, args))
+        result = operator(*args)
+        return result if isinstance(result, Tensor) else tuple(None if _is_absent(part) else part for part in result)
+
+    return call
 
 
 def _compute(x: Tensor) -> torch.dtype:
@@ -247,16 +273,6 @@ class Operation:
     count: int  # tensors that may require a gradient: the first `count` inputs
     loss: bool
     prepare: Callable[..., tuple[tuple[Tensor, ...], int]] | None = None
-
-
-def is_absent(grad: Tensor) -> bool:
-    """An operator's way to return no gradient: an empty vector. Real ones are matrices or numbers."""
-    return grad.dim() == 1 and grad.numel() == 0
-
-
-def pad(grads: Any, count: int) -> tuple[Tensor | None, ...]:
-    """The first `count` of an operator's gradients, None where it gave none."""
-    return tuple(None if is_absent(grad) else grad for grad in grads[:count])
 
 
 def _no_rows(*_: Any) -> Tensor:

@@ -361,7 +361,7 @@ def _launch(group: Any, loss: Any, *args: Any, **kwargs: Any) -> Tensor:
     weight = 1 / max(total, 1) if reduction == "mean" else 1.0
     leaves = [array for part in call.parts for array in part.arrays]
 
-    call = replace(call, parts=tuple(replace(p, arrays=tuple(a.detach() for a in p.arrays)) for p in call.parts))
+    call = call._replace(parts=tuple(p._replace(arrays=tuple(a.detach() for a in p.arrays)) for p in call.parts))
 
     def compute() -> tuple[Tensor, Gradients]:
         x, scale = call.parts[0].value(), call.parts[2 if call.operation == "sigmoid" else 4].value()
