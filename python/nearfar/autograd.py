@@ -7,7 +7,7 @@ a scalar the upstream gradient only scales it. Third derivatives raise.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,10 @@ from .second import potential_second, second
 
 def _split(args: tuple[Any, ...], count: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return args[:count], args[count:]
+
+
+def _numbers(flags: Sequence[bool]) -> str:
+    return "".join(str(k) for k, flag in enumerate(flags) if flag)
 
 
 def _loop_vmap(function: type[Function]) -> Callable[..., Any]:
@@ -52,12 +56,12 @@ class _Positional(Function):
 
 
 class _Forward(_Positional):
-    """apply(name, gradients, number of tensors, *tensors, *config) -> (value, *gradients of a loss)."""
+    """apply(name, wanted gradients, number of tensors, *tensors, *config) -> (value, *gradients of a loss)."""
 
     @staticmethod
-    def forward(name: str, gradients: bool, count: int, *args: Any) -> Any:
+    def forward(name: str, wanted: str, count: int, *args: Any) -> Any:
         tensors, config = _split(args, count)
-        return tuple(OPERATIONS[name].forward(tensors, config, gradients))
+        return tuple(OPERATIONS[name].forward(tensors, config, wanted))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -78,7 +82,7 @@ class _Forward(_Positional):
         early = [grad if need else None for grad, need in zip(early, needed, strict=False)]
         # The graph of the gradient is built only for whoever differentiates it.
         backward = _Backward.apply if torch.is_grad_enabled() or _transformed() else _Backward.forward
-        grads = backward(ctx.name, ctx.count, g, value, *early, *tensors, *ctx.config)
+        grads = backward(ctx.name, _numbers(needed), ctx.count, g, value, *early, *tensors, *ctx.config)
         # A scale may be a number on the CPU beside points on the GPU.
         own = [
             grad.to(tensor.device) if need and grad is not None else None
@@ -106,7 +110,7 @@ def _scale(grad: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class _Backward(_Positional):
-    """apply(name, number of tensors, upstream, *forward's output, *tensors, *config) -> gradients of the tensors."""
+    """apply(name, wanted, number of tensors, upstream, *forward's output, *tensors, *config) -> the gradients."""
 
     @staticmethod
     def _parts(name: str, count: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -116,7 +120,7 @@ class _Backward(_Positional):
         return (operation, output, *_split(rest, count))
 
     @staticmethod
-    def forward(name: str, count: int, g: Tensor, *args: Any) -> Any:
+    def forward(name: str, wanted: str, count: int, g: Tensor, *args: Any) -> Any:
         operation, output, tensors, config = _Backward._parts(name, count, args)
         # Rounded to the inputs' dtype only at last: a loss scaler's factor in g keeps float16 gradients from vanishing.
         if _is_scalar_loss(name, config):
@@ -126,13 +130,13 @@ class _Backward(_Positional):
                 for grad, t in zip(output[1:], tensors, strict=False)
             )
         else:
-            grads = operation.grad(g, output[0], tensors, config)
+            grads = operation.grad(g, output[0], tensors, config, wanted)
         return tuple(v if v is None else v.to(t.dtype) for v, t in zip(grads, tensors, strict=False))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.name, ctx.count, g = inputs[:3]
-        _, forward_output, tensors, ctx.config = _Backward._parts(ctx.name, ctx.count, inputs[3:])
+        ctx.name, _, ctx.count, g = inputs[:4]
+        _, forward_output, tensors, ctx.config = _Backward._parts(ctx.name, ctx.count, inputs[4:])
         ctx.skip = len(forward_output)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(g, forward_output[0], *tensors)
@@ -143,10 +147,10 @@ class _Backward(_Positional):
         count = OPERATIONS[ctx.name].count
         vectors = tuple(None if v is None or t is None else v for v, t in zip(vectors, tensors, strict=False))
         if all(v is None for v in vectors):
-            return (None,) * (3 + ctx.skip + ctx.count + len(ctx.config))
+            return (None,) * (4 + ctx.skip + ctx.count + len(ctx.config))
         g_grad, *grads = _Second.apply(ctx.name, ctx.count, g, value, *tensors, *vectors, *ctx.config)
         rest = (None,) * (ctx.count - count + len(ctx.config))
-        return (None, None, g_grad, *(None,) * ctx.skip, *grads, *rest)
+        return (None, None, None, g_grad, *(None,) * ctx.skip, *grads, *rest)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -236,12 +240,14 @@ def apply(name: str, tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tenso
         return PLAIN[name](tensors, config)
     operation = OPERATIONS[name]
     transformed = _transformed()
-    gradients = torch.is_grad_enabled() and any(_requires_grad(t, transformed) for t in tensors[: operation.count])
-    if not gradients and not transformed:
-        result: Tensor = operation.forward(tensors, config, False)[0]
+    needed = [torch.is_grad_enabled() and _requires_grad(t, transformed) for t in tensors[: operation.count]]
+    if not any(needed) and not transformed:
+        result: Tensor = operation.forward(tensors, config, "")[0]
         return result
     if torch.compiler.is_compiling():  # which refuses one tensor in two places
         tensors = tuple(None if t is None else t.view_as(t) for t in tensors)
-    early = gradients and _is_scalar_loss(name, config)
-    value: Tensor = _Forward.apply(name, early, len(tensors), *tensors, *config)[0]
+    if transformed:  # a tensor may require a gradient at another level of the transforms than this one
+        needed = [any(needed)] * len(needed)
+    wanted = _numbers(needed) if _is_scalar_loss(name, config) else ""
+    value: Tensor = _Forward.apply(name, wanted, len(tensors), *tensors, *config)[0]
     return value

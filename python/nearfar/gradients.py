@@ -21,7 +21,7 @@ from .arrays import Array, cast, compute_dtype, concatenate, dtype_name, is_torc
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Each takes (weights of the rows: none here, inputs, config, whether gradients are wanted).
+# Each takes (weights of the rows: none here, inputs, config, which gradients are wanted or whether).
 _OPERATIONS: dict[str, tuple[Callable[..., Any], bool]] = {
     "softmax": (operations.softmax, True),
     "potential": (operations.potential, False),
@@ -88,12 +88,14 @@ class Call(NamedTuple):
     outcome: Outcome | None = None
 
 
-def _launch(call: Call, gradients: bool) -> Any:
+def _launch(call: Call, wanted: str) -> Any:
+    """The value and the gradients of the parts, those that are wanted, by their numbers, at least."""
     tensors = (*(part.value() for part in call.parts), *call.extra)
     if call.tail is not None:
-        return _launch_rows(call, call.tail, tensors, gradients)
+        return _launch_rows(call, call.tail, tensors, bool(wanted))
     operation, weighted = _OPERATIONS[call.operation]
-    return operation(*((None,) if weighted else ()), *tensors, *call.config, gradients)
+    which = wanted if call.operation in operations.SELECTIVE else bool(wanted)
+    return operation(*((None,) if weighted else ()), *tensors, *call.config, which)
 
 
 def _launch_rows(call: Call, tail: Tail, tensors: tuple[Any, ...], gradients: bool) -> Any:
@@ -118,7 +120,7 @@ def run(call: Call) -> Array:
         if call.tail is not None:
             value = cast(call.tail.value(value, tensors[len(call.parts) - 1]), compute_dtype(tensors[0]))
     else:
-        value = _launch(call, False)[0]
+        value = _launch(call, "")[0]
         value = value[()] if value.ndim == 0 else value
     return value if call.outcome is None else call.outcome.value(value)
 
@@ -239,7 +241,8 @@ def _plan_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: Any
     call = plan(*args, **kwargs)
     if not call.scalar:
         raise ValueError("f: expected a scalar value (reduction 'mean' or 'sum')")
-    value, *gradients = _launch(call, True)
+    numbers = (str(k) for k, part in enumerate(call.parts) if not {*names}.isdisjoint(part.names))
+    value, *gradients = _launch(call, "".join(numbers))
     value = value[()]
     if call.outcome is not None:
         if call.outcome.slope is not None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import formulas, operations, triplets
+from .backend import on_cuda
 
 _library = torch.library.Library("nearfar", "DEF")
 
@@ -91,21 +92,21 @@ def _number_like(x: Tensor, wanted: bool) -> Tensor:
 
 def _fake_softmax(
     weights: Any, x: Any, y: Any, positive: Any, paired: Any, scale: Any, ids: Any, mode: str, reduction: str,
-    normalize: bool, in_sum: bool, shift: int, gradients: bool,
+    normalize: bool, in_sum: bool, shift: int, wanted: str,
 ) -> Any:  # fmt: skip
     return (
         _value_like(x, reduction),
-        _grad_like(x, gradients),
-        _grad_like(y if mode != "pairs" else None, gradients),
-        _grad_like(positive, gradients),
-        _grad_like(paired, gradients),
-        _number_like(x, gradients),
+        _grad_like(x, bool(wanted)),
+        _grad_like(y if mode != "pairs" else None, "1" in wanted),
+        _grad_like(positive, "2" in wanted),
+        _grad_like(paired, "3" in wanted),
+        _number_like(x, bool(wanted)),
     )
 
 
 _softmax = _define(
     "softmax(Tensor? weights, Tensor x, Tensor? y, Tensor? positive, Tensor? paired, Tensor scale, Tensor? ids, "
-    "str mode, str reduction, bool normalize, bool in_sum, SymInt shift, bool gradients) "
+    "str mode, str reduction, bool normalize, bool in_sum, SymInt shift, str wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     operations.softmax,
     _fake_softmax,
@@ -155,14 +156,14 @@ _sup_con = _define(
 
 _sigmoid = _define(
     "sigmoid(Tensor? weights, Tensor x, Tensor y, Tensor scale, Tensor bias, str reduction, bool normalize, "
-    "bool gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "str wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     operations.sigmoid,
-    lambda weights, x, y, scale, bias, reduction, normalize, gradients: (
+    lambda weights, x, y, scale, bias, reduction, normalize, wanted: (
         _value_like(x, reduction),
-        _grad_like(x, gradients),
-        _grad_like(y, gradients),
-        _number_like(x, gradients),
-        _number_like(x, gradients),
+        _grad_like(x, bool(wanted)),
+        _grad_like(y, "1" in wanted),
+        _number_like(x, bool(wanted)),
+        _number_like(x, bool(wanted)),
     ),
 )
 
@@ -205,10 +206,13 @@ _store = _define(
 )
 
 _store_grad = _define(
-    "store_grad(Tensor grad, Tensor value, Tensor x, Tensor? y, str map, bool normalize, bool condensed) "
+    "store_grad(Tensor grad, Tensor value, Tensor x, Tensor? y, str map, bool normalize, bool condensed, str wanted) "
     "-> (Tensor, Tensor)",
     operations.store_grad,
-    lambda grad, value, x, y, map, normalize, condensed: (_grad_like(x, True), _grad_like(y, True)),
+    lambda grad, value, x, y, map, normalize, condensed, wanted: (
+        _grad_like(x, y is None or "0" in wanted or on_cuda(x)),
+        _grad_like(y, "1" in wanted),
+    ),
 )
 
 select = _define(
@@ -261,10 +265,12 @@ _matmul_grad = _define(
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation: ``forward(tensors, config, gradients) -> (value, *gradients)`` and what differentiates it.
+    """One operation: ``forward(tensors, config, wanted) -> (value, *gradients)`` and what differentiates it.
 
-    `grad` computes gradients from the upstream one where the forward pass did not; `rows` is the plain formula, which
-    is also given the tensors that `prepare` made, beside what a mean divides by where that is not the number of rows.
+    `wanted` are the numbers of the tensors whose gradients are, as "02"; others may come with them. ``grad(g, value,
+    tensors, config, wanted)`` computes gradients from the upstream one where the forward pass did not; `rows` is the
+    plain formula, which is also given the tensors that `prepare` made, beside what a mean divides by where that is not
+    the number of rows.
     """
 
     forward: Callable[..., Any]
@@ -279,19 +285,22 @@ def _no_rows(*_: Any) -> Tensor:
     raise AssertionError("potential has a second derivative of its own")
 
 
-def _weighted(operator: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`forward` and `grad` of a loss whose operator takes the weights of its rows first and answers both."""
+def _weighted(operator: Any, tell: Callable[[str], Any] = bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`forward` and `grad` of a loss whose operator takes the weights of its rows first and answers both.
+
+    `tell` makes of what is wanted the operator's last argument: whether gradients are, or which.
+    """
     return (
-        lambda tensors, config, gradients: operator(None, *tensors, *config, gradients),
-        lambda g, value, tensors, config: operator(g, *tensors, *config, True)[1:],
+        lambda tensors, config, wanted: operator(None, *tensors, *config, tell(wanted)),
+        lambda g, value, tensors, config, wanted: operator(g, *tensors, *config, tell(wanted))[1:],
     )
 
 
 OPERATIONS = {
-    "softmax": Operation(*_weighted(_softmax), formulas.softmax_rows, 5, True),
+    "softmax": Operation(*_weighted(_softmax, str), formulas.softmax_rows, 5, True),
     "labelled_lse": Operation(
-        lambda t, c, gradients: (_labelled_lse(*t, *c),),
-        lambda g, value, t, c: _labelled_lse_grad(g, value, *t, *c),
+        lambda t, c, wanted: (_labelled_lse(*t, *c),),
+        lambda g, value, t, c, wanted: _labelled_lse_grad(g, value, *t, *c),
         formulas.labelled_lse_rows,
         3,
         False,
@@ -310,13 +319,13 @@ OPERATIONS = {
         lambda tensors, config: ((), formulas.sup_con_anchors(tensors, config)),
     ),
     "sigmoid": Operation(
-        *_weighted(_sigmoid),
+        *_weighted(_sigmoid, str),
         formulas.sigmoid_rows,
         4,
         True,
     ),
     "potential": Operation(
-        lambda t, c, gradients: _potential(*t, *c, gradients), _no_rows, formulas.potential_rows, 1, True
+        lambda t, c, wanted: _potential(*t, *c, bool(wanted)), _no_rows, formulas.potential_rows, 1, True
     ),
     "alignment": Operation(
         *_weighted(_alignment),
@@ -332,23 +341,23 @@ OPERATIONS = {
         triplets.prepare,
     ),
     "store": Operation(
-        lambda t, c, gradients: (_store(*t, *c),),
-        lambda g, value, t, c: _store_grad(g, value, *t, *c),
+        lambda t, c, wanted: (_store(*t, *c),),
+        lambda g, value, t, c, wanted: _store_grad(g, value, *t, *c, wanted),
         formulas.store_rows,
         2,
         False,
     ),
     # A kernel's config is its program and which gradients are wanted: known when it is called, and dear to compute.
     "gram": Operation(
-        lambda t, c, gradients: (_gram(*t, c[0]),),
-        lambda g, value, t, c: _gram_grad(g, *t, *c),
+        lambda t, c, wanted: (_gram(*t, c[0]),),
+        lambda g, value, t, c, wanted: _gram_grad(g, *t, *c),
         formulas.gram_rows,
         3,
         False,
     ),
     "matmul": Operation(
-        lambda t, c, gradients: (_matmul(*t, c[0]),),
-        lambda g, value, t, c: _matmul_grad(g, *t, *c),
+        lambda t, c, wanted: (_matmul(*t, c[0]),),
+        lambda g, value, t, c, wanted: _matmul_grad(g, *t, *c),
         formulas.matmul_rows,
         4,
         False,

@@ -285,8 +285,9 @@ def _sigmoid(
         (other,) = block
         grad_y: Any = torch.zeros(other.shape, dtype=dtype, device=x.device) if batch.gradients else None
         if n and len(other):
+            wanted = "01" if batch.gradients else ""
             rows, *grads = operations.sigmoid(
-                weights, x, other, batch.scale, bias, "none", batch.normalize, batch.gradients, source == ring.rank
+                weights, x, other, batch.scale, bias, "none", batch.normalize, wanted, source == ring.rank
             )
             losses.add_(rows)
             if batch.gradients:
