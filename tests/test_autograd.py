@@ -1,6 +1,7 @@
 """The glue to torch: operators, first and second derivatives, compiler, autocast, function transforms, modules."""
 
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -30,15 +31,15 @@ def scalar(value, dtype=torch.float64):
 def softmax_samples():
     x, y, own = torch.randn(5, 3), torch.randn(9, 3), torch.randn(5, 2, 3)
     ids, scale, weights = torch.tensor([0, 1, 0, 2, 1]), torch.tensor(3.0, dtype=torch.float64), torch.randn(5)
-    for gradients in (False, True):
-        yield None, x, y, None, None, scale, ids, "rows", "mean", True, True, 0, gradients
-        yield None, x, y[:0], x, own, scale, None, "rows", "sum", False, True, 0, gradients
-        yield None, x, y[:5], None, None, scale, None, "both", "none", True, True, 0, gradients
-        yield None, y[:6], None, None, None, scale, None, "pairs", "mean", True, True, 3, gradients
-        yield None, x.half(), y.half(), None, own.half(), scale, None, "rows", "mean", True, True, 0, gradients
-        yield None, x.double(), y.double(), x.double(), None, scale, None, "rows", "mean", True, False, 0, gradients
-    yield weights, x, y, None, None, scale, None, "rows", "none", True, True, 0, True
-    yield weights[:0], x[:0], y[:0], None, None, scale, None, "rows", "none", True, True, 0, True
+    for wanted in ("", "0", "01234"):
+        yield None, x, y, None, None, scale, ids, "rows", "mean", True, True, 0, wanted
+        yield None, x, y[:0], x, own, scale, None, "rows", "sum", False, True, 0, wanted
+        yield None, x, y[:5], None, None, scale, None, "both", "none", True, True, 0, wanted
+        yield None, y[:6], None, None, None, scale, None, "pairs", "mean", True, True, 3, wanted
+        yield None, x.half(), y.half(), None, own.half(), scale, None, "rows", "mean", True, True, 0, wanted
+        yield None, x.double(), y.double(), x.double(), None, scale, None, "rows", "mean", True, False, 0, wanted
+    yield weights, x, y, None, None, scale, None, "rows", "none", True, True, 0, "01234"
+    yield weights[:0], x[:0], y[:0], None, None, scale, None, "rows", "none", True, True, 0, "01234"
 
 
 def store_samples():
@@ -52,7 +53,8 @@ def store_samples():
 def store_grad_samples():
     for x, y, map, normalize, condensed in store_samples():
         value = torch.ops.nearfar.store(x, y, map, normalize, condensed)
-        yield torch.randn_like(value), value, x, y, map, normalize, condensed
+        for wanted in ("01", "0") if y is None else ("01", "0", "1"):
+            yield torch.randn_like(value), value, x, y, map, normalize, condensed, wanted
 
 
 # The scores of a kernel on two sets of columns, side by side.
@@ -117,11 +119,11 @@ def sup_con_samples():
 def sigmoid_samples():
     x, y, weights = torch.randn(5, 3), torch.randn(5, 3), torch.randn(5)
     scale, bias = torch.tensor(3.0, dtype=torch.float64), torch.tensor(-1.0)
-    for gradients in (False, True):
-        yield None, x, y, scale, bias, "mean", True, gradients
-        yield None, x.double(), y.double(), scale, bias, "sum", False, gradients
-        yield None, x.bfloat16(), y.bfloat16(), scale, bias, "none", True, gradients
-    yield weights, x, y, scale, bias, "none", True, True
+    for wanted in ("", "03", "0123"):
+        yield None, x, y, scale, bias, "mean", True, wanted
+        yield None, x.double(), y.double(), scale, bias, "sum", False, wanted
+        yield None, x.bfloat16(), y.bfloat16(), scale, bias, "none", True, wanted
+    yield weights, x, y, scale, bias, "none", True, "0123"
 
 
 def batch_triplet_samples():
@@ -268,6 +270,38 @@ def test_gradcheck(f, arguments):
 @cases
 def test_gradgradcheck(f, arguments):
     assert gradgradcheck(f, arguments)
+
+
+def gradients_of(f, arguments, chosen):
+    """The value and the gradients where only the chosen arguments require one."""
+    own = [a.detach().requires_grad_(k in chosen) for k, a in enumerate(arguments)]
+    value = f(*own)
+    weights = torch.arange(1, value.numel() + 1, dtype=value.dtype).reshape(value.shape)
+    return value.detach(), torch.autograd.grad((value * weights).sum(), [own[k] for k in chosen])
+
+
+def assert_the_same_with_constants(f, arguments):
+    every = range(len(arguments))
+    value, grads = gradients_of(f, arguments, every)
+    for chosen in (c for size in every for c in itertools.combinations(every, size) if size):
+        same, own = gradients_of(f, arguments, chosen)
+        assert torch.equal(same, value)
+        assert all(torch.equal(g, grads[k]) for g, k in zip(own, chosen, strict=True)), chosen
+
+
+@cases
+def test_arguments_that_are_constant(f, arguments):
+    """Gradients that are not wanted are not computed; those that are keep their bits."""
+    assert_the_same_with_constants(f, arguments)
+
+
+@pytest.mark.parametrize("name", ["info_nce", "shared", "own and in batch", "clip", "siglip none", "cdist"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_constants_of_whole_tiles(name, dtype):
+    f, arguments = CASES[name]
+    shapes = {2: (150, 70), 3: (150, 2, 70)}
+    large = [leaf(*shapes[a.dim()], seed=k).to(dtype) if a.dim() else a for k, a in enumerate(arguments)]
+    assert_the_same_with_constants(f, large)
 
 
 @cases

@@ -347,6 +347,31 @@ def test_kmeans_assign():
     assert distances[5].isnan()
 
 
+CONSTANT_KEYS = {
+    "info_nce": lambda x, y: nf.info_nce_loss(x, y),
+    "own positives": lambda x, y: nf.info_nce_loss(x, y.detach(), y[:40], in_batch=False),
+    "own negatives": lambda x, y: nf.info_nce_loss(x, y, y.flip(0)[:, None]),
+    "clip": lambda x, y: nf.clip_loss(x, y),
+    "siglip": lambda x, y: nf.siglip_loss(x, y),
+    "cdist": lambda x, y: nf.cdist(x, y).sum(),
+    "cosine": lambda x, y: nf.cdist(x, y, "cosine").square().sum(),
+    "cityblock": lambda x, y: nf.cdist(x, y, "cityblock").sum(),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("name", CONSTANT_KEYS)
+def test_constant_keys(name, dtype):
+    """Their gradient is not computed; the queries' keeps its bits."""
+    query, key = (z.requires_grad_() for z in pair(150, 40, dtype))
+    value = CONSTANT_KEYS[name](query, key)
+    wanted, _ = torch.autograd.grad(value, [query, key])
+    constant = CONSTANT_KEYS[name](query, key.detach())
+    (own,) = torch.autograd.grad(constant, [query])
+    assert torch.equal(constant, value)
+    assert torch.equal(own, wanted)
+
+
 # ---- layouts, precision, order ---------------------------------------------------------------------------------------
 
 

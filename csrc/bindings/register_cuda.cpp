@@ -54,12 +54,13 @@ void store_grad(py::handle x, py::handle y, const std::string& map, double power
     using T = decltype(zero);
     const T *values = in.result<T>(value, "value", condensed), *grads = in.result<T>(grad, "grad", condensed);
     T *x_out = in.call.gradient<T>(dx, "dx", in.x), *y_out = in.call.gradient<T>(dy, "dy", in.y);
+    if (!x_out || (condensed && !y_out)) refuse_value("dx", "expected with that of y");
     const PairMap pair_map = map_of(map);
     for (int64_t b = 0; b < in.batches() && in.results(condensed) > 0; ++b)
       in.call.run(where, [&](cuda::Context& c) {
-        cuda::store_grad<T>(
-            c, {rows_of(in.x, b), rows_of(in.y, b), pair_map, normalize, condensed, values + b * in.results(condensed),
-                grads + b * in.results(condensed), x_out + b * in.n() * in.d(), y_out + b * in.m() * in.d(), 0, power});
+        cuda::store_grad<T>(c, {rows_of(in.x, b), rows_of(in.y, b), pair_map, normalize, condensed,
+                                values + b * in.results(condensed), grads + b * in.results(condensed),
+                                x_out + b * in.n() * in.d(), y_out ? y_out + b * in.m() * in.d() : nullptr, 0, power});
       });
   });
 }

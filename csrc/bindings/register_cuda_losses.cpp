@@ -57,8 +57,8 @@ void softmax(const std::string& mode, py::handle x_, py::handle y_, py::handle p
     p.dy = call.gradient<T>(dy, "dy", y);
     p.dpositive = positive.ndim ? call.gradient<T>(dpositive, "dpositive", positive) : nullptr;
     p.dpaired = paired.ndim ? call.gradient<T>(dpaired, "dpaired", paired) : nullptr;
-    if (!dx.is_none() && (dy.is_none() || (positive.ndim && dpositive.is_none()) || (paired.ndim && dpaired.is_none())))
-      refuse_value("dx", "expected all gradients or none");
+    if (dx.is_none() && !(dy.is_none() && dpositive.is_none() && dpaired.is_none()))
+      refuse_value("dx", "expected with any other gradient");
     p.loss_total = call.output<double>(sums, "sums", {2});
     p.dscale_at = p.loss_total + 1;
     call.run(where, [&](cuda::Context& c) { cuda::softmax<T>(c, p); });
@@ -86,7 +86,7 @@ void sigmoid(py::handle x_, py::handle y_, bool matched, py::handle scale, py::h
     p.loss = call.output<T>(loss, "loss", {x.shape[0]});
     p.dx = call.gradient<T>(dx, "dx", x);
     p.dy = call.gradient<T>(dy, "dy", y);
-    if (dx.is_none() != dy.is_none()) refuse_value("dx", "expected all gradients or none");
+    if (dx.is_none() && !dy.is_none()) refuse_value("dx", "expected with any other gradient");
     p.loss_total = call.output<double>(sums, "sums", {3});
     p.dscale_at = p.loss_total + 1;
     p.dbias_at = p.loss_total + 2;

@@ -77,8 +77,8 @@ py::tuple softmax(const std::string& mode, py::handle x_, py::handle y_, py::han
     p.dy = gradient<T>(dy, "dy", y);
     p.dpositive = positive.ndim ? gradient<T>(dpositive, "dpositive", positive) : nullptr;
     p.dpaired = paired.ndim ? gradient<T>(dpaired, "dpaired", paired) : nullptr;
-    if (!dx.is_none() && (dy.is_none() || (positive.ndim && dpositive.is_none()) || (paired.ndim && dpaired.is_none())))
-      refuse_value("dx", "expected all gradients or none");
+    if (dx.is_none() && !(dy.is_none() && dpositive.is_none() && dpaired.is_none()))
+      refuse_value("dx", "expected with any other gradient");
     p.strip_budget = strip_budget;
     p.threads = threads;
     {
@@ -225,7 +225,7 @@ py::tuple sigmoid(py::handle x_, py::handle y_, bool matched, double scale, doub
     p.loss = output<T>(loss, "loss", {x.shape[0]});
     p.dx = gradient<T>(dx, "dx", x);
     p.dy = gradient<T>(dy, "dy", y);
-    if (dx.is_none() != dy.is_none()) refuse_value("dx", "expected all gradients or none");
+    if (dx.is_none() && !dy.is_none()) refuse_value("dx", "expected with any other gradient");
     p.threads = threads;
     {
       py::gil_scoped_release release;

@@ -33,14 +33,16 @@ void store_grad(py::handle x, py::handle y, const std::string& map, double power
   with_compute_type(in.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     const T *values = result<T>(value, "value", in, condensed), *grads = result<T>(grad, "grad", in, condensed);
-    T* x_out = output<T>(dx, "dx", {in.batches(), in.n(), in.d()});
-    T* y_out = output<T>(dy, "dy", {in.batches(), in.m(), in.d()});
+    T* x_out = dx.is_none() ? nullptr : output<T>(dx, "dx", {in.batches(), in.n(), in.d()});
+    T* y_out = dy.is_none() ? nullptr : output<T>(dy, "dy", {in.batches(), in.m(), in.d()});
+    if (condensed && !(x_out && y_out)) refuse_value("dx", "expected both gradients of condensed pairs");
     const PairMap pair_map = map_of(map);
     py::gil_scoped_release release;
     for_batches(in.batches(), in.work(), threads, [&](int64_t b, int t) {
       of<T>(ops()).store_grad({rows_of(in.x, b), rows_of(in.y, b), pair_map, normalize, condensed,
                                values + b * in.results(condensed), grads + b * in.results(condensed),
-                               x_out + b * in.n() * in.d(), y_out + b * in.m() * in.d(), t, power});
+                               x_out ? x_out + b * in.n() * in.d() : nullptr,
+                               y_out ? y_out + b * in.m() * in.d() : nullptr, t, power});
     });
   });
 }

@@ -50,7 +50,7 @@ struct StoreGradParams {
   bool normalize, condensed;
   const T* out;
   const T* grad;
-  T *dx, *dy;  // for condensed: their sum is the gradient
+  T *dx, *dy;  // null: not wanted; on the GPU dx always is. For condensed: their sum is the gradient
   int threads;
   double power = 2;  // of minkowski
 };
@@ -90,7 +90,8 @@ struct SoftmaxParams {
   T* loss;                           // (n)
   double loss_sum;                   // out: sum_i loss_i
   int64_t anchors;                   // out: rows that have a positive
-  T *dx, *dy, *dpositive, *dpaired;  // null dx: value only. May alias where the inputs are the same array
+  // null dx: value only; of the others those that are null are not wanted. May alias where the inputs are the same array
+  T *dx, *dy, *dpositive, *dpaired;
   double dscale;                     // out
   int64_t strip_budget;              // bytes of workspace for exp(s), so that the gradient needs no second product
   int threads;
@@ -158,7 +159,7 @@ struct SigmoidParams {
   double weight;
   T* loss;               // (n)
   double loss_sum;       // out
-  T *dx, *dy;            // null: value only
+  T *dx, *dy;            // null dx: value only; null dy: not wanted
   double dscale, dbias;  // out
   int threads;
 };

@@ -203,7 +203,7 @@ double finish_gradients(const Source<T>& x, const Source<T>& y, double scale, do
                         T* dy) {
   Buffer<double> along(x.n());
   finish_gradient(x, scale, threads, dx, along.get());
-  if (dy != dx) finish_gradient(y, scale, threads, dy);
+  if (dy && dy != dx) finish_gradient(y, scale, threads, dy);
   double sum = 0;
   for (int64_t i = 0; i < x.n(); ++i) sum += along[i];
   return sum / (counted * scale);

@@ -51,22 +51,22 @@ def compute_dtype(array: Array) -> str:
 def check_points(**arrays: Array) -> str:
     """The kind of all arrays (None is skipped), which are floating and of one kind, device and dtype."""
     (first_name, first), *_ = arrays.items()  # never optional
-    given = {name: array for name, array in arrays.items() if array is not None or name == first_name}
     kind = kind_of(first, first_name)
-    for name, array in given.items():
-        own = kind_of(array, name)
-        if own != kind:
-            raise TypeError(f"{name}: expected a {kind} array to match {first_name}, got {own}")
-        if own == "torch" and str(array.layout) != "torch.strided":
+    for name, array in arrays.items():
+        if array is None:
+            continue
+        if array is not first and kind_of(array, name) != kind:
+            raise TypeError(f"{name}: expected a {kind} array to match {first_name}, got {kind_of(array, name)}")
+        if kind == "torch" and array.layout != sys.modules["torch"].strided:
             raise TypeError(f"{name}: expected a dense tensor, got layout {array.layout}")
-        if own == "numpy":
+        if kind == "numpy":
             check_memory(array, name)
-        if dtype_name(array) not in FLOATS:
+        if (array is first or array.dtype != first.dtype) and dtype_name(array) not in FLOATS:
             raise TypeError(f"{name}: expected a floating dtype ({', '.join(FLOATS)}), got {dtype_name(array)}")
         if array.dtype != first.dtype:
             wanted, got = dtype_name(first), dtype_name(array)
             raise TypeError(f"{name}: expected dtype {wanted} to match {first_name}, got {got}")
-        if device_name(array) != device_name(first):
+        if array is not first and device_name(array) != device_name(first):
             raise ValueError(
                 f"{name}: expected device {device_name(first)} to match {first_name}, got {device_name(array)}"
             )
@@ -172,11 +172,19 @@ def empty(like: Array, shape: Sequence[int], dtype: str | None = None, *, zero: 
     """A new C-contiguous array of the kind and device of `like`, in its compute dtype unless told otherwise."""
     dtype = dtype or compute_dtype(like)
     if is_torch(like):
-        torch = sys.modules["torch"]
-        make = torch.zeros if zero else torch.empty
-        return make(tuple(shape), dtype=getattr(torch, dtype), device=like.device)
+        make = like.new_zeros if zero else like.new_empty
+        return make(shape, dtype=getattr(sys.modules["torch"], dtype))
     make = namespace(like)
     return (make.zeros if zero else make.empty)(tuple(shape), dtype)
+
+
+def scalar(like: Array, value: Any, dtype: str) -> Array:
+    """A number, or a 0-d array on the device of `like`, as a new 0-d array of the kind of `like`."""
+    if is_torch(like):
+        torch = sys.modules["torch"]
+        own = getattr(torch, dtype)
+        return value.to(own, copy=True) if is_torch(value) else torch.full((), value, dtype=own, device=like.device)
+    return namespace(like).asarray(value, dtype)
 
 
 def cast(array: Array, dtype: str) -> Array:

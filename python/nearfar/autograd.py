@@ -7,22 +7,25 @@ a scalar the upstream gradient only scales it. Third derivatives raise.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import formulas, operations, operators
+from . import formulas, operators
 from .formulas import PLAIN
-from .operators import OPERATIONS, is_absent, pad
+from .operators import OPERATIONS
 from .second import potential_second, second
 
 
 def _split(args: tuple[Any, ...], count: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return args[:count], args[count:]
+
+
+def _numbers(flags: Sequence[bool]) -> str:
+    return "".join(str(k) for k, flag in enumerate(flags) if flag)
 
 
 def _loop_vmap(function: type[Function]) -> Callable[..., Any]:
@@ -42,41 +45,50 @@ def _loop_vmap(function: type[Function]) -> Callable[..., Any]:
     return vmap
 
 
-class _Forward(Function):
-    """apply(name, gradients, number of tensors, *tensors, *config) -> (value, *gradients of a loss)."""
+class _Positional(Function):
+    """A Function of positional arguments: `apply` binds them to no signature, which costs as much as a small loss."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or _transformed():
+            return super().apply(*args)  # type: ignore[no-untyped-call]
+        return super(Function, cls).apply(*torch._functorch.utils.unwrap_dead_wrappers(args))  # type: ignore[misc]
+
+
+class _Forward(_Positional):
+    """apply(name, wanted gradients, number of tensors, *tensors, *config) -> (value, *gradients of a loss)."""
 
     @staticmethod
-    def forward(name: str, gradients: bool, count: int, *args: Any) -> Any:
+    def forward(name: str, wanted: str, count: int, *args: Any) -> Any:
         tensors, config = _split(args, count)
-        return tuple(OPERATIONS[name].forward(tensors, config, gradients))
+        return tuple(OPERATIONS[name].forward(tensors, config, wanted))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.name, _, ctx.count = inputs[:3]
         tensors, ctx.config = _split(inputs[3:], ctx.count)
-        ctx.mark_non_differentiable(*output[1:])
+        ctx.mark_non_differentiable(*(grad for grad in output[1:] if grad is not None))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Any) -> Any:
-        (g,) = upstream[:1]
-        padding = (None,) * (3 + len(ctx.config) + ctx.count)
-        if g is None:
-            return padding
+    def backward(ctx: Any, g: Tensor | None, *_: Any) -> Any:
         operation = OPERATIONS[ctx.name]
-        tensors, output = _split(ctx.saved_tensors, ctx.count)
+        rest = (None,) * (ctx.count - operation.count + len(ctx.config))
+        if g is None:
+            return (None,) * (3 + operation.count) + rest
+        tensors, (value, *early) = _split(ctx.saved_tensors, ctx.count)
+        needed = ctx.needs_input_grad[3 : 3 + operation.count]
+        early = [grad if need else None for grad, need in zip(early, needed, strict=False)]
         # The graph of the gradient is built only for whoever differentiates it.
         backward = _Backward.apply if torch.is_grad_enabled() or _transformed() else _Backward.forward
-        grads = backward(ctx.name, ctx.count, g, *output, *tensors, *ctx.config)
-        needed = ctx.needs_input_grad[3 : 3 + operation.count]
-        padded = pad(grads, operation.count)
+        grads = backward(ctx.name, _numbers(needed), ctx.count, g, value, *early, *tensors, *ctx.config)
         # A scale may be a number on the CPU beside points on the GPU.
         own = [
             grad.to(tensor.device) if need and grad is not None else None
-            for grad, need, tensor in zip(padded, needed, tensors, strict=False)
+            for grad, need, tensor in zip(grads, needed, tensors, strict=False)
         ]
-        return (None, None, None, *own, *(None,) * (ctx.count - operation.count + len(ctx.config)))
+        return (None, None, None, *own, *rest)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
@@ -97,8 +109,8 @@ def _scale(grad: Tensor, g: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(grad, g, out=torch.empty_like(grad, dtype=dtype))
 
 
-class _Backward(Function):
-    """apply(name, number of tensors, upstream, *forward's output, *tensors, *config) -> gradients of the tensors."""
+class _Backward(_Positional):
+    """apply(name, wanted, number of tensors, upstream, *forward's output, *tensors, *config) -> the gradients."""
 
     @staticmethod
     def _parts(name: str, count: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -108,23 +120,23 @@ class _Backward(Function):
         return (operation, output, *_split(rest, count))
 
     @staticmethod
-    def forward(name: str, count: int, g: Tensor, *args: Any) -> Any:
+    def forward(name: str, wanted: str, count: int, g: Tensor, *args: Any) -> Any:
         operation, output, tensors, config = _Backward._parts(name, count, args)
         # Rounded to the inputs' dtype only at last: a loss scaler's factor in g keeps float16 gradients from vanishing.
         if _is_scalar_loss(name, config):
             once = g.is_cuda and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed())
             grads = tuple(
-                grad if is_absent(grad) else _scale(grad, g, t.dtype) if once and grad.is_cuda else grad * g
+                grad if grad is None else _scale(grad, g, t.dtype) if once and grad.is_cuda else grad * g
                 for grad, t in zip(output[1:], tensors, strict=False)
             )
         else:
-            grads = operation.grad(g, output[0], tensors, config)
-        return tuple(v if is_absent(v) else v.to(t.dtype) for v, t in zip(grads, tensors, strict=False))
+            grads = operation.grad(g, output[0], tensors, config, wanted)
+        return tuple(v if v is None else v.to(t.dtype) for v, t in zip(grads, tensors, strict=False))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.name, ctx.count, g = inputs[:3]
-        _, forward_output, tensors, ctx.config = _Backward._parts(ctx.name, ctx.count, inputs[3:])
+        ctx.name, _, ctx.count, g = inputs[:4]
+        _, forward_output, tensors, ctx.config = _Backward._parts(ctx.name, ctx.count, inputs[4:])
         ctx.skip = len(forward_output)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(g, forward_output[0], *tensors)
@@ -135,17 +147,17 @@ class _Backward(Function):
         count = OPERATIONS[ctx.name].count
         vectors = tuple(None if v is None or t is None else v for v, t in zip(vectors, tensors, strict=False))
         if all(v is None for v in vectors):
-            return (None,) * (3 + ctx.skip + ctx.count + len(ctx.config))
-        g_grad, *grads = _Second.apply(ctx.name, ctx.count, g, value, *tensors, *vectors, *ctx.config)  # type: ignore[no-untyped-call]
+            return (None,) * (4 + ctx.skip + ctx.count + len(ctx.config))
+        g_grad, *grads = _Second.apply(ctx.name, ctx.count, g, value, *tensors, *vectors, *ctx.config)
         rest = (None,) * (ctx.count - count + len(ctx.config))
-        return (None, None, g_grad, *(None,) * ctx.skip, *pad(tuple(grads), count), *rest)
+        return (None, None, None, g_grad, *(None,) * ctx.skip, *grads, *rest)
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
         return _loop_vmap(_Backward)(info, in_dims, *args)
 
 
-class _Second(Function):
+class _Second(_Positional):
     """apply(name, number of tensors, upstream, value, *tensors, *vectors, *config) -> gradients of upstream, tensors.
 
     A Function of its own so that a third derivative meets a refusal, not a tensor without a graph.
@@ -158,7 +170,7 @@ class _Second(Function):
         derive = potential_second if name == "potential" else second
         with torch.autocast(g.device.type, enabled=False):
             g_grad, grads = derive(name, g, value, tensors, config, vectors)
-        return (g_grad, *(torch.empty(0) if grad is None else grad for grad in grads))
+        return (g_grad, *grads)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -173,7 +185,7 @@ class _Second(Function):
         return _loop_vmap(_Second)(info, in_dims, *args)
 
 
-class _Select(Function):
+class _Select(_Positional):
     """apply(*arguments of `operations.select`) -> its values and indices, constants both, under torch.func."""
 
     @staticmethod
@@ -194,11 +206,6 @@ class _Select(Function):
         return _loop_vmap(_Select)(info, in_dims, *args)
 
 
-# Function.apply binds its arguments to this signature at every call; finding it anew costs more than a small loss.
-for _function in (_Forward, _Backward, _Second):
-    setattr(_function.forward, "__signature__", inspect.signature(_function.forward))  # noqa: B010
-
-
 # ---- what the public functions call ----------------------------------------------------------------------------------
 
 
@@ -217,9 +224,7 @@ def _requires_grad(tensor: Tensor | None, transformed: bool) -> bool:
 def select(map: str, normalize: bool, x: Tensor, y: Tensor | None, exclude_self: bool, k: int) -> tuple[Tensor, Tensor]:
     """`operations.select` of matrices, (n, k); the values connected to the graph if any input requires a gradient."""
     transformed = _transformed()
-    # Nothing to record: where nobody traces, the operator would only add its fixed cost.
-    plain = operators.select if torch.compiler.is_compiling() else operations.select
-    call = _Select.apply if transformed else plain
+    call = _Select.apply if transformed else operators.select
     others = None if y is None else y.detach()[None]
     value, index = (t[0] for t in call(x.detach()[None], others, map, normalize, exclude_self, k))
     if not (torch.is_grad_enabled() and any(_requires_grad(t, transformed) for t in (x, y))):
@@ -235,12 +240,14 @@ def apply(name: str, tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tenso
         return PLAIN[name](tensors, config)
     operation = OPERATIONS[name]
     transformed = _transformed()
-    gradients = torch.is_grad_enabled() and any(_requires_grad(t, transformed) for t in tensors[: operation.count])
-    if not gradients and not transformed:
-        result: Tensor = operation.forward(tensors, config, False)[0]
+    needed = [torch.is_grad_enabled() and _requires_grad(t, transformed) for t in tensors[: operation.count]]
+    if not any(needed) and not transformed:
+        result: Tensor = operation.forward(tensors, config, "")[0]
         return result
     if torch.compiler.is_compiling():  # which refuses one tensor in two places
         tensors = tuple(None if t is None else t.view_as(t) for t in tensors)
-    early = gradients and _is_scalar_loss(name, config)
-    value: Tensor = _Forward.apply(name, early, len(tensors), *tensors, *config)[0]  # type: ignore[no-untyped-call]
+    if transformed:  # a tensor may require a gradient at another level of the transforms than this one
+        needed = [any(needed)] * len(needed)
+    wanted = _numbers(needed) if _is_scalar_loss(name, config) else ""
+    value: Tensor = _Forward.apply(name, wanted, len(tensors), *tensors, *config)[0]
     return value

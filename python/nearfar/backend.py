@@ -39,6 +39,8 @@ def on_cuda(array: Any) -> bool:
     """Whether the GPU's kernels compute on this array; a number is on no device."""
     if emulate:
         return hasattr(array, "__dlpack__") and hasattr(array, "ndim") and not hasattr(array, "is_integer")
+    if is_torch(array):
+        return bool(array.device.type != "cpu")
     return hasattr(array, "device") and device_name(array) != "cpu"
 
 

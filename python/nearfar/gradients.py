@@ -10,8 +10,8 @@ import functools
 import inspect
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -21,7 +21,7 @@ from .arrays import Array, cast, compute_dtype, concatenate, dtype_name, is_torc
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# Each takes (weights of the rows: none here, inputs, config, whether gradients are wanted).
+# Each takes (weights of the rows: none here, inputs, config, which gradients are wanted or whether).
 _OPERATIONS: dict[str, tuple[Callable[..., Any], bool]] = {
     "softmax": (operations.softmax, True),
     "potential": (operations.potential, False),
@@ -40,8 +40,7 @@ _ROWS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
 }
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """An input of an operation: the named arguments one below the other, or a function of one scalar argument.
 
     `slope` is d value / d argument for a scalar. Arrays without a name are constants.
@@ -77,25 +76,26 @@ class Outcome:
     slope: Callable[[Any], Any] | None = None
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """``outcome(operation(parts, config))``; with a tail, the tail of that."""
 
     operation: str
     parts: tuple[Part, ...]
     config: tuple[Any, ...]
     scalar: bool = True  # the value is a number, so it has a gradient of its own
-    extra: tuple[Any, ...] = field(default=())  # inputs without gradients, after the parts
+    extra: tuple[Any, ...] = ()  # inputs without gradients, after the parts
     tail: Tail | None = None
     outcome: Outcome | None = None
 
 
-def _launch(call: Call, gradients: bool) -> Any:
+def _launch(call: Call, wanted: str) -> Any:
+    """The value and the gradients of the parts, those that are wanted, by their numbers, at least."""
     tensors = (*(part.value() for part in call.parts), *call.extra)
     if call.tail is not None:
-        return _launch_rows(call, call.tail, tensors, gradients)
+        return _launch_rows(call, call.tail, tensors, bool(wanted))
     operation, weighted = _OPERATIONS[call.operation]
-    return operation(*((None,) if weighted else ()), *tensors, *call.config, gradients)
+    which = wanted if call.operation in operations.SELECTIVE else bool(wanted)
+    return operation(*((None,) if weighted else ()), *tensors, *call.config, which)
 
 
 def _launch_rows(call: Call, tail: Tail, tensors: tuple[Any, ...], gradients: bool) -> Any:
@@ -120,7 +120,7 @@ def run(call: Call) -> Array:
         if call.tail is not None:
             value = cast(call.tail.value(value, tensors[len(call.parts) - 1]), compute_dtype(tensors[0]))
     else:
-        value = _launch(call, False)[0]
+        value = _launch(call, "")[0]
         value = value[()] if value.ndim == 0 else value
     return value if call.outcome is None else call.outcome.value(value)
 
@@ -241,7 +241,8 @@ def _plan_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: Any
     call = plan(*args, **kwargs)
     if not call.scalar:
         raise ValueError("f: expected a scalar value (reduction 'mean' or 'sum')")
-    value, *gradients = _launch(call, True)
+    numbers = (str(k) for k, part in enumerate(call.parts) if not {*names}.isdisjoint(part.names))
+    value, *gradients = _launch(call, "".join(numbers))
     value = value[()]
     if call.outcome is not None:
         if call.outcome.slope is not None:

@@ -22,6 +22,7 @@ from .arrays import (
     compute_dtype,
     empty,
     namespace,
+    scalar,
 )
 from .backend import kernel, on_cuda
 
@@ -33,6 +34,10 @@ STRIP_BUDGET = 32 << 20
 # "never". Results are the same.
 SCREENING = "automatic"
 
+# Losses that compute a gradient only where it is wanted: constant keys, a queue or a frozen tower, save one of three
+# products.
+SELECTIVE = ("softmax", "sigmoid")
+
 # The largest multiplier of dot products.
 LARGEST = {name: float(np.finfo(name).max) for name in ("float32", "float64")}
 
@@ -42,9 +47,8 @@ def _reduced(like: Array, rows: Array, total: Any, reduction: str, anchors: Any 
     if reduction == "none":
         return rows
     n = rows.shape[0] if anchors is None else anchors
-    value = empty(like, (), compute_dtype(like))
-    value[...] = total if reduction == "sum" else total / (n.clip(1) if hasattr(n, "clip") else max(n, 1))
-    return value
+    total = total if reduction == "sum" else total / (n.clip(1) if hasattr(n, "clip") else max(n, 1))
+    return scalar(like, total, compute_dtype(like))
 
 
 def _contiguous(array: Array) -> Array:
@@ -78,13 +82,6 @@ def _offset(bias: Any, like: Array) -> Any:
     return offset
 
 
-def _number(like: Array, value: float) -> Array:
-    """A gradient of a scalar: always in double."""
-    number = empty(like, (), "float64")
-    number[...] = value
-    return number
-
-
 def _codes(ids: Array, columns: int) -> tuple[Array, Array | None]:
     """Integer ids as dense int32 codes of rows and columns; columns past the ids (queues) match nothing.
 
@@ -109,11 +106,12 @@ def softmax(
     normalize: bool,
     in_sum: bool,
     shift: int,
-    gradients: bool,
+    wanted: str,
 ) -> tuple[Any, ...]:
     """Softmax over pairs: value and gradients of x, y, positive, paired and scale.
 
     ``y=None``: the columns are x itself. ``positive=None``: the positives are the first n columns, row ``i + shift``.
+    `wanted`: the gradients by their numbers, "0" to "4"; with any of them come those of x and scale.
     """
     scale = _multiplier(scale, x)
     n, d = x.shape
@@ -121,12 +119,18 @@ def softmax(
     own_positive = positive is not None
     rows = empty(x, (n,))
     dx = dy = dpositive = dpaired = None
-    if gradients:
+    if wanted:
         dx = empty(x, (n, d), zero=True)
         # NT-Xent: rows, columns and positives are one array, and so are their gradients.
-        dy = dx if mode == "pairs" else empty(x, tuple(columns.shape), zero=True)
-        dpositive = empty(x, (n, d), zero=True) if own_positive else dy[:n]
-        dpaired = empty(x, tuple(paired.shape)) if paired is not None else None
+        if mode == "pairs":
+            dy = dx
+        elif "1" in wanted:
+            dy = empty(x, tuple(columns.shape), zero=True)
+        if not own_positive:
+            dpositive = None if dy is None else dy[:n]
+        elif "2" in wanted:
+            dpositive = empty(x, (n, d), zero=True)
+        dpaired = empty(x, tuple(paired.shape)) if paired is not None and "3" in wanted else None
     ids_x, ids_y = (None, None) if ids is None else _codes(ids, columns.shape[0])
     weight, weights = _row_weights(weights, x, reduction)
     total, dscale = kernel(x, "softmax")(
@@ -152,10 +156,10 @@ def softmax(
         STRIP_BUDGET,
     )
     value = _reduced(x, rows, total, reduction)
-    if not gradients:
+    if not wanted:
         return value, None, None, None, None, None
     dy = None if y is None or mode == "pairs" else dy
-    return value, dx, dy, dpositive if own_positive else None, dpaired, _number(x, dscale)
+    return value, dx, dy, dpositive if own_positive else None, dpaired, scalar(x, dscale, "float64")
 
 
 def _block_ids(ids_x: Array | None, ids_y: Array | None) -> tuple[Array | None, Array | None]:
@@ -202,15 +206,15 @@ def softmax_block_grad(
     (a, u), (b, v) = rows, columns or (None, None)
     both = (x, x if y is None else y, y is None)
     dscale = launch(*both, *ids, _multiplier(scale, x), normalize, a, b, u, v, dx, dy)
-    return dx, None if y is None else dy, _number(x, dscale)
+    return dx, None if y is None else dy, scalar(x, dscale, "float64")
 
 
 def n_pairs(
     weights: Array | None, x: Array, y: Array, l2_reg: float, reduction: str, gradients: bool
 ) -> tuple[Any, ...]:
     """Softmax over dot products plus l2_reg times half the squared norms of a pair: value, gradients of x and y."""
-    options = (None, "rows", reduction, False, True, 0, gradients)
-    value, dx, dy, *_ = softmax(weights, x, y, None, None, 1.0, *options)
+    wanted = "01" if gradients else ""
+    value, dx, dy, *_ = softmax(weights, x, y, None, None, 1.0, None, "rows", reduction, False, True, 0, wanted)
     if l2_reg:
         weight, weights = _row_weights(weights, x, reduction)
         x, y = cast(x, compute_dtype(x)), cast(y, compute_dtype(x))
@@ -261,7 +265,7 @@ def sup_con(
         None if dx is None else dx.reshape(-1, d),
     )
     value = _reduced(x, rows, total, reduction, anchors)
-    return value, dx, _number(x, dscale) if gradients else None
+    return value, dx, scalar(x, dscale, "float64") if gradients else None
 
 
 def sigmoid(
@@ -272,22 +276,23 @@ def sigmoid(
     bias: Any,
     reduction: str,
     normalize: bool,
-    gradients: bool,
+    wanted: str,
     matched: bool = True,
 ) -> tuple[Any, ...]:
-    """Sigmoid loss over pairs: value and gradients of x, y, scale and bias.
+    """Sigmoid loss over pairs: value and gradients of x, y, scale and bias; `wanted` as in `softmax`, "0" to "3".
 
     Not `matched`: y may have any number of rows, and none of them is the match of a row of x.
     """
     n = x.shape[0]
     bias = _offset(bias, x)
     rows = empty(x, (n,))
-    dx, dy = (empty(z, tuple(z.shape), zero=True) if gradients else None for z in (x, y))
+    dx = empty(x, tuple(x.shape), zero=True) if wanted else None
+    dy = empty(y, tuple(y.shape), zero=True) if "1" in wanted else None
     weight, weights = _row_weights(weights, x, reduction)
     scale = _multiplier(scale, x)
     total, *scalars = kernel(x, "sigmoid")(x, y, matched, scale, bias, normalize, weights, weight, rows, dx, dy)
     value = _reduced(x, rows, total, reduction)
-    return value, dx, dy, *(_number(x, g) if gradients else None for g in scalars)
+    return value, dx, dy, *(scalar(x, g, "float64") if wanted else None for g in scalars)
 
 
 def _labels(labels: Array, x: Array, y: Array | None) -> tuple[Array | None, Array]:
@@ -352,7 +357,7 @@ def labelled_lse_grad(
     dy = dx if y is None else empty(x, tuple(columns.shape), zero=True)
     grad = _contiguous(cast(grad, "float64"))
     dscale = _labelled_lse(x, y, scale, labels, maps, power, normalize, _contiguous(lse), grad, dx, dy)
-    return dx, None if y is None else dy, _number(x, dscale)
+    return dx, None if y is None else dy, scalar(x, dscale, "float64")
 
 
 def exponential(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -367,9 +372,7 @@ def potential(x: Array, t: float, normalize: bool, gradients: bool) -> tuple[Any
     n = x.shape[0]
     dx = empty(x, tuple(x.shape), zero=True) if gradients else None
     log_sum = kernel(x, "potential")(x, t, normalize, dx)
-    value = empty(x, ())
-    value[...] = log_sum - math.log(n * (n - 1) / 2)
-    return value, dx
+    return scalar(x, log_sum - math.log(n * (n - 1) / 2), compute_dtype(x)), dx
 
 
 def alignment(
@@ -403,19 +406,21 @@ def store(x: Array, y: Array | None, map: str, normalize: bool, condensed: bool,
 
 
 def store_grad(
-    grad: Array, value: Array, x: Array, y: Array | None, map: str, normalize: bool, condensed: bool
+    grad: Array, value: Array, x: Array, y: Array | None, map: str, normalize: bool, condensed: bool, wanted: str
 ) -> tuple[Any, ...]:
-    """Gradients of ``<grad, store(x, y)>``; with ``y=None`` both roles of x are in the first."""
+    """Gradients of ``<grad, store(x, y)>``, those that are `wanted` ("0", "1", "01") at least.
+
+    With ``y=None`` both roles of x are in the first.
+    """
     columns = x if y is None else y
-    dx, dy = empty(x, tuple(x.shape), zero=True), empty(x, tuple(columns.shape), zero=True)
+    # The GPU's strip of weights has that of x with any other.
+    dx = empty(x, tuple(x.shape), zero=True) if y is None or "0" in wanted or on_cuda(x) else None
+    dy = empty(x, tuple(columns.shape), zero=True) if y is None or "1" in wanted else None
     dtype = compute_dtype(x)
     grad = cast(grad, dtype)
     grad = _contiguous(grad)
     kernel(x, "store_grad")(x, columns, *_metric(map), normalize, condensed, value, grad, dx, dy)
-    if y is None:
-        dx += dy
-        return dx, None
-    return dx, dy
+    return _both_roles(dx, dy, y)
 
 
 def _pair_gradients(x: Array, y: Array | None, parameters: Array, wanted: str) -> tuple[Any, Any, Any]:

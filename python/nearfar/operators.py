@@ -14,16 +14,35 @@ import torch
 from torch import Tensor
 
 from . import formulas, operations, triplets
+from .backend import on_cuda
 
 _library = torch.library.Library("nearfar", "DEF")
 
 
 def _detached(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
+    return value.detach().resolve_neg() if isinstance(value, Tensor) else value
 
 
-def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """Define an operator of both devices; absent tensors in the result become empty ones, for the schema."""
+def _traced(args: tuple[Any, ...]) -> bool:
+    """Whether somebody looks at the operators that run: the compiler, a dispatch mode, a tensor of its own class."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._autograd._profiler_enabled()
+        or any(isinstance(a, Tensor) and type(a) not in (Tensor, torch.nn.Parameter) for a in args)
+    )
+
+
+def _is_absent(grad: Tensor) -> bool:
+    """An operator's way to return no gradient: an empty vector. Real ones are matrices or numbers."""
+    return grad.dim() == 1 and grad.numel() == 0
+
+
+def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define an operator of both devices, whose absent results are empty tensors, for the schema.
+
+    Returned is what calls it: where nobody looks, `run` without an operator's fixed cost. Absent results are None.
+    """
     name = schema.split("(", 1)[0]
 
     def implementation(*args: Any) -> Any:
@@ -36,7 +55,15 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> A
     for device in ("CPU", "CUDA"):
         _library.impl(name, implementation, device)
     torch.library.register_fake(f"nearfar::{name}", fake, lib=_library)
-    return getattr(torch.ops.nearfar, name).default
+    operator = getattr(torch.ops.nearfar, name).default
+
+    def call(*args: Any) -> Any:
+        if not _traced(args):
+            return run(*map(_detached, args))
+        result = operator(*args)
+        return result if isinstance(result, Tensor) else tuple(None if _is_absent(part) else part for part in result)
+
+    return call
 
 
 def _compute(x: Tensor) -> torch.dtype:
@@ -65,21 +92,21 @@ def _number_like(x: Tensor, wanted: bool) -> Tensor:
 
 def _fake_softmax(
     weights: Any, x: Any, y: Any, positive: Any, paired: Any, scale: Any, ids: Any, mode: str, reduction: str,
-    normalize: bool, in_sum: bool, shift: int, gradients: bool,
+    normalize: bool, in_sum: bool, shift: int, wanted: str,
 ) -> Any:  # fmt: skip
     return (
         _value_like(x, reduction),
-        _grad_like(x, gradients),
-        _grad_like(y if mode != "pairs" else None, gradients),
-        _grad_like(positive, gradients),
-        _grad_like(paired, gradients),
-        _number_like(x, gradients),
+        _grad_like(x, bool(wanted)),
+        _grad_like(y if mode != "pairs" else None, "1" in wanted),
+        _grad_like(positive, "2" in wanted),
+        _grad_like(paired, "3" in wanted),
+        _number_like(x, bool(wanted)),
     )
 
 
 _softmax = _define(
     "softmax(Tensor? weights, Tensor x, Tensor? y, Tensor? positive, Tensor? paired, Tensor scale, Tensor? ids, "
-    "str mode, str reduction, bool normalize, bool in_sum, SymInt shift, bool gradients) "
+    "str mode, str reduction, bool normalize, bool in_sum, SymInt shift, str wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     operations.softmax,
     _fake_softmax,
@@ -129,14 +156,14 @@ _sup_con = _define(
 
 _sigmoid = _define(
     "sigmoid(Tensor? weights, Tensor x, Tensor y, Tensor scale, Tensor bias, str reduction, bool normalize, "
-    "bool gradients) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "str wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     operations.sigmoid,
-    lambda weights, x, y, scale, bias, reduction, normalize, gradients: (
+    lambda weights, x, y, scale, bias, reduction, normalize, wanted: (
         _value_like(x, reduction),
-        _grad_like(x, gradients),
-        _grad_like(y, gradients),
-        _number_like(x, gradients),
-        _number_like(x, gradients),
+        _grad_like(x, bool(wanted)),
+        _grad_like(y, "1" in wanted),
+        _number_like(x, bool(wanted)),
+        _number_like(x, bool(wanted)),
     ),
 )
 
@@ -179,10 +206,13 @@ _store = _define(
 )
 
 _store_grad = _define(
-    "store_grad(Tensor grad, Tensor value, Tensor x, Tensor? y, str map, bool normalize, bool condensed) "
+    "store_grad(Tensor grad, Tensor value, Tensor x, Tensor? y, str map, bool normalize, bool condensed, str wanted) "
     "-> (Tensor, Tensor)",
     operations.store_grad,
-    lambda grad, value, x, y, map, normalize, condensed: (_grad_like(x, True), _grad_like(y, True)),
+    lambda grad, value, x, y, map, normalize, condensed, wanted: (
+        _grad_like(x, y is None or "0" in wanted or on_cuda(x)),
+        _grad_like(y, "1" in wanted),
+    ),
 )
 
 select = _define(
@@ -235,10 +265,12 @@ _matmul_grad = _define(
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation: ``forward(tensors, config, gradients) -> (value, *gradients)`` and what differentiates it.
+    """One operation: ``forward(tensors, config, wanted) -> (value, *gradients)`` and what differentiates it.
 
-    `grad` computes gradients from the upstream one where the forward pass did not; `rows` is the plain formula, which
-    is also given the tensors that `prepare` made, beside what a mean divides by where that is not the number of rows.
+    `wanted` are the numbers of the tensors whose gradients are, as "02"; others may come with them. ``grad(g, value,
+    tensors, config, wanted)`` computes gradients from the upstream one where the forward pass did not; `rows` is the
+    plain formula, which is also given the tensors that `prepare` made, beside what a mean divides by where that is not
+    the number of rows.
     """
 
     forward: Callable[..., Any]
@@ -249,33 +281,26 @@ class Operation:
     prepare: Callable[..., tuple[tuple[Tensor, ...], int]] | None = None
 
 
-def is_absent(grad: Tensor) -> bool:
-    """An operator's way to return no gradient: an empty vector. Real ones are matrices or numbers."""
-    return grad.dim() == 1 and grad.numel() == 0
-
-
-def pad(grads: Any, count: int) -> tuple[Tensor | None, ...]:
-    """The first `count` of an operator's gradients, None where it gave none."""
-    return tuple(None if is_absent(grad) else grad for grad in grads[:count])
-
-
 def _no_rows(*_: Any) -> Tensor:
     raise AssertionError("potential has a second derivative of its own")
 
 
-def _weighted(operator: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`forward` and `grad` of a loss whose operator takes the weights of its rows first and answers both."""
+def _weighted(operator: Any, tell: Callable[[str], Any] = bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`forward` and `grad` of a loss whose operator takes the weights of its rows first and answers both.
+
+    `tell` makes of what is wanted the operator's last argument: whether gradients are, or which.
+    """
     return (
-        lambda tensors, config, gradients: operator(None, *tensors, *config, gradients),
-        lambda g, value, tensors, config: operator(g, *tensors, *config, True)[1:],
+        lambda tensors, config, wanted: operator(None, *tensors, *config, tell(wanted)),
+        lambda g, value, tensors, config, wanted: operator(g, *tensors, *config, tell(wanted))[1:],
     )
 
 
 OPERATIONS = {
-    "softmax": Operation(*_weighted(_softmax), formulas.softmax_rows, 5, True),
+    "softmax": Operation(*_weighted(_softmax, str), formulas.softmax_rows, 5, True),
     "labelled_lse": Operation(
-        lambda t, c, gradients: (_labelled_lse(*t, *c),),
-        lambda g, value, t, c: _labelled_lse_grad(g, value, *t, *c),
+        lambda t, c, wanted: (_labelled_lse(*t, *c),),
+        lambda g, value, t, c, wanted: _labelled_lse_grad(g, value, *t, *c),
         formulas.labelled_lse_rows,
         3,
         False,
@@ -294,13 +319,13 @@ OPERATIONS = {
         lambda tensors, config: ((), formulas.sup_con_anchors(tensors, config)),
     ),
     "sigmoid": Operation(
-        *_weighted(_sigmoid),
+        *_weighted(_sigmoid, str),
         formulas.sigmoid_rows,
         4,
         True,
     ),
     "potential": Operation(
-        lambda t, c, gradients: _potential(*t, *c, gradients), _no_rows, formulas.potential_rows, 1, True
+        lambda t, c, wanted: _potential(*t, *c, bool(wanted)), _no_rows, formulas.potential_rows, 1, True
     ),
     "alignment": Operation(
         *_weighted(_alignment),
@@ -316,23 +341,23 @@ OPERATIONS = {
         triplets.prepare,
     ),
     "store": Operation(
-        lambda t, c, gradients: (_store(*t, *c),),
-        lambda g, value, t, c: _store_grad(g, value, *t, *c),
+        lambda t, c, wanted: (_store(*t, *c),),
+        lambda g, value, t, c, wanted: _store_grad(g, value, *t, *c, wanted),
         formulas.store_rows,
         2,
         False,
     ),
     # A kernel's config is its program and which gradients are wanted: known when it is called, and dear to compute.
     "gram": Operation(
-        lambda t, c, gradients: (_gram(*t, c[0]),),
-        lambda g, value, t, c: _gram_grad(g, *t, *c),
+        lambda t, c, wanted: (_gram(*t, c[0]),),
+        lambda g, value, t, c, wanted: _gram_grad(g, *t, *c),
         formulas.gram_rows,
         3,
         False,
     ),
     "matmul": Operation(
-        lambda t, c, gradients: (_matmul(*t, c[0]),),
-        lambda g, value, t, c: _matmul_grad(g, *t, *c),
+        lambda t, c, wanted: (_matmul(*t, c[0]),),
+        lambda g, value, t, c, wanted: _matmul_grad(g, *t, *c),
         formulas.matmul_rows,
         4,
         False,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Array, cast, codes_of, empty, of_kind, to_numpy
+from .arrays import Array, cast, codes_of, compute_dtype, empty, of_kind, scalar, to_numpy
 from .backend import kernel, on_cuda
 
 
@@ -49,9 +49,7 @@ def batch_triplet(weights: Array | None, x: Array, labels: Array, *config: Any) 
     rows, dx, total, _ = _launch(weights, x, labels, tuple(config_of_loss), gradients)
     if config[4] == "none":
         return rows, dx
-    value = empty(x, ())
-    value[...] = total
-    return value, dx
+    return scalar(x, total, compute_dtype(x)), dx
 
 
 def mined(x: Array, labels: Array, mining: str, normalize: bool) -> tuple[NDArray[np.int64], ...]:

@@ -141,11 +141,10 @@ class Sigmoid {
         o.x.get(i, own);
         o.y.get(i, other);
         const T w = static_cast<T>(diagonal_[i] * static_cast<double>(row_weight_[i]));
-        T *dx = p.dx + i * d, *dy = p.dy + i * d;
-        for (int64_t k = 0; k < d; ++k) {
-          dx[k] += w * other[k];
-          dy[k] += w * own[k];
-        }
+        T* dx = p.dx + i * d;
+        for (int64_t k = 0; k < d; ++k) dx[k] += w * other[k];
+        if (T* dy = p.dy ? p.dy + i * d : nullptr)
+          for (int64_t k = 0; k < d; ++k) dy[k] += w * own[k];
       }
     });
   }

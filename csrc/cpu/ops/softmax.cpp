@@ -235,7 +235,7 @@ class Softmax {
           paired.get(q, other);
           for (int64_t k = 0; k < d; ++k) {
             dx[k] += weight * other[k];
-            p.dpaired[q * d + k] = weight * own[k];
+            if (p.dpaired) p.dpaired[q * d + k] = weight * own[k];
           }
         }
       }

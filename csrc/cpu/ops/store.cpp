@@ -267,8 +267,8 @@ void gradient(const StoreGradParams<T>& p) {
       }
     });
   };
-  finish(o.x, p.dy);
-  finish(o.y, p.dx);
+  if (p.dy) finish(o.x, p.dy);
+  if (p.dx) finish(o.y, p.dx);
 }
 
 template <class T>
@@ -323,8 +323,8 @@ template <class T>
 void gradient_all(const StoreGradParams<T>& p) {
   if (by_coordinate(p.map))
     return with_coordinate_map(p.map, p.power, [&](auto map) {
-      coordinate_gradient(p, map, false);
-      if (!p.condensed) coordinate_gradient(p, map, true);
+      if (p.dx) coordinate_gradient(p, map, false);
+      if (p.dy && !p.condensed) coordinate_gradient(p, map, true);
     });
   with_map(p.map, [&](auto map) { gradient<T, decltype(map)>(p); });
 }

@@ -196,6 +196,7 @@ void run(cuda::Context& c, const SigmoidDevice<T>& p) {
   step.terms[0] = {enter, slopes, pairs.scores.y, n, 0, 1};
   finish_rows(c, pairs.scores.x, p.dx, step);
   c.launch(1, ScaleSlope{{along, n}, multiplier, 1, p.dscale_at});
+  if (!p.dy) return;
   step = finish_scaled<T>(multiplier, nullptr);
   step.terms[0] = {enter, slopes, pairs.scores.x, n, 0, 1};
   finish_rows(c, pairs.scores.y, p.dy, step);

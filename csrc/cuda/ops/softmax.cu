@@ -343,7 +343,7 @@ class Softmax {
     finish_rows(c, x, p.dx, step);
     c.launch(1, ScaleSlope{{along, n}, multiplier_, p.mode == SoftmaxMode::pairs ? 2.0 : 1.0, p.dscale_at});
     FinishRows<T> other = finish_scaled<T>(multiplier_, nullptr);
-    if (p.dy != p.dx) {
+    if (p.dy && p.dy != p.dx) {
       if (p.dpositive == p.dy) other.terms[0] = target;
       finish_rows(c, pairs_.scores.y, p.dy, other);
     }

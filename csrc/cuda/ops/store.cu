@@ -135,7 +135,7 @@ void store_coordinates_grad(cuda::Context& c, const StoreGradParams<T>& p) {
     StoredPair<T> of{m, p.condensed, false, p.out, p.grad};
     add_coordinate_gradient(c, map, of, pairs.x, pairs.y, 0, n, 0, m, p.dx);
     of.turned = true;
-    if (!p.condensed) add_coordinate_gradient(c, map, of, pairs.y, pairs.x, 0, m, 0, n, p.dy);
+    if (p.dy && !p.condensed) add_coordinate_gradient(c, map, of, pairs.y, pairs.x, 0, m, 0, n, p.dy);
   });
 }
 
@@ -171,7 +171,7 @@ void store_grad(Context& c, const StoreGradParams<T>& p) {
     });
     if (!p.normalize) return;
     finish_rows(c, pairs.scores.x, p.dx, FinishRows<T>{{}, nullptr, {}, nullptr, 1, nullptr});
-    finish_rows(c, pairs.scores.y, p.dy, FinishRows<T>{{}, nullptr, {}, nullptr, 1, nullptr});
+    if (p.dy) finish_rows(c, pairs.scores.y, p.dy, FinishRows<T>{{}, nullptr, {}, nullptr, 1, nullptr});
   });
 }
 

@@ -285,8 +285,9 @@ def _sigmoid(
         (other,) = block
         grad_y: Any = torch.zeros(other.shape, dtype=dtype, device=x.device) if batch.gradients else None
         if n and len(other):
+            wanted = "01" if batch.gradients else ""
             rows, *grads = operations.sigmoid(
-                weights, x, other, batch.scale, bias, "none", batch.normalize, batch.gradients, source == ring.rank
+                weights, x, other, batch.scale, bias, "none", batch.normalize, wanted, source == ring.rank
             )
             losses.add_(rows)
             if batch.gradients:
@@ -361,7 +362,7 @@ def _launch(group: Any, loss: Any, *args: Any, **kwargs: Any) -> Tensor:
     weight = 1 / max(total, 1) if reduction == "mean" else 1.0
     leaves = [array for part in call.parts for array in part.arrays]
 
-    call = replace(call, parts=tuple(replace(p, arrays=tuple(a.detach() for a in p.arrays)) for p in call.parts))
+    call = call._replace(parts=tuple(p._replace(arrays=tuple(a.detach() for a in p.arrays)) for p in call.parts))
 
     def compute() -> tuple[Tensor, Gradients]:
         x, scale = call.parts[0].value(), call.parts[2 if call.operation == "sigmoid" else 4].value()

@@ -53,7 +53,7 @@ def scalar_part(given: Any, name: str, like: Array, *, inverse: bool = False, po
     if is_torch(like):
         import torch
 
-        return Part((name,), (torch.tensor(used, dtype=torch.float64),))
+        return Part((name,), (torch.full((), used, dtype=torch.float64),))
     return Part((name,), (np.float64(used),), slope)
 
 

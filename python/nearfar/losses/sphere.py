@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from numbers import Real
 from typing import Any
 
@@ -195,4 +194,4 @@ def uniformity_gap(x: Array, *, t: float = 2) -> Call:
         excess = spread - least
         return (excess.expm1() if is_torch(excess) else np.expm1(excess)) * math.exp(least)
 
-    return replace(call, outcome=Outcome(gap, np.exp))
+    return call._replace(outcome=Outcome(gap, np.exp))

@@ -72,6 +72,56 @@ INFO_NCE_MEMORY = dataclasses.replace(
 )
 
 
+# ---- InfoNCE against a queue: keys that are constant -----------------------------------------------------------------
+
+
+def _with_queue(shape: Shape, rng: np.random.Generator) -> dict[str, Array]:
+    return {**_matching(shape, rng), "queue": rng.standard_normal((shape["m"], shape["d"]), np.float32)}
+
+
+def _info_nce_queue(problem: Problem) -> Step:
+    torch = load("torch")
+    key, queue = (torch.from_numpy(problem[name]) for name in ("key", "queue"))
+    return gradient_step(lambda query: nf.info_nce_loss(query, key, queue, temperature=TEMPERATURE), problem["query"])
+
+
+def _info_nce_queue_dense(problem: Problem) -> Step:
+    torch, F = load("torch"), load("torch.nn.functional")
+    key, queue = (torch.from_numpy(problem[name]) for name in ("key", "queue"))
+    target = torch.zeros(problem.shape["n"], dtype=torch.int64)
+
+    def loss(query: Any) -> Any:
+        q = F.normalize(query, dim=1)
+        positive = (q * F.normalize(key, dim=1)).sum(1, keepdim=True)
+        logits = torch.cat([positive, q @ F.normalize(queue, dim=1).T], 1) / TEMPERATURE
+        return F.cross_entropy(logits, target)
+
+    return gradient_step(loss, problem["query"])
+
+
+def _info_nce_queue_reference(problem: Problem) -> tuple[Array, ...]:
+    q, k, queue = (reference.unit(problem[name]) for name in ("query", "key", "queue"))
+    value, gradient = 0.0, np.empty_like(q)
+    for i in range(len(q)):  # a row's keys are its positive and the queue
+        keys = np.concatenate([k[i : i + 1], queue])
+        own, gradient[i : i + 1], _ = reference.cross_entropy(q[i : i + 1], keys, np.zeros(1, int), 1 / TEMPERATURE)
+        value += own / len(q)
+    return np.float64(value), reference.through_unit(problem["query"], gradient / len(q))
+
+
+INFO_NCE_QUEUE = Case(
+    name="info_nce_queue",
+    what="info_nce_loss of a batch against a queue, value and gradient of the queries",
+    shapes=({"n": 256, "m": 65536, "d": 128},),
+    quick={"n": 32, "m": 256, "d": 16},
+    make=_with_queue,
+    ours=_info_nce_queue,
+    peers={"torch dense": _info_nce_queue_dense},
+    reference=_info_nce_queue_reference,
+    flops=lambda s: 2 * 2 * s["n"] * s["m"] * s["d"],
+)
+
+
 # ---- CLIP: both directions -------------------------------------------------------------------------------------------
 
 
