@@ -66,7 +66,7 @@ for tool in memcheck racecheck synccheck initcheck; do
       # Kernels of Hopper alone: three products of tf32, wide tiles with weights of float16.
       part "sanitizer-$tool-90" 45 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" \
         --error-exitcode 9 "$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda_split.py tests/test_cuda_float16.py \
-        -k "neighbours and 5 or gaussian_matmul or temperatures and not views or sup_con"
+        tests/test_cuda_overlap.py -k "neighbours and 5 or gaussian_matmul or temperatures and not views or sup_con or many_tiles"
     fi
   else
     echo "sanitizer-$tool: SKIPPED, no compute-sanitizer on PATH" | tee -a "$out/summary.txt"

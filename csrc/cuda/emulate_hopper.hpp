@@ -64,6 +64,8 @@ inline void wgmma_wait() {
 }
 template <int N>
 inline void wgmma_fence(float (&)[N][4]) {}
+template <int N>
+inline void wgmma_fence(uint32_t (&)[N][4]) {}
 template <class E, bool TRANSPOSE_A, bool TRANSPOSE_B, int N>
 inline void wgmma(float (&c)[N][4], uint64_t a, uint64_t b) {
   using emulation::Operand;

@@ -107,6 +107,14 @@ NEARFAR_DEVICE void wgmma_fence(float (&c)[N][4]) {
   for (int q = 0; q < 4; ++q) asm volatile("" : "+f"(c[n][q])::"memory");
 }
 
+/// Keeps the compiler from computing operands in registers behind this: not between wgmma_begin and a product.
+template <int N>
+NEARFAR_DEVICE void wgmma_fence(uint32_t (&a)[N][4]) {
+  NEARFAR_UNROLL
+  for (int n = 0; n < N; ++n) NEARFAR_UNROLL
+  for (int q = 0; q < 4; ++q) asm volatile("" : "+r"(a[n][q])::"memory");
+}
+
 /// Two numbers that nobody writes meanwhile, in the order of the program: loads that the compiler moves together take
 /// the accumulators' registers.
 NEARFAR_DEVICE float2 load_pair(const float* at) {

@@ -232,7 +232,8 @@ struct Pack {
     if constexpr (kExact) {
       if (!out.lost) return;
       out.lost[i] = static_cast<T>(sqrt(lost));
-      if (lost > 0) cuda::atomic_max(out.lost + out.padded, out.lost[i]);
+      // Looked at first: a million rows that change one number would wait for each other.
+      if (out.lost[i] > out.lost[out.padded]) cuda::atomic_max(out.lost + out.padded, out.lost[i]);
     }
   }
   /// The square of what a number loses that is to be packed as E; it stays finite.

@@ -135,6 +135,8 @@ struct WgmmaWeights : WgmmaProduct {
       if (k + 1 < steps) from += TRANSPOSE ? kDepth * a.stride : kDepth;
       read(from, a.stride, w);
       float part[16][4];
+      cuda::wgmma_fence(low);
+      cuda::wgmma_fence(high);
       ring.take_turn();
       cuda::wgmma_begin();
       multiply<true>(part, low, stage);
