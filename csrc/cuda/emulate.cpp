@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <mutex>
 
 #include "cuda/hopper.hpp"
@@ -14,7 +15,8 @@
 namespace nearfar::cuda::emulation {
 namespace {
 
-constexpr size_t kStack = 256 << 10;
+// No multiple of a page behind each other: what the fibers touch last would lie in the same few lines of the cache.
+constexpr size_t kStack = (256 << 10) + 17 * 64;
 constexpr int kMostThreads = 384, kGroup = 128, kGroups = kMostThreads / kGroup;  // threads of a warpgroup
 // What a block of sm_90 may ask for. Its memory begins behind some of its own, at a multiple of 1024.
 constexpr int kLarge = 227 << 10, kLargeBegin = 1024;
@@ -71,6 +73,8 @@ struct Machine {
   int current = 0;
   int64_t block = 0, blocks = 0;
   uint64_t progress = 0, random = 0;
+  const uint64_t* counter[kMostThreads];  // a fiber goes on when this has come so far
+  uint64_t target[kMostThreads];
   bool late = false;   // copies to shared memory
   bool apart = false;  // each warpgroup goes as far as it can without the other
   Barrier of_all, of_block, of_warp[kMostThreads / kWarp];
@@ -95,7 +99,10 @@ void expect(bool condition, const char* what) {
   if (!condition) fail(what);
 }
 
-void leave() {
+/// Until a counter, which others raise, has come so far; or for a round.
+void leave(const uint64_t& counter = machine->progress, uint64_t target = 0) {
+  machine->counter[machine->current] = &counter;
+  machine->target[machine->current] = target;
   if (!_setjmp(machine->fiber[machine->current])) _longjmp(machine->home, 1);
 }
 
@@ -110,17 +117,14 @@ void live() {
 }
 
 void wait(Barrier& barrier, int all) {
-  const uint64_t generation = barrier.generation;
-  if (++barrier.arrived == all) {
-    barrier.arrived = 0;
-    ++barrier.generation;
-    ++machine->progress;
-    return;
-  }
-  while (barrier.generation == generation) leave();
+  if (++barrier.arrived < all) return leave(barrier.generation, barrier.generation + 1);
+  barrier.arrived = 0;
+  ++barrier.generation;
+  ++machine->progress;
 }
 
 void resume(int thread) {
+  if (*machine->counter[thread] < machine->target[thread]) return;
   machine->current = thread;
   if (_setjmp(machine->home)) return;
   if (machine->started[thread]) _longjmp(machine->fiber[thread], 1);
@@ -218,10 +222,11 @@ float element(const char* at, Operand type) {
   return float_of(bits & 0xffffe000u);  // the tensor cores do not read the rest
 }
 
-/// Lines of an operand, 32 bytes along the sum: out[line][k] ("Matrix Descriptor Format", "Canonical Layouts", 128-byte
-/// swizzle). K-major: eight lines of 128 bytes lie together, `stride` is from eight to the next. MN-major: eight along
-/// the sum, of 128 bytes of lines, and `leading` is from 128 bytes of lines to the next.
-void read_operand(uint64_t descriptor, Operand type, bool transpose, int lines, double* out) {
+/// Lines of an operand, 32 bytes along the sum, as out[line * line_step + k * step] ("Matrix Descriptor Format",
+/// "Canonical Layouts", 128-byte swizzle). K-major: eight lines of 128 bytes lie together, `stride` is from eight to
+/// the next. MN-major: eight along the sum, of 128 bytes of lines, and `leading` is from 128 bytes of lines to the
+/// next.
+void read_operand(uint64_t descriptor, Operand type, bool transpose, int lines, double* out, int line_step, int step) {
   const int size = size_of(type);
   const auto field = [&](int from) { return static_cast<uint32_t>(descriptor >> from & 0x3fff) * 16; };
   const uint32_t start = field(0), leading = field(16), stride = field(32);
@@ -236,7 +241,7 @@ void read_operand(uint64_t descriptor, Operand type, bool transpose, int lines, 
       const uint32_t plain = start + (transpose ? l / w * leading + d / 8 * stride + d % 8 * 128 + l % w * bytes
                                                 : l / 8 * stride + l % 8 * 128 + d * bytes);
       const uint32_t address = plain ^ (plain >> 7 & 7) << 4;  // Swizzle<3, 4, 3>
-      out[line * depth + k] = static_cast<double>(element(at_address(address, bytes), type));
+      out[line * line_step + k * step] = static_cast<double>(element(at_address(address, bytes), type));
     }
 }
 
@@ -252,52 +257,71 @@ void read_registers(const uint32_t* const (&words)[kGroup], double* out) {
 /// Sums are cut off, not rounded, as tensor cores do.
 float truncated(double value) {
   const float nearest = static_cast<float>(value);
-  return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? std::nextafter(nearest, 0.0f) : nearest;
+  return std::fabs(static_cast<double>(nearest)) > std::fabs(value) ? float_of(bits_of(nearest) - 1) : nearest;
 }
 
 /// The binary order of a number; far below all others of 0, far above them of what is not finite.
 constexpr int kFar = 1 << 20;
-int order(double value) { return value == 0 ? -kFar : std::isfinite(value) ? std::ilogb(value) : 4 * kFar; }
-
-/// c + a b, of so many numbers. Each product, and c, is cut off where the largest of them has its last bit and two
-/// more, as far as is known of Hopper: sums of one sign lose more by that than by a sum that is cut off once.
-float add_products(float c, const double* a, const int* a_order, const double* b, const int* b_order, int count) {
-  constexpr int kBits = 23 + 2, kLeast = -500;  // no product is as small
-  const double wide = static_cast<double>(c);
-  int most = std::max(kLeast, order(wide));
-  for (int k = 0; k < count; ++k) most = std::max(most, a_order[k] + b_order[k]);
-  if (most > kFar) {
-    double sum = wide;
-    for (int k = 0; k < count; ++k) sum += a[k] * b[k];
-    return static_cast<float>(sum);
-  }
-  const double scale = std::ldexp(1.0, kBits - most);
-  int64_t sum = static_cast<int64_t>(wide * scale);
-  for (int k = 0; k < count; ++k) sum += static_cast<int64_t>(a[k] * b[k] * scale);
-  return truncated(static_cast<double>(sum) / scale);
+int order(double value) {
+  uint64_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const int exponent = static_cast<int>(bits >> 52 & 0x7ff) - 1023;
+  return value == 0 ? -kFar : exponent == 1024 ? 4 * kFar : exponent;
+}
+double power_of_two(int exponent) {
+  const uint64_t bits = static_cast<uint64_t>(exponent + 1023) << 52;
+  double value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
 }
 
 /// "Register Fragments": thread t of the group holds rows t / 32 * 16 + t % 32 / 4 and the one eight below, and of
 /// every eight columns two from t % 4 * 2 on.
+///
+/// Each product, and what it is added to, is cut off where the largest of them has its last bit and two more, as far as
+/// is known of Hopper: sums of one sign lose more by that than by a sum that is cut off once.
 void multiply(const Multiply& m) {
   constexpr int kRows = 64, kMostColumns = 256, kMostDepth = 16;
-  static double a[kRows * kMostDepth], b[kMostColumns * kMostDepth];
-  static int a_order[kRows * kMostDepth], b_order[kMostColumns * kMostDepth];
+  constexpr int kBits = 23 + 2, kLeast = -500;  // no product is as small
+  static double a[kRows * kMostDepth], b[kMostDepth * kMostColumns], scale[kMostColumns];
+  static int a_order[kRows * kMostDepth], b_order[kMostDepth * kMostColumns], most[kMostColumns];
+  static int64_t sums[kMostColumns];
+  const int depth = 32 / size_of(m.type);
   if (m.in_registers[0]) {
     read_registers(m.in_registers, a);
   } else {
-    read_operand(m.a, m.type, m.transpose_a, kRows, a);
+    read_operand(m.a, m.type, m.transpose_a, kRows, a, depth, 1);
   }
-  read_operand(m.b, m.type, m.transpose_b, m.columns, b);
-  const int depth = 32 / size_of(m.type);
+  read_operand(m.b, m.type, m.transpose_b, m.columns, b, 1, kMostColumns);
   for (int k = 0; k < kRows * depth; ++k) a_order[k] = order(a[k]);
-  for (int k = 0; k < m.columns * depth; ++k) b_order[k] = order(b[k]);
-  for (int t = 0; t < kGroup; ++t)
-    for (int q = 0; q < m.columns / 2; ++q) {
-      const int row = (t / 32 * 16 + t % 32 / 4 + q % 4 / 2 * 8) * depth,
-                column = (q / 4 * 8 + t % 4 * 2 + q % 2) * depth;
-      m.c[t][q] = add_products(m.fresh ? 0.0f : m.c[t][q], a + row, a_order + row, b + column, b_order + column, depth);
+  for (int k = 0; k < depth * kMostColumns; ++k) b_order[k] = order(b[k]);
+  for (int row = 0; row < kRows; ++row) {
+    const auto place = [&](int column) -> float& {
+      return m.c[row / 16 * 32 + row % 8 * 4 + column % 8 / 2][column / 8 * 4 + row % 16 / 8 * 2 + column % 2];
+    };
+    const auto begin = [&](int column) { return m.fresh ? 0.0 : static_cast<double>(place(column)); };
+    for (int column = 0; column < m.columns; ++column) most[column] = std::max(kLeast, order(begin(column)));
+    for (int k = 0; k < depth; ++k)
+      for (int column = 0; column < m.columns; ++column)
+        most[column] = std::max(most[column], a_order[row * depth + k] + b_order[k * kMostColumns + column]);
+    for (int column = 0; column < m.columns; ++column) {
+      scale[column] = most[column] > kFar ? 0 : power_of_two(kBits - most[column]);
+      sums[column] = most[column] > kFar ? 0 : static_cast<int64_t>(begin(column) * scale[column]);
     }
+    for (int k = 0; k < depth; ++k)
+      for (int column = 0; column < m.columns; ++column)
+        if (most[column] <= kFar)
+          sums[column] += static_cast<int64_t>(a[row * depth + k] * b[k * kMostColumns + column] * scale[column]);
+    for (int column = 0; column < m.columns; ++column) {
+      if (most[column] <= kFar) {
+        place(column) = truncated(static_cast<double>(sums[column]) * power_of_two(most[column] - kBits));
+        continue;
+      }
+      double sum = begin(column);
+      for (int k = 0; k < depth; ++k) sum += a[row * depth + k] * b[k * kMostColumns + column];
+      place(column) = static_cast<float>(sum);
+    }
+  }
 }
 
 Warpgroup& own_group() { return machine->groups[machine->current / kGroup]; }
@@ -401,7 +425,7 @@ void wgmma_wait(int left) {
   const uint64_t committed = group.committed[machine->current % kGroup], later = static_cast<uint64_t>(left);
   if (committed <= later) return;
   const uint64_t end = group.ends[(committed - later - 1) % Warpgroup::kMost];
-  while (group.ready < end) leave();
+  if (group.ready < end) leave(group.ready, end);
   for (; group.done < end; ++group.done) {
     Multiply& m = group.queue[group.done % Warpgroup::kMost];
     multiply(m);
@@ -419,6 +443,8 @@ void run(int64_t blocks, void (*body)(const void*), const void* kernel, int thre
     for (int t = 0; t < kMostThreads; ++t) {
       ucontext_t& start = machine->start[t];
       machine->started[t] = false;
+      machine->counter[t] = &machine->progress;
+      machine->target[t] = 0;
       getcontext(&start);
       start.uc_stack.ss_sp = machine->stacks + t * kStack;
       start.uc_stack.ss_size = kStack;
