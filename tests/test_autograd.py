@@ -345,6 +345,34 @@ def test_second_derivatives_of_other_dtypes(dtype):
         assert torch.linalg.norm(own.double() - expected) <= error * torch.linalg.norm(expected)
 
 
+NORMALIZED = [
+    "info_nce",
+    "own",
+    "nt_xent",
+    "hcl",
+    "multi similarity",
+    "proxy anchor",
+    "sup_con",
+    "siglip",
+    "uniformity",
+]
+
+
+@pytest.mark.parametrize("scale", [2.0**-70, 2.0**70])
+@pytest.mark.parametrize("name", [*NORMALIZED, "alignment", "cdist cosine", "pdist cosine"])
+def test_second_derivatives_of_rows_of_any_norm(name, scale):
+    """They scale with the inverse square of the rows; squares of these are not in the range of float32."""
+    f, arguments = CASES[name]
+
+    def product(scale):
+        own = [(scale * a if a.dim() else a).detach().float().requires_grad_() for a in arguments]
+        (first,) = torch.autograd.grad(f(*own).square().sum(), own[:1], create_graph=True)
+        return torch.autograd.grad((first * scale).square().sum(), own[0])[0] * scale
+
+    expected = product(1.0)
+    assert torch.linalg.norm(product(scale) - expected) <= 1e-5 * torch.linalg.norm(expected)
+
+
 def test_second_derivative_in_blocks(monkeypatch):
     q, k, negatives = leaf(23, 4), leaf(23, 4, seed=1), leaf(9, 4)
     functions = [

@@ -151,6 +151,26 @@ def test_import_is_light():
     assert result.stdout.strip() == "[]"
 
 
+def test_names_without_torch():
+    """What needs it is not listed, so that help() and a star import work; asking for it says so."""
+    script = """if True:
+        import sys
+        sys.modules["torch"] = None
+        import nearfar, pydoc
+        from nearfar import *
+        assert "InfoNCELoss" not in pydoc.render_doc(nearfar) and "distributed" not in dir(nearfar)
+        for name in ("InfoNCELoss", "distributed"):
+            try:
+                getattr(nearfar, name)
+            except ImportError as error:
+                print(error)
+    """
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert result.stdout.splitlines() == [
+        f"nearfar.{name} needs torch: pip install 'nearfar[torch]'" for name in ("InfoNCELoss", "distributed")
+    ]
+
+
 @pytest.mark.parametrize("name", nf.__all__)
 def test_public_names_have_an_example(name):
     if name in nf.losses.MODULES:

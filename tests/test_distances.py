@@ -553,6 +553,19 @@ def test_batches_that_do_not_match():
         nf.cdist(np.zeros((2, 4, 3)), np.zeros((3, 4, 3)))
 
 
+@pytest.mark.parametrize("scale", [2.0**-33, 2.0**33])
+def test_second_derivative_of_minkowski_near_and_far(scale):
+    """Powers of the differences, and more so those of a derivative, leave the range of float32 before distances do."""
+    x, y = (torch.from_numpy(points(5, 3, "float32", seed=s)) for s in range(2))
+    products = []
+    for factor in (1.0, scale):
+        own = (factor * x).requires_grad_()
+        distance = nf.cdist(own, factor * y, "minkowski", p=3.5) / factor
+        (slope,) = torch.autograd.grad(distance.square().sum(), own, create_graph=True)
+        products.append(factor * torch.autograd.grad((slope * factor).square().sum(), own)[0])
+    assert torch.linalg.norm(products[1] - products[0]) <= 1e-4 * torch.linalg.norm(products[0])
+
+
 def test_metric():
     for f in (nf.cdist, nf.pdist):
         for metric in ("manhattan", "", "Euclidean", None, 3, ["euclidean"]):

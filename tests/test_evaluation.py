@@ -207,7 +207,7 @@ def test_table_with_and_without_rich(monkeypatch):
     pytest.importorskip("rich")
     report = nf.evaluate(*blobs())
     rich = str(report)
-    monkeypatch.setattr(evaluation.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(evaluation, "is_installed", lambda package: False)
     plain = str(report)
     for text in (rich, plain):
         assert "120 x 6 embeddings, 4 classes" in text

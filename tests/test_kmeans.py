@@ -309,6 +309,14 @@ def test_spherical():
     assert model.inertia_ >= plain.inertia_  # means are not bound to the sphere
 
 
+@pytest.mark.parametrize("scale", [2.0**-530, 2.0**520])
+def test_spherical_of_rows_of_any_norm(scale):
+    x = blobs(60, 4, 3)
+    own, expected = (fitted(z, 3, spherical=True) for z in (x * scale, x))
+    assert np.array_equal(own.labels_, expected.labels_)
+    assert np.allclose(own.cluster_centers_, expected.cluster_centers_, rtol=1e-12, atol=0)
+
+
 def test_kinds_and_dtypes():
     x = blobs(300, 12, 4)
     expected = fitted(x, k=4)

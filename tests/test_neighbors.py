@@ -145,6 +145,18 @@ def test_cosine_of_nearly_parallel_rows(d):
     assert np.all(nf.knn(x, 3 * x, 1, metric="cosine")[0] >= 0)
 
 
+@pytest.mark.parametrize("scale", [2.0**-70, 2.0**70])
+def test_gradient_of_cosine_for_rows_of_any_norm(scale):
+    torch = pytest.importorskip("torch")
+    x, y = (torch.from_numpy(points(9, 5, "float32", seed=s)) for s in range(2))
+    slopes = []
+    for factor in (1.0, scale):
+        own = (factor * x).requires_grad_()
+        values, _ = nf.knn(own, factor * y, 3, metric="cosine")
+        slopes.append(factor * torch.autograd.grad(values.sum(), own)[0])
+    assert torch.linalg.norm(slopes[1] - slopes[0]) <= 1e-5 * torch.linalg.norm(slopes[0])
+
+
 @pytest.mark.isa
 @pytest.mark.parametrize("d", [2, 20])
 @pytest.mark.parametrize("n", [1, 5, 200, 2100])

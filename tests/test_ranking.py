@@ -169,6 +169,28 @@ def test_contrastive_is_torch_and_numpy_alike():
         assert_gradient(a, b, 1e-6)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_paired_rows_of_any_norm(dtype, kind):
+    """Unit rows have no scale, though squares of these leave the range of the dtype."""
+    x, y, z = (points(6, 3, dtype, seed=s) for s in range(3))
+    for scale in (2.0**-70, 2.0**70) if dtype == "float32" else (2.0**-510, 2.0**510):
+        for f, names, options in (
+            (nf.contrastive_loss, ("x1", "x2"), {"same": of_kind(kind, np.arange(6) % 2)}),
+            (nf.triplet_margin_loss, ("anchor", "positive", "negative"), {"normalize": True}),
+        ):
+            results = []
+            for factor in (1.0, scale):
+                scaled = {
+                    name: of_kind(kind, a * a.dtype.type(factor)) for name, a in zip(names, (x, y, z), strict=False)
+                }
+                value, grads = evaluate(f, list(names), **scaled, **options)
+                results.append((value, [factor * np.asarray(g, float) for g in grads]))
+            (value, grads), (expected, expected_grads) = results
+            assert_value(value, expected, VALUE[dtype])
+            for own, wanted in zip(grads, expected_grads, strict=True):
+                assert_gradient(own, wanted, GRADIENT[dtype])
+
+
 # ---- triplet_margin_loss ---------------------------------------------------------------------------------------------
 
 

@@ -52,7 +52,8 @@ __version__ = "0.1.0"
 _LATER = dict.fromkeys(("ITML", "LMNN", "MMC", "NCA"), ".metric_learning")
 
 __all__ = [
-    *losses.MODULES,
+    *losses.LISTED,
+    *(("distributed",) if losses.LISTED else ()),
     *_LATER,
     "KMeans",
     "MiniBatchKMeans",
@@ -70,7 +71,6 @@ __all__ = [
     "clip_loss",
     "evaluate",
     "dcl_loss",
-    "distributed",
     "contrastive_loss",
     "get_num_threads",
     "gram",

@@ -5,6 +5,7 @@ Everything above this module is written once for all kinds; everything below it 
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import operator
 import sys
@@ -141,6 +142,16 @@ def finite(value: Any, name: str, least: float = -math.inf, *, strict: bool = Fa
         wanted = {-math.inf: "a finite"}.get(least, "a positive" if strict else "a non-negative")
         raise ValueError(f"{name}: expected {wanted} number, got {result}")
     return result
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported; does not import it."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:  # a finder that refuses it
+        return False
+    except ValueError:  # a module that somebody made
+        return True
 
 
 def is_torch(array: Any) -> bool:

@@ -7,7 +7,6 @@ unit norm; effective rank and linear probe see the embeddings as they are.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import io
 import itertools
 import math
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Array, check_matrix, check_points, check_seed, check_shape, kind_of, to_numpy
+from .arrays import Array, check_matrix, check_points, check_seed, check_shape, is_installed, kind_of, to_numpy
 from .distances import cdist
 from .losses.sphere import alignment, uniformity, uniformity_of_sphere
 from .mutual_information import mi_lower_bound, unit_rows
@@ -155,7 +154,7 @@ class Report:
         return table
 
     def __str__(self) -> str:
-        if importlib.util.find_spec("rich") is None:
+        if not is_installed("rich"):
             return "\n".join([self.title, *(f"  {name:<22}{value:>9}  {note}" for name, value, note in self.lines())])
         from rich.console import Console
 

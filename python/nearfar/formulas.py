@@ -14,9 +14,11 @@ from torch import Tensor
 
 
 def unit(x: Tensor) -> Tensor:
-    """Rows of unit norm; a zero row stays zero, with zero derivatives."""
+    """Rows of unit norm, scaled by their largest entry first; a zero row stays zero, with zero derivatives."""
+    largest = x.detach().abs().amax(-1, keepdim=True)
+    x = x / torch.where(largest > 0, largest, 1.0)
     square = (x * x).sum(-1, keepdim=True)
-    return x * torch.where(square > 0, square, 1.0).rsqrt() * (square > 0)
+    return x * torch.where(square > 0, square, 1.0).rsqrt() * (largest > 0)
 
 
 def apply_map(map: str, x: Tensor, y: Tensor) -> Tensor:
@@ -111,9 +113,12 @@ def coordinate_map(map: str, difference: Tensor) -> Tensor:
         return (difference - most).masked_fill(~ties, 0.0).sum(-1) + most.squeeze(-1)
     p = float(map.partition(":")[2])
     apart = difference > 0
-    powers = torch.where(apart, torch.where(apart, difference, 1.0) ** p, 0.0).sum(-1)
+    # Powers, and those of a derivative the more, leave the range of floats long before distances do.
+    largest = difference.detach().amax(-1, keepdim=True)
+    largest = torch.where(largest > 0, largest, 1.0)
+    powers = torch.where(apart, torch.where(apart, difference / largest, 1.0) ** p, 0.0).sum(-1)
     away = powers > 0
-    return torch.where(away, torch.where(away, powers, 1.0) ** (1 / p), 0.0)
+    return largest.squeeze(-1) * torch.where(away, torch.where(away, powers, 1.0) ** (1 / p), 0.0)
 
 
 def softmax_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:

@@ -170,8 +170,11 @@ class Data:
 
 def unit(rows: Numbers) -> Numbers:
     """Rows of unit norm; a zero row stays zero."""
-    norms = np.linalg.norm(rows.astype(np.float64), axis=1, keepdims=True)
-    result: Numbers = np.divide(rows, norms, out=np.zeros_like(rows), where=norms > 0, casting="same_kind")
+    wide = rows.astype(np.float64)
+    _, exponent = np.frexp(np.abs(wide).max(1, keepdims=True, initial=0.0))
+    wide = np.ldexp(wide, -exponent)  # exact; no square overflows
+    norms = np.linalg.norm(wide, axis=1, keepdims=True)
+    result: Numbers = np.divide(wide, norms, out=np.zeros_like(wide), where=norms > 0).astype(rows.dtype)
     return result
 
 

@@ -18,9 +18,11 @@ _Rows = NDArray[np.float64]
 
 def _unit(x: _Rows) -> tuple[_Rows, _Rows]:
     """Rows of unit norm (a zero row stays zero), and the inverse norms (n, 1)."""
+    _, exponent = np.frexp(np.abs(x).max(1, keepdims=True))
+    x = np.ldexp(x, -exponent)  # exact; no square overflows
     norm = np.linalg.norm(x, axis=1, keepdims=True)
     inverse = np.divide(1.0, norm, out=np.zeros_like(norm), where=norm != 0)
-    return x * inverse, inverse
+    return x * inverse, np.ldexp(inverse, -exponent)
 
 
 def _prepared(arrays: tuple[Any, ...], normalize: bool) -> tuple[list[_Rows], list[_Rows | None]]:

@@ -491,12 +491,9 @@ class Cosine(Kernel):
 def _unit(x: Array) -> Array:
     """Rows of unit norm, scaled by their largest entry first; a zero row stays zero, with zero derivatives."""
     if is_torch(x):
-        import torch
+        from ..formulas import unit as unit_of_tensor
 
-        largest = x.detach().abs().amax(-1, keepdim=True)
-        x = x / torch.where(largest > 0, largest, 1.0)
-        square = (x * x).sum(-1, keepdim=True)
-        return x * torch.where(square > 0, square, 1.0).rsqrt() * (largest > 0)
+        return unit_of_tensor(x)
     largest = np.abs(x).max(-1, keepdims=True)
     x = x / np.where(largest > 0, largest, np.ones_like(largest))
     square = (x * x).sum(-1, keepdims=True)

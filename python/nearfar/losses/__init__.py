@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from ..arrays import is_installed
 from .log_sum_exp import circle_loss, hcl_loss, multi_similarity_loss, proxy_anchor_loss
 from .mining import mine_triplets
 from .ranking import batch_triplet_loss, contrastive_loss, triplet_margin_loss
@@ -20,8 +21,11 @@ MODULES = (
     *("CircleLoss", "HCLLoss", "MultiSimilarityLoss", "ProxyAnchorLoss"),
 )
 
+# Without torch they are not listed, so that help() and a star import work; asking for one says what is missing.
+LISTED = MODULES if is_installed("torch") else ()
+
 __all__ = [
-    *MODULES,
+    *LISTED,
     "alignment",
     "circle_loss",
     "clip_loss",
