@@ -32,6 +32,7 @@ from ..arrays import (
     empty,
     integer,
     is_torch,
+    matrix_product,
     of_kind,
     to_numpy,
 )
@@ -364,7 +365,7 @@ def _linear_sum(x: Array, y: Array, unbiased: bool) -> Array:
 
     The rows of ``X X^T`` sum to 0, so those of the matrix with a zero diagonal sum to ``-|x_i|^2``.
     """
-    total = (cast(x.T @ y, "float64") ** 2).sum()
+    total = (cast(matrix_product(x.T, y), "float64") ** 2).sum()
     if not unbiased:
         return total
     n = x.shape[0]
