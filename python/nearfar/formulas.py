@@ -23,17 +23,23 @@ def unit(x: Tensor) -> Tensor:
     return x * torch.where(square > 0, square, 1.0).rsqrt() * (largest > 0)
 
 
+def _root(square: Tensor) -> Tensor:
+    """The square root, with zero derivatives at 0; NaN stays NaN."""
+    zero = square == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
+
+
 def apply_map(map: str, x: Tensor, y: Tensor) -> Tensor:
     """The matrix of a map."""
     if map in ("dot", "one_minus_dot"):
-        s = matrix_product(x, y.mT)
+        s: Tensor = matrix_product(x, y.mT)
         return s if map == "dot" else 1 - s
     if map.startswith(("cityblock", "chebyshev", "minkowski")):
         return coordinate_map(map, (x.unsqueeze(-2) - y.unsqueeze(-3)).abs())
     square = (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1)
     if map == "sqeuclidean":
         return square
-    return torch.where(square > 0, torch.where(square > 0, square, 1.0).sqrt(), 0.0)
+    return _root(square)
 
 
 class _Matern(torch.autograd.Function):
@@ -269,7 +275,7 @@ def alignment_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slic
 def _euclidean(x: Tensor, y: Tensor, squared: bool) -> Tensor:
     """Distances of paired rows, or their squares; slope 0 at distance 0."""
     square = (x - y).square().sum(-1)
-    return square if squared else torch.where(square > 0, torch.where(square > 0, square, 1.0).sqrt(), 0.0)
+    return square if squared else _root(square)
 
 
 def _triplet_terms(positive: Tensor, negative: Tensor, margin: float, soft: bool) -> Tensor:
