@@ -348,8 +348,10 @@ def _centred_sums(
     x: Array, y: Array, kernel_x: Kernel, kernel_y: Kernel, unbiased: bool, wanted: tuple[str, ...]
 ) -> list[Array]:
     """sum_ij K'_ij L'_ij for the pairs of kernels that are wanted ("xy", "xx", "yy"), float64."""
+    # The centred Gram matrix of a linear kernel knows no offset, which would round its entries.
+    x, y = (_centred(z) if type(kernel) is Linear else z for z, kernel in ((x, kernel_x), (y, kernel_y)))
     if type(kernel_x) is type(kernel_y) is Linear and max(x.shape[1], y.shape[1]) <= x.shape[0]:
-        sides = {"x": _centred(x), "y": _centred(y)}
+        sides = {"x": x, "y": y}
         return [_linear_sum(sides[pair[0]], sides[pair[1]], unbiased) for pair in wanted]
     return _tiled_sums(x, y, kernel_x, kernel_y, unbiased, wanted)
 
