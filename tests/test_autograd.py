@@ -726,6 +726,24 @@ def test_autocast_does_not_lower_what_is_computed():
         torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("f", [
+    lambda x, y: nf.cdist(x, y, "mahalanobis", M=torch.diag(x[0].detach().square())),
+    lambda x, y: nf.knn(x, y, 3, metric="cosine")[0],
+    lambda x, y: nf.knn(x, y, 3, metric="dot")[0],
+    lambda x, y: nf.cka(x, y),
+    lambda x, y: nf.hsic(x, y, "linear", "linear"),
+    lambda x, y: nf.random_features(nf.kernels.Gaussian(), 4, 8).matmul(x, None, y),
+])  # fmt: skip
+def test_autocast_does_not_lower_products_of_torch(f):
+    x, y = leaf(20, 4, dtype=torch.float32), leaf(20, 4, seed=1, dtype=torch.float32)
+    expected = f(x, y)
+    with torch.autocast("cpu", torch.bfloat16):
+        own = f(x, y)
+    assert torch.equal(own, expected)
+    slopes = [torch.autograd.grad(value.square().sum(), (x, y)) for value in (own, expected)]
+    assert all(torch.equal(a, b) for a, b in zip(*slopes, strict=True))
+
+
 # ---- function transforms ---------------------------------------------------------------------------------------------
 
 

@@ -241,6 +241,19 @@ def test_components_match_scikit_learn_and_pca():
     assert not low.transform(x)[:, 5:].any()
 
 
+@pytest.mark.parametrize("n", [60, 700])
+def test_linear_components_of_float32_far_from_the_origin(n):
+    x = (points(n, 5) * [9, 5, 1, 1, 1] + 1e4).astype(np.float32)
+    pca = nf.KernelPCA(2, "linear").fit(x)
+    assert np.array_equal(pca.X_fit_, x)
+    left = x.astype(float) - x.mean(0, dtype=float)
+    _, sizes, axes = np.linalg.svd(left)
+    assert np.allclose(pca.eigenvalues_, sizes[:2] ** 2, rtol=1e-4)
+    expected = left @ axes[:2].T
+    for components in (pca.transform(x), pca.fit_transform(x)):
+        assert np.allclose(np.abs(components), np.abs(expected), atol=1e-3 * np.abs(expected).max())
+
+
 def test_components_warn_and_refuse():
     x = points(700, 3)
     with pytest.warns(UserWarning, match="after 1 products"):

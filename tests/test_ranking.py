@@ -157,6 +157,16 @@ def test_contrastive_of_equal_points(kind):
         assert all((grad == 0).all() for grad in grads)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_contrastive_of_bad_rows(bad, kind):
+    """NaN in, NaN out: also of a pair that is to be apart, whose loss ends at the margin."""
+    x, y = points(4, 3), points(4, 3, seed=1)
+    x[1:3, 0] = bad
+    same = of_kind(kind, np.array([True, True, False, False]))
+    rows = nf.contrastive_loss(of_kind(kind, x), of_kind(kind, y), same, reduction="none")
+    assert np.isnan(np.asarray(rows)).tolist() == [False, True, True, False]
+
+
 def test_contrastive_is_torch_and_numpy_alike():
     x, y = pairs(33, 7, "float32")
     same = np.arange(33) % 3 == 0

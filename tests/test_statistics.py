@@ -174,6 +174,17 @@ def test_linear_cka_by_cross_products_or_tiles(unbiased, shape):
     )
 
 
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("shape", [(30, 4), (20, 60)])
+def test_linear_statistics_of_float32_far_from_the_origin(unbiased, shape):
+    """Entries of a Gram matrix would round what is left of the points, by cross products or tiles."""
+    x, y = (points(*shape, "float32", seed=s) + np.float32(1e4) for s in range(2))
+    for f in (lambda a, b: nf.cka(a, b, unbiased=unbiased), lambda a, b: nf.hsic(a, b, "linear", "linear", unbiased)):
+        assert f(x, y) == pytest.approx(f(x.astype(float), y.astype(float)), rel=1e-4, abs=1e-5)
+    radial = [nf.hsic(z, y.astype(z.dtype), "linear", nf.kernels.Gaussian(8.0), unbiased) for z in (x, x.astype(float))]
+    assert radial[0] == pytest.approx(radial[1], rel=1e-3, abs=1e-4)
+
+
 def test_cka_invariances():
     x, y = points(80, 6), points(80, 4, seed=1)
     rotation = np.linalg.qr(rng(2).standard_normal((6, 6)))[0]

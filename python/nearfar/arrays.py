@@ -233,6 +233,14 @@ def as_bytes(mask: Array) -> Array:
     return mask.view(sys.modules["torch"].uint8 if is_torch(mask) else np.uint8)
 
 
+def matrix_product(a: Array, b: Array) -> Array:
+    """``a @ b`` in their own dtype, also under autocast, which would round tensors to a half first."""
+    if not is_torch(a):
+        return a @ b
+    with sys.modules["torch"].autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 def concatenate(arrays: Sequence[Array]) -> Array:
     """Along the first axis; one array is returned as it is."""
     if len(arrays) == 1:

@@ -18,6 +18,7 @@ from .arrays import (
     dtype_name,
     is_torch,
     kind_of,
+    matrix_product,
     number,
     of_kind,
     to_numpy,
@@ -50,7 +51,7 @@ class Metric(NamedTuple):
             return x, y
         dtype = compute_dtype(x)
         center = common_center(x)
-        images = [None if a is None else (cast(a, dtype) - center) @ self.factor.T for a in (x, y)]
+        images = [None if a is None else matrix_product(cast(a, dtype) - center, self.factor.T) for a in (x, y)]
         return images[0], images[1]
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .arrays import matrix_product
+
 
 def unit(x: Tensor) -> Tensor:
     """Rows of unit norm, scaled by their largest entry first; a zero row stays zero, with zero derivatives."""
@@ -21,17 +23,23 @@ def unit(x: Tensor) -> Tensor:
     return x * torch.where(square > 0, square, 1.0).rsqrt() * (largest > 0)
 
 
+def _root(square: Tensor) -> Tensor:
+    """The square root, with zero derivatives at 0; NaN stays NaN."""
+    zero = square == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
+
+
 def apply_map(map: str, x: Tensor, y: Tensor) -> Tensor:
     """The matrix of a map."""
     if map in ("dot", "one_minus_dot"):
-        s = x @ y.mT
+        s: Tensor = matrix_product(x, y.mT)
         return s if map == "dot" else 1 - s
     if map.startswith(("cityblock", "chebyshev", "minkowski")):
         return coordinate_map(map, (x.unsqueeze(-2) - y.unsqueeze(-3)).abs())
     square = (x.unsqueeze(-2) - y.unsqueeze(-3)).square().sum(-1)
     if map == "sqeuclidean":
         return square
-    return torch.where(square > 0, torch.where(square > 0, square, 1.0).sqrt(), 0.0)
+    return _root(square)
 
 
 class _Matern(torch.autograd.Function):
@@ -249,8 +257,10 @@ def chosen_pairs(map: str, normalize: bool, x: Tensor, y: Tensor, index: Tensor)
     """The map for row i of x and the rows index[i] of y, (n, k); NaN where the index is -1."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     x, y = (unit(z.to(dtype)) if normalize else z.to(dtype) for z in (x, y))
+    # An embedding is differentiated in a fixed order; an index adds rows in that in which threads come.
+    chosen = torch.nn.functional.embedding(index.clamp_min(0), y)
     # A matrix of 1 x k entries for every row.
-    values = apply_map(map, x.unsqueeze(1), y[index.clamp_min(0)]).squeeze(1)
+    values = apply_map(map, x.unsqueeze(1), chosen).squeeze(1)
     return values.masked_fill(index < 0, torch.nan)
 
 
@@ -265,7 +275,7 @@ def alignment_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slic
 def _euclidean(x: Tensor, y: Tensor, squared: bool) -> Tensor:
     """Distances of paired rows, or their squares; slope 0 at distance 0."""
     square = (x - y).square().sum(-1)
-    return square if squared else torch.where(square > 0, torch.where(square > 0, square, 1.0).sqrt(), 0.0)
+    return square if squared else _root(square)
 
 
 def _triplet_terms(positive: Tensor, negative: Tensor, margin: float, soft: bool) -> Tensor:

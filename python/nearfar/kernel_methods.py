@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Array, cast, check_seed, finite, integer, is_torch, of_kind, to_numpy
+from .arrays import Array, cast, check_seed, common_center, finite, integer, is_torch, of_kind, to_numpy
 from .estimator import Estimator, convergence_warning, floating, weights_of
 from .implicit import ImplicitGram
+from .kernels.families import Linear
 from .kernels.named import resolve
 from .lanczos import BlockLanczos
 from .low_rank import nystrom, pivoted_cholesky
@@ -49,15 +50,18 @@ class _KernelEstimator(Estimator):
             raise ValueError("X: expected finite numbers, got NaN or inf")
         return x
 
-    def _product(self, X: Any, weights: Array) -> tuple[Numbers, Array]:
-        """``k(X, X_fit) @ weights`` in the dtype of the fit, and X."""
+    def _product(self, X: Any, weights: Array, center: Array | None = None) -> tuple[Numbers, Array]:
+        """``k(X, X_fit) @ weights`` in the dtype of the fit, of points less a centre, and X."""
         self._check_fitted()
         x = self._finite(X, reset=False)
         gram = ImplicitGram(self.kernel_, self.X_fit_)
         if is_torch(x) != is_torch(gram.x):
             wanted, got = ("torch", "numpy")[:: 1 if is_torch(gram.x) else -1]
             raise TypeError(f"X: expected a {wanted} array to match the points of fit, got {got}")
-        return gram.matmul(to_numpy(weights), cast(x, gram.dtype.name)), x
+        wide = cast(x, gram.dtype.name)
+        if center is not None:
+            gram, wide = ImplicitGram(self.kernel_, gram.x - center), wide - center
+        return gram.matmul(to_numpy(weights), wide), x
 
 
 # ---- ridge regression ------------------------------------------------------------------------------------------------
@@ -404,6 +408,10 @@ class KernelPCA(_KernelEstimator):
         gram = self._gram(X)
         if wanted > gram.n:
             raise ValueError(f"n_components: expected at most n_samples={gram.n}, got {wanted}")
+        # Components of a linear kernel know no offset of the points, which would round the entries of K.
+        self._center = common_center(gram.x) if type(self.kernel_) is Linear else None
+        if self._center is not None:
+            gram = ImplicitGram(self.kernel_, gram.x - self._center)
         if gram.n <= max(DENSE_COMPONENTS, 8 * (wanted + 8)):
             values, vectors = self._dense(gram, wanted)
         else:
@@ -423,7 +431,7 @@ class KernelPCA(_KernelEstimator):
     def transform(self, X: Any) -> Array:
         """Components (M, n_components) of points, of the kind of X."""
         self._check_fitted()
-        product, x = self._product(X, self._weights)
+        product, x = self._product(X, self._weights, self._center)
         return of_kind((product - self._shift).astype(product.dtype), x)
 
     def fit_transform(self, X: Any, y: Any = None) -> Array:

@@ -22,6 +22,7 @@ from .arrays import (
     compute_dtype,
     integer,
     is_torch,
+    matrix_product,
     number,
     of_kind,
     rows_at,
@@ -70,7 +71,7 @@ class LowRank:
 
     def matmul(self, v: Array) -> Array:
         """``factor (factor^T v)`` for v (N, R) or (N,)."""
-        return self.factor @ (self.factor.T @ v)
+        return matrix_product(self.factor, matrix_product(self.factor.T, v))
 
     def transform(self, y: Array) -> Array:
         """Features (M, r) of other points: ``transform(y) transform(z)^T ~ k(y, z)``; the factor for the points."""
@@ -272,7 +273,7 @@ class RandomFeatures:
         """An approximation of ``kernel.matmul(x, y, v)``, O((N + M) n_features)."""
         own = self.transform(x)
         other = own if y is None else self.transform(y)
-        return own @ (other.T @ cast(v, compute_dtype(x)))
+        return matrix_product(own, matrix_product(other.T, cast(v, compute_dtype(x))))
 
     def error(self, x: Array, *, probes: int = 32, seed: int = 0) -> float:
         """The Frobenius norm of ``k(x, x) - transform(x) transform(x)^T``, estimated.

@@ -49,6 +49,7 @@ def _result(
     return (np.asarray(value, dtype), *made)
 
 
+@np.errstate(invalid="ignore")  # infinite entries: NaN out, as from the kernels
 def contrastive(
     x1: Any, x2: Any, same: Any, margin: float, reduction: str, normalize: bool, gradients: bool
 ) -> tuple[Any, ...]:
@@ -92,6 +93,7 @@ def _norm_slope(difference: _Rows, norm: _Rows, p: float) -> _Rows:
     return slope
 
 
+@np.errstate(invalid="ignore")  # infinite entries: NaN out, as from the kernels
 def triplet_margin(
     anchor: Any,
     positive: Any,

@@ -20,6 +20,7 @@ from ..arrays import (
     finite,
     is_torch,
     kind_of,
+    matrix_product,
     of_kind,
     to_numpy,
 )
@@ -161,7 +162,7 @@ class Kernel:
         rows = max(1, _BLOCK // max(1, columns.shape[1]))
 
         def block(x: Array, columns: Array, v: Array) -> Array:
-            return self(x, columns) @ v
+            return matrix_product(self(x, columns), v)
 
         # Always: hyper-parameters may require a gradient where the points do not.
         evaluate = _recomputed(block) if is_torch(x) else block

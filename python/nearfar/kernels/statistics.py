@@ -32,6 +32,7 @@ from ..arrays import (
     empty,
     integer,
     is_torch,
+    matrix_product,
     of_kind,
     to_numpy,
 )
@@ -347,8 +348,10 @@ def _centred_sums(
     x: Array, y: Array, kernel_x: Kernel, kernel_y: Kernel, unbiased: bool, wanted: tuple[str, ...]
 ) -> list[Array]:
     """sum_ij K'_ij L'_ij for the pairs of kernels that are wanted ("xy", "xx", "yy"), float64."""
+    # The centred Gram matrix of a linear kernel knows no offset, which would round its entries.
+    x, y = (_centred(z) if type(kernel) is Linear else z for z, kernel in ((x, kernel_x), (y, kernel_y)))
     if type(kernel_x) is type(kernel_y) is Linear and max(x.shape[1], y.shape[1]) <= x.shape[0]:
-        sides = {"x": _centred(x), "y": _centred(y)}
+        sides = {"x": x, "y": y}
         return [_linear_sum(sides[pair[0]], sides[pair[1]], unbiased) for pair in wanted]
     return _tiled_sums(x, y, kernel_x, kernel_y, unbiased, wanted)
 
@@ -364,7 +367,7 @@ def _linear_sum(x: Array, y: Array, unbiased: bool) -> Array:
 
     The rows of ``X X^T`` sum to 0, so those of the matrix with a zero diagonal sum to ``-|x_i|^2``.
     """
-    total = (cast(x.T @ y, "float64") ** 2).sum()
+    total = (cast(matrix_product(x.T, y), "float64") ** 2).sum()
     if not unbiased:
         return total
     n = x.shape[0]
