@@ -230,9 +230,10 @@ struct Chunks {
     Chunks c;
     c.columns = columns;
     c.tiles = ceil_div(columns, P::MR);
-    // At least four chunks where there are columns for them, so that small problems have work for several threads.
-    const int64_t wanted = c.tiles / P::kTilesPerChunk + (c.tiles % P::kTilesPerChunk != 0);
-    c.count = wanted >= 4 ? wanted : (c.tiles < 4 ? c.tiles : 4);
+    // A multiple of four chunks where there are few, so that small problems have work for several threads, and as much
+    // for each.
+    const int64_t wanted = ceil_div(c.tiles, P::kTilesPerChunk), even = wanted > 16 ? wanted : (wanted + 3) / 4 * 4;
+    c.count = c.tiles < even ? c.tiles : even;
     c.tiles_each = c.count ? ceil_div(c.tiles, c.count) : 1;
     c.count = ceil_div(c.tiles, c.tiles_each);
     return c;
