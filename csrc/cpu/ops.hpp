@@ -86,14 +86,15 @@ struct SoftmaxParams {
   bool normalize;
   const T* weights;  // upstream gradient of each loss_i; null: `weight` for all
   double weight;
-  bool weight_of_mean;               // `weight` is divided by the number of anchors
-  T* loss;                           // (n)
-  double loss_sum;                   // out: sum_i loss_i
-  int64_t anchors;                   // out: rows that have a positive
-  // null dx: value only; of the others those that are null are not wanted. May alias where the inputs are the same array
+  bool weight_of_mean;  // `weight` is divided by the number of anchors
+  T* loss;              // (n)
+  double loss_sum;      // out: sum_i loss_i
+  int64_t anchors;      // out: rows that have a positive
+  // null dx: value only; of the others those that are null are not wanted. May alias where the inputs are the same
+  // array
   T *dx, *dy, *dpositive, *dpaired;
-  double dscale;                     // out
-  int64_t strip_budget;              // bytes of workspace for exp(s), so that the gradient needs no second product
+  double dscale;         // out
+  int64_t strip_budget;  // bytes of workspace for exp(s), so that the gradient needs no second product
   int threads;
 };
 
