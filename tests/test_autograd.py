@@ -9,6 +9,7 @@ import pytest
 import torch
 from generators import assert_gradient, assert_value, compare, pairs, points, reference
 from torch.autograd import gradcheck, gradgradcheck
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import nearfar as nf
 from nearfar import autograd
@@ -181,6 +182,20 @@ SAMPLES = {
 def test_every_operator_has_samples():
     names = {name.split("::")[1].split(".")[0] for name in torch._C._dispatch_get_all_op_names() if "nearfar::" in name}
     assert names == set(SAMPLES)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own: of traces, and of shapes in them
+@torch.no_grad()
+def test_who_looks_at_operators_sees_them():
+    """Elsewhere they do not run, because of their fixed cost."""
+    rows = [torch.randn(n, 3) for n in (5, 4, 5, 4)]
+    traced = torch.jit.trace(nf.cdist, rows[:2])
+    assert torch.equal(traced(*rows[2:]), nf.cdist(*rows[2:]))
+    graph = make_fx(lambda x, y: nf.info_nce_loss(x, y))(rows[0], rows[2])
+    assert torch.ops.nearfar.softmax.default in {node.target for node in graph.graph.nodes}
+    with torch.profiler.profile() as profile:
+        nf.cdist(*rows[:2])
+    assert "nearfar::store" in {event.key for event in profile.key_averages()}
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -24,10 +24,11 @@ def _detached(value: Any) -> Any:
 
 
 def _traced(args: tuple[Any, ...]) -> bool:
-    """Whether somebody looks at the operators that run: the compiler, a dispatch mode, a tensor of its own class."""
+    """Whether somebody looks at the operators that run: a compiler, a trace, a dispatch mode, a tensor's own class."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
         or torch._C._autograd._profiler_enabled()
         or any(isinstance(a, Tensor) and type(a) not in (Tensor, torch.nn.Parameter) for a in args)
     )
