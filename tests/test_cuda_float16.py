@@ -31,8 +31,7 @@ def wide_gradients(loss, arguments):
     call = loss.__nearfar_plan__(**arguments)
     tensors = (*(part.value() for part in call.parts), *call.extra)
     if call.tail is None:
-        operation, weighted = gradients._OPERATIONS[call.operation]
-        _, *grads = operation(*((None,) if weighted else ()), *tensors, *call.config, True)
+        _, *grads = gradients._launch(call, "01234")
     else:
         forward, backward = gradients._ROWS[call.operation]
         rows = forward(*tensors, *call.config).requires_grad_()
@@ -94,7 +93,7 @@ def test_narrow_last_block(monkeypatch):
 
     def gradients_in(strip_bytes):
         monkeypatch.setattr(backend, "STRIP_BYTES", strip_bytes)
-        return operations.sigmoid(None, x, y, 3.0, -1.0, "sum", True, True, False)[1:3]
+        return operations.sigmoid(None, x, y, 3.0, -1.0, "sum", True, "01", False)[1:3]
 
     for grad, whole in zip(gradients_in(2 * 1024 * 1024), gradients_in(1 << 28), strict=True):
         assert error_of(grad, g.numpy_of(whole)) <= 1e-5
@@ -203,7 +202,7 @@ def test_upstream_factors_of_rows():
     for loss, names in ((nf.info_nce_loss, KEYS), (nf.clip_loss, BOTH), (nf.siglip_loss, BOTH)):
         call = loss.__nearfar_plan__(query, key, reduction="none")
         operation, _ = gradients._OPERATIONS[call.operation]
-        _, *grads = operation(weights, *(part.value() for part in call.parts), *call.extra, *call.config, True)
+        _, *grads = operation(weights, *(part.value() for part in call.parts), *call.extra, *call.config, "01")
         _, expected = g.reference(loss, names, weights, **dict(zip(names, (query, key), strict=True)), reduction="none")
         for grad, exact in zip(grads, expected, strict=False):
             assert 0 < error_of(grad, exact) <= BOUND
