@@ -63,6 +63,13 @@ def argnums_of(f, wanted):
 
 
 @cases
+def test_no_arguments_at_all():
+    x = np.eye(3)
+    value, grads = nf.value_and_grad(nf.info_nce_loss, ())(x, x)
+    assert grads == ()
+    assert value == nf.info_nce_loss(x, x)
+
+
 def test_every_argument(f, arguments):
     wanted = [name for name in arguments if name not in OPTIONS]
     compare(f, wanted, **arguments)

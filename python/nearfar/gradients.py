@@ -250,7 +250,7 @@ def _plan_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: Any
             gradients = [None if gradient is None else gradient * slope for gradient in gradients]
         value = call.outcome.value(value)
     found: dict[str, Any] = {}
-    for part, gradient in zip(call.parts, gradients, strict=True):
+    for part, gradient in zip(call.parts, gradients, strict=False):  # no gradients where none is wanted
         if gradient is None:
             continue
         begin = 0
