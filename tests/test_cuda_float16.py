@@ -29,10 +29,10 @@ BOUND = 3e-4 if on_hopper() else 5e-5
 def wide_gradients(loss, arguments):
     """The float32 gradients, by part of the call, and their names."""
     call = loss.__nearfar_plan__(**arguments)
-    tensors = (*(part.value() for part in call.parts), *call.extra)
     if call.tail is None:
         _, *grads = gradients._launch(call, "01234")
     else:
+        tensors = (*(part.value() for part in call.parts), *call.extra)
         forward, backward = gradients._ROWS[call.operation]
         rows = forward(*tensors, *call.config).requires_grad_()
         (slopes,) = torch.autograd.grad(call.tail.value(rows, tensors[len(call.parts) - 1]).sum(), rows)

@@ -7,14 +7,14 @@ a scalar the upstream gradient only scales it. Third derivatives raise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from . import formulas, operators
+from . import formulas, operations, operators
 from .formulas import PLAIN
 from .operators import OPERATIONS
 from .second import potential_second, second
@@ -22,10 +22,6 @@ from .second import potential_second, second
 
 def _split(args: tuple[Any, ...], count: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return args[:count], args[count:]
-
-
-def _numbers(flags: Sequence[bool]) -> str:
-    return "".join(str(k) for k, flag in enumerate(flags) if flag)
 
 
 def _loop_vmap(function: type[Function]) -> Callable[..., Any]:
@@ -82,7 +78,7 @@ class _Forward(_Positional):
         early = [grad if need else None for grad, need in zip(early, needed, strict=False)]
         # The graph of the gradient is built only for whoever differentiates it.
         backward = _Backward.apply if torch.is_grad_enabled() or _transformed() else _Backward.forward
-        grads = backward(ctx.name, _numbers(needed), ctx.count, g, value, *early, *tensors, *ctx.config)
+        grads = backward(ctx.name, operations.numbers(needed), ctx.count, g, value, *early, *tensors, *ctx.config)
         # A scale may be a number on the CPU beside points on the GPU.
         own = [
             grad.to(tensor.device) if need and grad is not None else None
@@ -248,6 +244,6 @@ def apply(name: str, tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tenso
         tensors = tuple(None if t is None else t.view_as(t) for t in tensors)
     if transformed:  # a tensor may require a gradient at another level of the transforms than this one
         needed = [any(needed)] * len(needed)
-    wanted = _numbers(needed) if _is_scalar_loss(name, config) else ""
+    wanted = operations.numbers(needed) if _is_scalar_loss(name, config) else ""
     value: Tensor = _Forward.apply(name, wanted, len(tensors), *tensors, *config)[0]
     return value

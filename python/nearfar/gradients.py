@@ -94,8 +94,8 @@ def _launch(call: Call, wanted: str) -> Any:
     if call.tail is not None:
         return _launch_rows(call, call.tail, tensors, bool(wanted))
     operation, weighted = _OPERATIONS[call.operation]
-    which = wanted if call.operation in operations.SELECTIVE else bool(wanted)
-    return operation(*((None,) if weighted else ()), *tensors, *call.config, which)
+    told = operations.told(call.operation, wanted)
+    return operation(*((None,) if weighted else ()), *tensors, *call.config, told)
 
 
 def _launch_rows(call: Call, tail: Tail, tensors: tuple[Any, ...], gradients: bool) -> Any:
@@ -241,8 +241,8 @@ def _plan_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: Any
     call = plan(*args, **kwargs)
     if not call.scalar:
         raise ValueError("f: expected a scalar value (reduction 'mean' or 'sum')")
-    numbers = (str(k) for k, part in enumerate(call.parts) if not {*names}.isdisjoint(part.names))
-    value, *gradients = _launch(call, "".join(numbers))
+    wanted_parts = operations.numbers(not {*names}.isdisjoint(part.names) for part in call.parts)
+    value, *gradients = _launch(call, wanted_parts)
     value = value[()]
     if call.outcome is not None:
         if call.outcome.slope is not None:

@@ -9,21 +9,13 @@ precisions); who hands gradients out rounds them to the dtype of what they belon
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
 from . import _core
-from .arrays import (
-    Array,
-    as_bytes,
-    cast,
-    codes_of,
-    compute_dtype,
-    empty,
-    namespace,
-    scalar,
-)
+from .arrays import Array, as_bytes, cast, codes_of, compute_dtype, empty, namespace, scalar
 from .backend import kernel, on_cuda
 
 # Workspace for exp(scores) of a strip of 128 rows. Beyond it (more than 64 Ki columns in float32) scores are computed
@@ -36,10 +28,20 @@ SCREENING = "automatic"
 
 # Losses that compute a gradient only where it is wanted: constant keys, a queue or a frozen tower, save one of three
 # products.
-SELECTIVE = ("softmax", "sigmoid")
+_SELECTIVE = ("softmax", "sigmoid")
 
 # The largest multiplier of dot products.
 LARGEST = {name: float(np.finfo(name).max) for name in ("float32", "float64")}
+
+
+def numbers(flags: Iterable[bool]) -> str:
+    """Which of the inputs' gradients are wanted, as "02"."""
+    return "".join(str(k) for k, flag in enumerate(flags) if flag)
+
+
+def told(name: str, wanted: str) -> str | bool:
+    """The last argument of a loss: which gradients are wanted or, where it computes all or none, whether any is."""
+    return wanted if name in _SELECTIVE else bool(wanted)
 
 
 def _reduced(like: Array, rows: Array, total: Any, reduction: str, anchors: Any = None) -> Array:

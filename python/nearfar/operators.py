@@ -286,19 +286,16 @@ def _no_rows(*_: Any) -> Tensor:
     raise AssertionError("potential has a second derivative of its own")
 
 
-def _weighted(operator: Any, tell: Callable[[str], Any] = bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`forward` and `grad` of a loss whose operator takes the weights of its rows first and answers both.
-
-    `tell` makes of what is wanted the operator's last argument: whether gradients are, or which.
-    """
+def _weighted(name: str, operator: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """`forward` and `grad` of a loss whose operator takes the weights of its rows first and answers both."""
     return (
-        lambda tensors, config, wanted: operator(None, *tensors, *config, tell(wanted)),
-        lambda g, value, tensors, config, wanted: operator(g, *tensors, *config, tell(wanted))[1:],
+        lambda tensors, config, wanted: operator(None, *tensors, *config, operations.told(name, wanted)),
+        lambda g, value, tensors, config, wanted: operator(g, *tensors, *config, operations.told(name, wanted))[1:],
     )
 
 
 OPERATIONS = {
-    "softmax": Operation(*_weighted(_softmax, str), formulas.softmax_rows, 5, True),
+    "softmax": Operation(*_weighted("softmax", _softmax), formulas.softmax_rows, 5, True),
     "labelled_lse": Operation(
         lambda t, c, wanted: (_labelled_lse(*t, *c),),
         lambda g, value, t, c, wanted: _labelled_lse_grad(g, value, *t, *c),
@@ -307,20 +304,20 @@ OPERATIONS = {
         False,
     ),
     "n_pairs": Operation(
-        *_weighted(_n_pairs),
+        *_weighted("n_pairs", _n_pairs),
         formulas.n_pairs_rows,
         2,
         True,
     ),
     "sup_con": Operation(
-        *_weighted(_sup_con),
+        *_weighted("sup_con", _sup_con),
         formulas.sup_con_rows,
         2,
         True,
         lambda tensors, config: ((), formulas.sup_con_anchors(tensors, config)),
     ),
     "sigmoid": Operation(
-        *_weighted(_sigmoid, str),
+        *_weighted("sigmoid", _sigmoid),
         formulas.sigmoid_rows,
         4,
         True,
@@ -329,13 +326,13 @@ OPERATIONS = {
         lambda t, c, wanted: _potential(*t, *c, bool(wanted)), _no_rows, formulas.potential_rows, 1, True
     ),
     "alignment": Operation(
-        *_weighted(_alignment),
+        *_weighted("alignment", _alignment),
         formulas.alignment_rows,
         2,
         True,
     ),
     "batch_triplet": Operation(
-        *_weighted(_batch_triplet),
+        *_weighted("batch_triplet", _batch_triplet),
         formulas.batch_triplet_rows,
         1,
         True,
