@@ -35,6 +35,14 @@ def scores(x, y, scale, normalize, ids):
     return s if ids is None else s.masked_fill(ids[0][:, None] == ids[1], -torch.inf)
 
 
+def assert_gradients(got, wanted, terms, tolerance):
+    """Of points; then of numbers, whose `terms`, one for each pair, may cancel: rounding is relative to their size."""
+    sizes = [max(float(want.norm()), 1e-3) for want in wanted[: -len(terms)]]
+    sizes += [max(float(term.abs().sum()), 1e-3) for term in terms]
+    for own, want, size in zip(got, wanted, sizes, strict=True):
+        assert float((own.double() - want).norm()) <= tolerance * size
+
+
 def off(got, want):
     """The largest error, relative to the largest number; infinities must agree."""
     got, want = got.double(), want.double()
@@ -72,11 +80,9 @@ def test_block(n, m, dtype, scale, normalize, with_ids):
         total = (u[:, None] * torch.exp(s - a[:, None])).sum()
         if columns:
             total = total + (v * torch.exp(s - b)).sum()
-        wanted = torch.autograd.grad(total, (*leaves, t), retain_graph=True)
+        *wanted, by_scores = torch.autograd.grad(total, (*leaves, t, s), retain_graph=True)
         got = operations.softmax_block_grad(x, y, scale, *pair, normalize, (a, u), columns)
-        for own, want in zip(got, wanted, strict=True):
-            norm = float(want.norm())
-            assert float((own.double() - want).norm()) <= 10 * tolerance * max(norm, 1e-3)
+        assert_gradients(got, wanted, [by_scores * s.detach().nan_to_num(neginf=0) / scale], 10 * tolerance)
 
 
 @pytest.mark.parametrize("n", [1, 2, 129, 260])
@@ -128,13 +134,13 @@ def test_sigmoid_without_matches(n, m, dtype):
     x, y = points(n, m, 19, dtype)
     leaves = [z.double().clone().requires_grad_() for z in (x, y)]
     t, b = (torch.tensor(z, dtype=torch.float64, requires_grad=True) for z in (7.0, -2.0))
-    losses = torch.nn.functional.softplus(scores(*leaves, t, True, None) + b, threshold=50).sum(1)
+    s = scores(*leaves, t, True, None)
+    losses = torch.nn.functional.softplus(s + b, threshold=50).sum(1)
     weights = torch.rand(n, dtype=torch.float64).to(torch.float64 if dtype == "float64" else torch.float32)
-    wanted = torch.autograd.grad((losses * weights.double()).sum(), (*leaves, t, b))
+    *wanted, by_scores = torch.autograd.grad((losses * weights.double()).sum(), (*leaves, t, b, s))
     got, *grads = operations.sigmoid(weights, x, y, 7.0, -2.0, "none", True, "0123", False)
     assert off(got, losses.detach()) < TOLERANCE[dtype]
-    for own, want in zip(grads, wanted, strict=True):
-        assert float((own.double() - want).norm()) <= 10 * TOLERANCE[dtype] * max(float(want.norm()), 1e-3)
+    assert_gradients(grads, wanted, [by_scores * s.detach() / 7, by_scores], 10 * TOLERANCE[dtype])
 
 
 def test_bad_calls():
