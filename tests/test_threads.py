@@ -1,4 +1,5 @@
-"""The thread pool: the same bits for any number of threads, fork, callers side by side, Ctrl-C, and no GIL held."""
+"""The thread pool: the same bits for any number of threads, fork, callers side by side, Ctrl-C, no GIL held, and torch's
+threads in its place."""
 
 import multiprocessing
 import os
@@ -227,11 +228,56 @@ def test_fork_while_another_thread_holds_the_pool():
         thread.join()
 
 
+# ---- torch's threads -------------------------------------------------------------------------------------------------
+
+BESIDE_TORCH = """
+    import os
+    import numpy as np
+    import torch
+    import nearfar as nf
+    from nearfar import _core
+
+    x = np.random.default_rng(0).standard_normal((600, 40)).astype(np.float32)
+    alone = nf.set_num_threads(1) or nf.cdist(x).tobytes()
+    nf.set_num_threads(None)
+
+    torch.set_num_threads(3)
+    torch.ones(1_000_000).mul_(2)  # starts torch's threads
+    before = len(os.listdir("/proc/self/task"))
+    same = [nf.cdist(x).tobytes() == alone, set(_core.task_trace(1000, 3)) <= {0, 1, 2}]
+    print(len(os.listdir("/proc/self/task")) - before)
+
+    same += [max(_core.task_trace(1000, 2)) < 2]  # fewer than torch has
+    print(len(os.listdir("/proc/self/task")) - before)
+
+    nf.set_num_threads(5)  # more than torch has
+    same += [nf.cdist(x).tobytes() == alone, set(_core.task_trace(1000, 5)) <= {0, 1, 2, 3, 4}]
+    print(len(os.listdir("/proc/self/task")) - before)
+
+    nf.set_num_threads(3)
+    if (child := os.fork()) == 0:  # none of the threads is in the child
+        os._exit(0 if nf.cdist(x).tobytes() == alone else 1)
+    print(os.waitpid(child, 0)[1], all(same))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_torch_shares_its_threads():
+    """No other workers beside torch's, which spin for some time after each of its operations."""
+    torch = pytest.importorskip("torch")
+    if "OpenMP" not in torch.__config__.parallel_info().split("ATen parallel backend:")[1]:
+        pytest.skip("this torch has threads of its own")
+    script = textwrap.dedent(BESIDE_TORCH)
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=TIMEOUT)
+    assert result.stdout.split() == ["0", "0", "4", "0", "True"], result.stderr
+
+
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------
 
 INTERRUPTED = """
     import os, signal, threading
     import numpy as np
+    {more}
     from nearfar import _core
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent may have told us to ignore it
@@ -247,9 +293,11 @@ INTERRUPTED = """
 """
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_ctrl_c_stops_a_long_call(threads):
+@pytest.mark.parametrize(("threads", "more"), [(1, ""), (2, ""), (2, "import torch; torch.set_num_threads(2)")])
+def test_ctrl_c_stops_a_long_call(threads, more):
+    if more:
+        pytest.importorskip("torch")
     # In a process of its own, where a late signal cannot end the test session.
-    script = textwrap.dedent(INTERRUPTED).format(threads=threads)
+    script = textwrap.dedent(INTERRUPTED).format(threads=threads, more=more)
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=10 * TIMEOUT)
     assert result.stdout.split() == ["interrupted", "True", "100"], result.stderr

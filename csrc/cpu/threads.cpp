@@ -1,5 +1,6 @@
 #include "cpu/threads.hpp"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
@@ -159,6 +160,52 @@ class Pool {
   std::atomic<uint64_t> epoch_{0};
 };
 
+/// The OpenMP runtime that the process shows to all its libraries, as torch shows its own. Its workers spin for some
+/// milliseconds after an operation of torch, and workers of ours would share the cores with them; so these do our
+/// tasks.
+class OpenMP {
+ public:
+  /// False where there is none, or with fewer threads than asked for.
+  bool run(Job& job, int workers) {
+    if (!find() || max_threads_() < workers) return false;
+    Team team{job, workers};
+    // As many as in torch's operations: another number would end threads of the team and start them again.
+    parallel_(&Team::enter, &team, static_cast<unsigned>(max_threads_()), 0);
+    return true;
+  }
+
+ private:
+  struct Team {
+    Job& job;
+    const int workers;
+    const pthread_t caller = pthread_self();
+    std::atomic<int> seats{1};
+
+    static void enter(void* self) {
+      auto& team = *static_cast<Team*>(self);
+      if (pthread_equal(pthread_self(), team.caller)) return work(team.job, 0, true);
+      const int worker = team.seats.fetch_add(1, std::memory_order_relaxed);
+      if (worker < team.workers) work(team.job, worker, false);
+    }
+  };
+
+  /// Looked for until it is there: torch may be imported after us.
+  bool find() {
+    if (max_threads_ != nullptr) return true;
+    parallel_ = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    if (parallel_ != nullptr) max_threads_ = reinterpret_cast<MaxThreads>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"));
+    return max_threads_ != nullptr;
+  }
+
+  using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+  using MaxThreads = int (*)();
+  Parallel parallel_ = nullptr;
+  MaxThreads max_threads_ = nullptr;
+};
+
+OpenMP openmp;
+bool forked = false;
+
 // Never destroyed: its threads are detached and may outlive static destructors. A forked child has no threads but the
 // caller, so it gets a fresh pool and a fresh lock.
 Pool* pool = nullptr;
@@ -174,6 +221,7 @@ const bool registered = [] {
   pthread_atfork(nullptr, nullptr, [] {
     fresh_pool();
     inside_task = false;
+    forked = true;
   });
   return true;
 }();
@@ -193,7 +241,8 @@ void run_tasks(int64_t tasks, int threads, void (*fn)(void*, int64_t, int), void
   const int workers = worker_count(tasks, threads);
   std::unique_lock<std::mutex> lock(*pool_mutex, std::defer_lock);
   if (workers > 1 && !inside_task && lock.try_lock()) {
-    pool->run(job, workers);
+    // A forked child waits for ever for the threads of OpenMP, which it does not have.
+    if (forked || !openmp.run(job, workers)) pool->run(job, workers);
   } else {
     work(job, 0, !inside_task);
   }

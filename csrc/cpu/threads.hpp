@@ -1,9 +1,11 @@
-// The only door to threads: run independent tasks on a small pool of std::thread.
+// The only door to threads: run independent tasks on torch's OpenMP threads where torch is imported, else on a small
+// pool of std::thread.
 //
-// A pool of our own, not OpenMP: it survives fork (a child starts with an empty pool), it is clean under thread
-// sanitizers, and no second OpenMP runtime enters the process. Tasks are numbered by the shape of the problem, never by
-// the number of threads, so every result is bitwise the same for any thread count: a task owns what it writes, and
-// partial results are merged in task order.
+// Torch's threads spin between its operations; a second set of workers would fight them for the cores. We link no
+// OpenMP: no second runtime enters the process, the pool survives fork (a child starts with an empty one) and is clean
+// under thread sanitizers. Tasks are numbered by the shape of the problem, never by the number of threads, so every
+// result is bitwise the same for any thread count: a task owns what it writes, and partial results are merged in task
+// order.
 #pragma once
 
 #include <cstddef>
