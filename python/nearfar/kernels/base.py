@@ -12,6 +12,7 @@ import numpy as np
 from .. import operations
 from ..arrays import (
     Array,
+    autograd,
     batched,
     cast,
     check_points,
@@ -101,10 +102,8 @@ class Kernel:
             return self._dense(x, y)
         batch, x3, y3, parameters, text = self._program(x, y)
         if is_torch(x3):
-            from .. import autograd
-
             tensors = (x3, y3, parameters)
-            out = autograd.apply("gram", tensors, (text, _wanted("xyp", tensors)))
+            out = autograd().apply("gram", tensors, (text, _wanted("xyp", tensors)))
         else:
             out = operations.gram(x3, y3, parameters, text)
         return out.reshape(*batch, x3.shape[1], x3.shape[1] if y3 is None else y3.shape[1])
@@ -150,10 +149,8 @@ class Kernel:
         v = cast(v, dtype_name(x))
         if not is_torch(x):
             return operations.matmul(x, y, v, parameters, text)
-        from .. import autograd
-
         tensors = (x, y, v, parameters)
-        return autograd.apply("matmul", tensors, (text, _wanted("xyvp", tensors)))
+        return autograd().apply("matmul", tensors, (text, _wanted("xyvp", tensors)))
 
     def _product_by_rows(self, x: Array, y: Array | None, v: Array) -> Array:
         """The same where the kernel is no program: blocks of the matrix, made once more for gradients."""
