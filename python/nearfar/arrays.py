@@ -179,11 +179,10 @@ def is_torch(array: Any) -> bool:
 def autograd() -> Any:
     """`nearfar.autograd`, imported when the first tensor arrives.
 
-    An import statement inside a function takes as long as the launch of a kernel, each time.
+    Not relative, which takes as long as the launch of a kernel at each call. Nor looked up in `sys.modules`, whose
+    content the compiler would make a condition.
     """
-    if (module := sys.modules.get("nearfar.autograd")) is not None:
-        return module
-    from . import autograd as module
+    import nearfar.autograd as module
 
     return module
 
@@ -229,7 +228,8 @@ def scalar(like: Array, value: Any, dtype: str) -> Array:
 def cast(array: Array, dtype: str) -> Array:
     """The array in another dtype, itself where it has it already."""
     if is_torch(array):
-        return array.to(getattr(sys.modules["torch"], dtype))
+        own = getattr(sys.modules["torch"], dtype)
+        return array if array.dtype == own else array.to(own)
     return array.astype(dtype, copy=False)
 
 

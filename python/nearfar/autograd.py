@@ -223,7 +223,7 @@ def select(map: str, normalize: bool, x: Tensor, y: Tensor | None, exclude_self:
     tensors, config = (x.detach()[None], None if y is None else y.detach()[None]), (map, normalize, exclude_self, k)
     value, index = _Select.apply(*tensors, *config) if transformed else operators.select(tensors, *config)
     value, index = value[0], index[0]
-    if not (torch.is_grad_enabled() and any(_requires_grad(t, transformed) for t in (x, y))):
+    if not (torch.is_grad_enabled() and (_requires_grad(x, transformed) or _requires_grad(y, transformed))):
         return value, index
     # The kernel's values, which are the more accurate ones, with the formula's derivatives.
     slope = formulas.chosen_pairs(map, normalize, x, x if y is None else y, index)

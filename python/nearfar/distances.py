@@ -147,9 +147,12 @@ def common_batch(batch: tuple[int, ...], array: Array, name: str) -> tuple[int, 
         raise ValueError(f"{name}: expected batch dimensions to match {batch}, got {own}") from error
 
 
-def pair_shapes(x: Array, y: Array | None) -> tuple[tuple[int, ...], Array, Array | None]:
-    """The broadcast batch shape, and both sets as three-dimensional arrays (y None where it is x itself)."""
-    check_points(x=x, y=y)
+def pair_shapes(x: Array, y: Array | None, **others: Array) -> tuple[tuple[int, ...], Array, Array | None]:
+    """The broadcast batch shape, and both sets as three-dimensional arrays (y None where it is x itself).
+
+    Others must match in kind, device and dtype only.
+    """
+    check_points(x=x, y=y, **others)
     check_set(x, "x")
     batch = tuple(x.shape[:-2])
     if y is None or y is x:
