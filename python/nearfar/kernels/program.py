@@ -176,8 +176,9 @@ class Builder:
             return np.array([float(self.array(value, "parameter", "float64")) for value in self._values], np.float64)
         import torch
 
-        if set(map(type, self._values)) <= {float}:
-            return torch.as_tensor(np.array(self._values, np.float64))  # from the list itself it would take twice as long
+        if all(isinstance(value, float) for value in self._values):
+            # By way of NumPy: from a list it takes twice as long.
+            return torch.as_tensor(np.array(self._values, np.float64))
         # On the GPU if one is, where kernels read them. A number is filled in there: a copy would be waited for.
         devices = [value.device for value in self._values if is_torch(value) and value.device.type != "cpu"]
         options: dict[str, Any] = {"dtype": torch.float64, "device": devices[0] if devices else "cpu"}
