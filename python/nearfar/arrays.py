@@ -286,8 +286,8 @@ def codes_of(labels: Array) -> tuple[np.ndarray[Any, Any], int]:
 
 def batched(array: Array, batch: tuple[int, ...]) -> Array:
     """(..., n, d) broadcast to `batch` and flattened to three dimensions."""
-    if not is_torch(array):
-        array = namespace(array).asarray(array)  # a matrix of NumPy's stays one of two dimensions
+    if isinstance(array, np.ndarray):
+        array = np.asarray(array)  # numpy.matrix keeps its two dimensions whatever one does
     if not batch:
         return array[None]
     shape = (*batch, *array.shape[-2:])
