@@ -18,6 +18,9 @@ Array = Any  # numpy.ndarray, torch.Tensor or cupy.ndarray
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
+# NumPy computes a dtype's name anew whenever it is asked, which takes longer than to compute on a few rows.
+_NAMES = {np.dtype(name): name for name in ("float16", "float32", "float64")}
+
 
 def kind_of(array: Array, name: str) -> str:
     """'numpy', 'torch' or 'cupy'; TypeError naming the argument for anything else."""
@@ -34,7 +37,10 @@ def kind_of(array: Array, name: str) -> str:
 
 def dtype_name(array: Array) -> str:
     """'float32', 'bfloat16', ... whatever the kind."""
-    return str(getattr(array.dtype, "name", array.dtype)).removeprefix("torch.")
+    dtype = array.dtype
+    if isinstance(dtype, np.dtype):
+        return _NAMES.get(dtype) or str(dtype.name)
+    return str(dtype).removeprefix("torch.")
 
 
 def device_name(array: Array) -> str:
@@ -51,31 +57,41 @@ def compute_dtype(array: Array) -> str:
 
 def check_points(**arrays: Array) -> str:
     """The kind of all arrays (None is skipped), which are floating and of one kind, device and dtype."""
-    (first_name, first), *_ = arrays.items()  # never optional
+    (first_name, first), *others = arrays.items()  # the first is never optional
     kind = kind_of(first, first_name)
-    for name, array in arrays.items():
-        if array is None:
+    _check_memory(first, first_name, kind)
+    _check_floating(first, first_name)
+    for name, array in others:
+        if array is None or array is first:
             continue
-        if array is not first and kind_of(array, name) != kind:
+        if kind_of(array, name) != kind:
             raise TypeError(f"{name}: expected a {kind} array to match {first_name}, got {kind_of(array, name)}")
-        if kind == "torch" and array.layout != sys.modules["torch"].strided:
-            raise TypeError(f"{name}: expected a dense tensor, got layout {array.layout}")
-        if kind == "numpy":
-            check_memory(array, name)
-        if (array is first or array.dtype != first.dtype) and dtype_name(array) not in FLOATS:
-            raise TypeError(f"{name}: expected a floating dtype ({', '.join(FLOATS)}), got {dtype_name(array)}")
+        _check_memory(array, name, kind)
         if array.dtype != first.dtype:
+            _check_floating(array, name)
             wanted, got = dtype_name(first), dtype_name(array)
             raise TypeError(f"{name}: expected dtype {wanted} to match {first_name}, got {got}")
-        if array is not first and device_name(array) != device_name(first):
+        if kind != "numpy" and array.device != first.device:
             raise ValueError(
                 f"{name}: expected device {device_name(first)} to match {first_name}, got {device_name(array)}"
             )
-    if device_name(first).partition(":")[0] not in ("cpu", "cuda"):
+    if kind == "torch" and first.device.type not in ("cpu", "cuda"):
         raise NotImplementedError(
             f"{first_name}: expected an array on the CPU or a CUDA device, got {device_name(first)}"
         )
     return kind
+
+
+def _check_memory(array: Array, name: str, kind: str) -> None:
+    if kind == "numpy":
+        check_memory(array, name)
+    elif kind == "torch" and array.layout != sys.modules["torch"].strided:
+        raise TypeError(f"{name}: expected a dense tensor, got layout {array.layout}")
+
+
+def _check_floating(array: Array, name: str) -> None:
+    if dtype_name(array) not in FLOATS:
+        raise TypeError(f"{name}: expected a floating dtype ({', '.join(FLOATS)}), got {dtype_name(array)}")
 
 
 def check_memory(array: Any, name: str) -> None:
@@ -160,6 +176,17 @@ def is_torch(array: Any) -> bool:
     return torch is not None and isinstance(array, torch.Tensor)
 
 
+def autograd() -> Any:
+    """`nearfar.autograd`, imported when the first tensor arrives.
+
+    Not relative, which takes as long as the launch of a kernel at each call. Nor looked up in `sys.modules`, whose
+    content the compiler would make a condition.
+    """
+    import nearfar.autograd as module
+
+    return module
+
+
 def is_concrete(array: Array) -> bool:
     """Whether values can be looked at: not while a graph is compiled or a function transformed."""
     if not is_torch(array):
@@ -201,7 +228,8 @@ def scalar(like: Array, value: Any, dtype: str) -> Array:
 def cast(array: Array, dtype: str) -> Array:
     """The array in another dtype, itself where it has it already."""
     if is_torch(array):
-        return array.to(getattr(sys.modules["torch"], dtype))
+        own = getattr(sys.modules["torch"], dtype)
+        return array if array.dtype == own else array.to(own)
     return array.astype(dtype, copy=False)
 
 
@@ -258,12 +286,19 @@ def codes_of(labels: Array) -> tuple[np.ndarray[Any, Any], int]:
 
 def batched(array: Array, batch: tuple[int, ...]) -> Array:
     """(..., n, d) broadcast to `batch` and flattened to three dimensions."""
-    n, d = array.shape[-2:]
-    if is_torch(array):
-        expanded = array.expand(*batch, n, d)
-    else:
-        expanded = namespace(array).broadcast_to(array, (*batch, n, d))
-    return expanded.reshape(math.prod(batch), n, d)
+    if isinstance(array, np.ndarray):
+        array = np.asarray(array)  # numpy.matrix keeps its two dimensions whatever one does
+    if not batch:
+        return array[None]
+    shape = (*batch, *array.shape[-2:])
+    if array.shape != shape:
+        array = array.expand(shape) if is_torch(array) else namespace(array).broadcast_to(array, shape)
+    return array.reshape(math.prod(batch), *shape[-2:])
+
+
+def unbatched(array: Array, batch: tuple[int, ...]) -> Array:
+    """The first dimension as `batch` again."""
+    return array.reshape(*batch, *array.shape[1:]) if batch else array.squeeze(0)
 
 
 def common_center(x: Array) -> Array:

@@ -185,8 +185,8 @@ class _Select(_Positional):
     """apply(*arguments of `operations.select`) -> its values and indices, constants both, under torch.func."""
 
     @staticmethod
-    def forward(*args: Any) -> Any:
-        return operators.select(*args)
+    def forward(x: Tensor, y: Tensor | None, *config: Any) -> Any:
+        return operators.select((x, y), *config)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -220,10 +220,10 @@ def _requires_grad(tensor: Tensor | None, transformed: bool) -> bool:
 def select(map: str, normalize: bool, x: Tensor, y: Tensor | None, exclude_self: bool, k: int) -> tuple[Tensor, Tensor]:
     """`operations.select` of matrices, (n, k); the values connected to the graph if any input requires a gradient."""
     transformed = _transformed()
-    call = _Select.apply if transformed else operators.select
-    others = None if y is None else y.detach()[None]
-    value, index = (t[0] for t in call(x.detach()[None], others, map, normalize, exclude_self, k))
-    if not (torch.is_grad_enabled() and any(_requires_grad(t, transformed) for t in (x, y))):
+    tensors, config = (x.detach()[None], None if y is None else y.detach()[None]), (map, normalize, exclude_self, k)
+    value, index = _Select.apply(*tensors, *config) if transformed else operators.select(tensors, *config)
+    value, index = value[0], index[0]
+    if not (torch.is_grad_enabled() and (_requires_grad(x, transformed) or _requires_grad(y, transformed))):
         return value, index
     # The kernel's values, which are the more accurate ones, with the formula's derivatives.
     slope = formulas.chosen_pairs(map, normalize, x, x if y is None else y, index)
@@ -236,7 +236,8 @@ def apply(name: str, tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tenso
         return PLAIN[name](tensors, config)
     operation = OPERATIONS[name]
     transformed = _transformed()
-    needed = [torch.is_grad_enabled() and _requires_grad(t, transformed) for t in tensors[: operation.count]]
+    recorded = torch.is_grad_enabled()
+    needed = [recorded and _requires_grad(t, transformed) for t in tensors[: operation.count]]
     if not any(needed) and not transformed:
         result: Tensor = operation.forward(tensors, config, "")[0]
         return result

@@ -40,7 +40,7 @@ def on_cuda(array: Any) -> bool:
     if emulate:
         return hasattr(array, "__dlpack__") and hasattr(array, "ndim") and not hasattr(array, "is_integer")
     if is_torch(array):
-        return bool(array.device.type != "cpu")
+        return not array.is_cpu
     return hasattr(array, "device") and device_name(array) != "cpu"
 
 

@@ -50,4 +50,4 @@ def kmeans_assign(x: Array, centroids: Array, *, metric: str = "sqeuclidean") ->
     if centroids.shape[0] == 0:
         raise ValueError("centroids: expected at least one row")
     distances, labels = select(map, normalize, x, centroids, False, 1)
-    return labels[:, 0], distances[:, 0]
+    return labels.reshape(-1), distances.reshape(-1)

@@ -10,6 +10,7 @@ import numpy as np
 from . import operations
 from .arrays import (
     Array,
+    autograd,
     batched,
     cast,
     check_points,
@@ -22,19 +23,9 @@ from .arrays import (
     number,
     of_kind,
     to_numpy,
+    unbatched,
 )
 
-# metric -> (map of the engine, rows are brought to unit norm first)
-METRICS = {
-    "euclidean": ("euclidean", False),
-    "sqeuclidean": ("sqeuclidean", False),
-    "cosine": ("one_minus_dot", True),
-    "dot": ("dot", False),
-    "cityblock": ("cityblock", False),
-    "chebyshev": ("chebyshev", False),
-    "minkowski": ("minkowski", False),
-    "mahalanobis": ("euclidean", False),
-}
 EXACT = {1.0: "cityblock", 2.0: "euclidean", math.inf: "chebyshev"}  # powers with a map of their own
 
 
@@ -55,6 +46,19 @@ class Metric(NamedTuple):
         return images[0], images[1]
 
 
+# The metrics by their names; a Mahalanobis metric has a factor besides.
+METRICS = {
+    "euclidean": Metric("euclidean", False),
+    "sqeuclidean": Metric("sqeuclidean", False),
+    "cosine": Metric("one_minus_dot", True),
+    "dot": Metric("dot", False),
+    "cityblock": Metric("cityblock", False),
+    "chebyshev": Metric("chebyshev", False),
+    "minkowski": Metric("minkowski", False),
+    "mahalanobis": Metric("euclidean", False),
+}
+
+
 def metric_of(metric: str, p: Any = 2.0, M: Any = None, like: Array | None = None) -> Metric:
     """A metric by name; `like` has the kind, dtype and columns that M must match."""
     if not isinstance(metric, str) or metric not in METRICS:
@@ -67,10 +71,10 @@ def metric_of(metric: str, p: Any = 2.0, M: Any = None, like: Array | None = Non
     if p != 2:
         raise ValueError(f"p: only for metric='minkowski', got p={p} with metric={metric!r}")
     if metric == "mahalanobis":
-        return Metric(*METRICS[metric], mahalanobis_factor(M, like))
+        return METRICS[metric]._replace(factor=mahalanobis_factor(M, like))
     if M is not None:
         raise ValueError(f"M: only for metric='mahalanobis', got metric={metric!r}")
-    return Metric(*METRICS[metric])
+    return METRICS[metric]
 
 
 def mahalanobis_factor(M: Any, like: Array) -> Array:
@@ -134,6 +138,8 @@ def check_set(array: Array, name: str) -> None:
 
 def common_batch(batch: tuple[int, ...], array: Array, name: str) -> tuple[int, ...]:
     """The shape that `batch` and the leading dimensions of an array (..., n, d) broadcast to."""
+    if array.ndim == 2:
+        return batch
     own = tuple(array.shape[:-2])
     try:
         return np.broadcast_shapes(batch, own)
@@ -141,9 +147,12 @@ def common_batch(batch: tuple[int, ...], array: Array, name: str) -> tuple[int, 
         raise ValueError(f"{name}: expected batch dimensions to match {batch}, got {own}") from error
 
 
-def pair_shapes(x: Array, y: Array | None) -> tuple[tuple[int, ...], Array, Array | None]:
-    """The broadcast batch shape, and both sets as three-dimensional arrays (y None where it is x itself)."""
-    check_points(x=x, y=y)
+def pair_shapes(x: Array, y: Array | None, **others: Array) -> tuple[tuple[int, ...], Array, Array | None]:
+    """The broadcast batch shape, and both sets as three-dimensional arrays (y None where it is x itself).
+
+    Others must match in kind, device and dtype only.
+    """
+    check_points(x=x, y=y, **others)
     check_set(x, "x")
     batch = tuple(x.shape[:-2])
     if y is None or y is x:
@@ -159,9 +168,7 @@ def pair_shapes(x: Array, y: Array | None) -> tuple[tuple[int, ...], Array, Arra
 def matrix(x: Array, y: Array | None, map: str, normalize: bool, condensed: bool, out: Array | None = None) -> Array:
     """The matrix of a map for three-dimensional arrays; for torch connected to the graph."""
     if is_torch(x) and out is None:
-        from . import autograd
-
-        return autograd.apply("store", (x, y), (map, normalize, condensed))
+        return autograd().apply("store", (x, y), (map, normalize, condensed))
     return operations.store(x, y, map, normalize, condensed, out)
 
 
@@ -223,16 +230,13 @@ def cdist(
     """
     batch, x3, y3 = pair_shapes(x, y)
     chosen = metric_of(metric, p, M, x)
-    map, normalize = chosen[:2]
-    differentiated = is_torch(x) and any(
-        t is not None and is_torch(t) and t.requires_grad for t in (x, y, chosen.factor)
-    )
+    map, normalize, factor = chosen
     x3, y3 = chosen.points(x3, y3)
-    shape = (*batch, x3.shape[1], x3.shape[1] if y3 is None else y3.shape[1])
     if out is None:
-        return matrix(x3, y3, map, normalize, False).reshape(shape)
+        return unbatched(matrix(x3, y3, map, normalize, False), batch)
+    shape = (*batch, x3.shape[1], (x3 if y3 is None else y3).shape[1])
     check_out(out, shape, x)
-    if differentiated:
+    if any(t is not None and is_torch(t) and t.requires_grad for t in (x, y, factor)):
         raise ValueError("out: not for inputs that require a gradient")
     matrix(x3, y3, map, normalize, False, out.reshape(x3.shape[0], *shape[-2:]))
     return out
@@ -279,5 +283,4 @@ def pdist(x: Array, metric: str = "euclidean", *, p: float = 2.0, M: Any = None)
     batch, x3, _ = pair_shapes(x, None)
     chosen = metric_of(metric, p, M, x)
     x3, _ = chosen.points(x3, None)
-    n = x3.shape[1]
-    return matrix(x3, None, chosen.map, chosen.normalize, True).reshape(*batch, n * (n - 1) // 2)
+    return unbatched(matrix(x3, None, chosen.map, chosen.normalize, True), batch)

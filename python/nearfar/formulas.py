@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arrays import matrix_product
+from .arrays import cast, compute_dtype, matrix_product
 
 
 def unit(x: Tensor) -> Tensor:
@@ -367,7 +367,7 @@ def contrastive(tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tensor:
 def triplet_margin(tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tensor:
     """`torch.nn.functional.triplet_margin_loss`, in at least float32; spelled out, because that has no vmap."""
     margin, p, swap, eps, reduction, normalize = config
-    anchor, positive, negative = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors)
+    anchor, positive, negative = (cast(t, compute_dtype(t)) for t in tensors)
     if normalize:
         anchor, positive, negative = unit(anchor), unit(positive), unit(negative)
     distance = torch.nn.functional.pairwise_distance

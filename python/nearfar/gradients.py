@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import numpy as np
 
 from . import operations, rowwise, triplets
-from .arrays import Array, cast, compute_dtype, concatenate, dtype_name, is_torch
+from .arrays import Array, autograd, cast, compute_dtype, concatenate, dtype_name, is_torch
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -113,10 +113,8 @@ def _launch_rows(call: Call, tail: Tail, tensors: tuple[Any, ...], gradients: bo
 def run(call: Call) -> Array:
     """The value; for torch connected to the graph."""
     if is_torch(call.parts[0].arrays[0]):
-        from . import autograd
-
         tensors = (*(part.value() for part in call.parts), *call.extra)
-        value = autograd.apply(call.operation, tensors, call.config)
+        value = autograd().apply(call.operation, tensors, call.config)
         if call.tail is not None:
             value = cast(call.tail.value(value, tensors[len(call.parts) - 1]), compute_dtype(tensors[0]))
     else:

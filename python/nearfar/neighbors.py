@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from . import operations
-from .arrays import Array, check_matrix, check_points, integer, is_torch
+from .arrays import Array, autograd, check_matrix, check_points, integer, is_torch
 from .distances import metric_of
 
 
@@ -86,8 +86,7 @@ def knn(
 def select(map: str, normalize: bool, x: Array, y: Array | None, exclude_self: bool, k: int) -> tuple[Array, Array]:
     """The k best of y (None: of x) for every row of x: values (n, k), connected to the graph for torch, and indices."""
     if is_torch(x):
-        from . import autograd
-
-        return autograd.select(map, normalize, x, y, exclude_self, k)
+        found: tuple[Array, Array] = autograd().select(map, normalize, x, y, exclude_self, k)
+        return found
     value, index = operations.select(x[None], None if y is None else y[None], map, normalize, exclude_self, k)
     return value[0], index[0]

@@ -446,7 +446,8 @@ def _both_roles(dx: Array | None, dy: Array | None, y: Array | None) -> tuple[An
 def gram(x: Array, y: Array | None, parameters: Array, program: str) -> Array:
     """k(x, y) of a kernel given as a program (`nearfar.kernels.program`), (b, n, m)."""
     columns = x if y is None else y
-    out = empty(x, (x.shape[0], x.shape[1], columns.shape[1]))
+    b, n, _ = x.shape
+    out = empty(x, (b, n, columns.shape[1]))
     kernel(x, "gram")(x, columns, program, parameters, y is None, out)
     return out
 
@@ -463,7 +464,8 @@ def gram_grad(
 
 def matmul(x: Array, y: Array | None, v: Array, parameters: Array, program: str) -> Array:
     """K(x, y) v for (b, n, d), (b, m, d), (b, m, r) and a kernel given as a program."""
-    out = empty(x, (x.shape[0], x.shape[1], v.shape[2]))
+    b, n, _ = x.shape
+    out = empty(x, (b, n, v.shape[2]))
     kernel(x, "matmul")(x, x if y is None else y, v, program, parameters, y is None, out)
     return out
 
@@ -487,8 +489,8 @@ def matmul_grad(
 
 def select(x: Array, y: Array | None, map: str, normalize: bool, exclude_self: bool, k: int) -> tuple[Array, Array]:
     """The k best columns of every row: values and int64 indices, (b, n, k)."""
-    value = empty(x, (x.shape[0], x.shape[1], k))
-    index = empty(x, (x.shape[0], x.shape[1], k), "int64")
+    b, n, _ = x.shape
+    value, index = empty(x, (b, n, k)), empty(x, (b, n, k), "int64")
     columns = x if y is None else y
     kernel(x, "select")(x, columns, *_metric(map), normalize, exclude_self, k, value, index, SCREENING)
     return value, index

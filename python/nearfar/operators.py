@@ -20,17 +20,22 @@ _library = torch.library.Library("nearfar", "DEF")
 
 
 def _detached(value: Any) -> Any:
-    return value.detach().resolve_neg() if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    return (value.detach() if value.requires_grad else value).resolve_neg()
 
 
-def _traced(args: tuple[Any, ...]) -> bool:
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+
+
+def _traced(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether somebody looks at the operators that run: a compiler, a trace, a dispatch mode, a tensor's own class."""
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._is_tracing()
         or torch._C._autograd._profiler_enabled()
-        or any(isinstance(a, Tensor) and type(a) not in (Tensor, torch.nn.Parameter) for a in args)
+        or not _PLAIN.issuperset(map(type, tensors))
     )
 
 
@@ -40,7 +45,7 @@ def _is_absent(grad: Tensor) -> bool:
 
 
 def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Define an operator of both devices, whose absent results are empty tensors, for the schema.
+    """Define an operator of both devices, whose absent results are empty tensors, for the schema: tensors come first.
 
     Returned is what calls it: where nobody looks, `run` without an operator's fixed cost. Absent results are None.
     """
@@ -58,10 +63,10 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> C
     torch.library.register_fake(f"nearfar::{name}", fake, lib=_library)
     operator = getattr(torch.ops.nearfar, name).default
 
-    def call(*args: Any) -> Any:
-        if not _traced(args):
-            return run(*map(_detached, args))
-        result = operator(*args)
+    def call(tensors: tuple[Tensor | None, ...], *config: Any) -> Any:
+        if not _traced(tensors):
+            return run(*map(_detached, tensors), *config)
+        result = operator(*tensors, *config)
         return result if isinstance(result, Tensor) else tuple(None if _is_absent(part) else part for part in result)
 
     return call
@@ -289,16 +294,16 @@ def _no_rows(*_: Any) -> Tensor:
 def _weighted(name: str, operator: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """`forward` and `grad` of a loss whose operator takes the weights of its rows first and answers both."""
     return (
-        lambda tensors, config, wanted: operator(None, *tensors, *config, operations.told(name, wanted)),
-        lambda g, value, tensors, config, wanted: operator(g, *tensors, *config, operations.told(name, wanted))[1:],
+        lambda tensors, config, wanted: operator((None, *tensors), *config, operations.told(name, wanted)),
+        lambda g, value, tensors, config, wanted: operator((g, *tensors), *config, operations.told(name, wanted))[1:],
     )
 
 
 OPERATIONS = {
     "softmax": Operation(*_weighted("softmax", _softmax), formulas.softmax_rows, 5, True),
     "labelled_lse": Operation(
-        lambda t, c, wanted: (_labelled_lse(*t, *c),),
-        lambda g, value, t, c, wanted: _labelled_lse_grad(g, value, *t, *c),
+        lambda t, c, wanted: (_labelled_lse(t, *c),),
+        lambda g, value, t, c, wanted: _labelled_lse_grad((g, value, *t), *c),
         formulas.labelled_lse_rows,
         3,
         False,
@@ -323,7 +328,7 @@ OPERATIONS = {
         True,
     ),
     "potential": Operation(
-        lambda t, c, wanted: _potential(*t, *c, bool(wanted)), _no_rows, formulas.potential_rows, 1, True
+        lambda t, c, wanted: _potential(t, *c, bool(wanted)), _no_rows, formulas.potential_rows, 1, True
     ),
     "alignment": Operation(
         *_weighted("alignment", _alignment),
@@ -339,23 +344,23 @@ OPERATIONS = {
         triplets.prepare,
     ),
     "store": Operation(
-        lambda t, c, wanted: (_store(*t, *c),),
-        lambda g, value, t, c, wanted: _store_grad(g, value, *t, *c, wanted),
+        lambda t, c, wanted: (_store(t, *c),),
+        lambda g, value, t, c, wanted: _store_grad((g, value, *t), *c, wanted),
         formulas.store_rows,
         2,
         False,
     ),
     # A kernel's config is its program and which gradients are wanted: known when it is called, and dear to compute.
     "gram": Operation(
-        lambda t, c, wanted: (_gram(*t, c[0]),),
-        lambda g, value, t, c, wanted: _gram_grad(g, *t, *c),
+        lambda t, c, wanted: (_gram(t, c[0]),),
+        lambda g, value, t, c, wanted: _gram_grad((g, *t), *c),
         formulas.gram_rows,
         3,
         False,
     ),
     "matmul": Operation(
-        lambda t, c, wanted: (_matmul(*t, c[0]),),
-        lambda g, value, t, c, wanted: _matmul_grad(g, *t, *c),
+        lambda t, c, wanted: (_matmul(t, c[0]),),
+        lambda g, value, t, c, wanted: _matmul_grad((g, *t), *c),
         formulas.matmul_rows,
         4,
         False,

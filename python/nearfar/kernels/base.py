@@ -12,6 +12,7 @@ import numpy as np
 from .. import operations
 from ..arrays import (
     Array,
+    autograd,
     batched,
     cast,
     check_points,
@@ -23,6 +24,7 @@ from ..arrays import (
     matrix_product,
     of_kind,
     to_numpy,
+    unbatched,
 )
 from ..distances import common_batch, pair_shapes
 from .program import Builder, Register
@@ -36,7 +38,7 @@ def _wanted(names: str, tensors: tuple[Any, ...]) -> str:
 
     if torch._C._are_functorch_transforms_active():
         return names
-    return "".join(name for name, t in zip(names, tensors, strict=True) if t is not None and t.requires_grad)
+    return "".join([name for name, t in zip(names, tensors, strict=True) if t is not None and t.requires_grad])
 
 
 class Kernel:
@@ -77,11 +79,11 @@ class Kernel:
         """k(x_i, x_i) for points (..., n, d) in the dtype that computes."""
         raise NotImplementedError
 
-    def _program(self, x: Array, y: Array | None) -> tuple[tuple[int, ...], Array, Array | None, Array, str]:
-        batch, x3, y3 = pair_shapes(x, y)
-        program = Builder(x3, y3)
+    def _program(self, x: Array, y: Array | None) -> tuple[Array, Array | None, Array, str]:
+        """What evaluates it on three-dimensional arrays: points, parameters and text."""
+        program = Builder(x, y)
         self._build(program)
-        return (batch, *program.finish())
+        return program.finish()
 
     def __call__(self, x: Array, y: Array | None = None) -> Array:
         """The Gram matrix.
@@ -99,20 +101,19 @@ class Kernel:
         """
         if not self._compiles:
             return self._dense(x, y)
-        batch, x3, y3, parameters, text = self._program(x, y)
+        batch, x3, y3 = pair_shapes(x, y)
+        x3, y3, parameters, text = self._program(x3, y3)
         if is_torch(x3):
-            from .. import autograd
-
             tensors = (x3, y3, parameters)
-            out = autograd.apply("gram", tensors, (text, _wanted("xyp", tensors)))
+            out = autograd().apply("gram", tensors, (text, _wanted("xyp", tensors)))
         else:
             out = operations.gram(x3, y3, parameters, text)
-        return out.reshape(*batch, x3.shape[1], x3.shape[1] if y3 is None else y3.shape[1])
+        return unbatched(out, batch)
 
     def diag(self, x: Array) -> Array:
         """``k(x_i, x_i)``, of shape (..., N), without the Gram matrix."""
         batch, x3, _ = pair_shapes(x, None)
-        return self._diag(cast(x3, compute_dtype(x3))).reshape(*batch, x3.shape[1])
+        return unbatched(self._diag(cast(x3, compute_dtype(x3))), batch)
 
     def matmul(self, x: Array, y: Array | None, v: Array) -> Array:
         """``k(x, y) @ v`` without the Gram matrix; memory O((N + M)(D + R)).
@@ -130,8 +131,7 @@ class Kernel:
             Differentiable in x, y, v and hyper-parameters, first and second order.
         """
         kind_of(v, "v")
-        check_points(x=x, y=y, v=v)
-        batch, x3, y3 = pair_shapes(x, y)
+        batch, x3, y3 = pair_shapes(x, y, v=v)
         m, given = x3.shape[1] if y3 is None else y3.shape[1], tuple(v.shape)
         vector = v.ndim == 1
         if vector:
@@ -142,18 +142,16 @@ class Kernel:
             raise ValueError(f"v: expected batch dimensions to match {batch}, got {given[:-2]}")
         v3 = batched(v, batch)
         out = (self._product if self._compiles else self._product_by_rows)(x3, y3, v3)
-        out = out.reshape(*batch, x3.shape[1], v.shape[-1])
+        out = unbatched(out, batch)
         return out[..., 0] if vector else out
 
     def _product(self, x: Array, y: Array | None, v: Array) -> Array:
-        _, x, y, parameters, text = self._program(x, y)
+        x, y, parameters, text = self._program(x, y)
         v = cast(v, dtype_name(x))
         if not is_torch(x):
             return operations.matmul(x, y, v, parameters, text)
-        from .. import autograd
-
         tensors = (x, y, v, parameters)
-        return autograd.apply("matmul", tensors, (text, _wanted("xyvp", tensors)))
+        return autograd().apply("matmul", tensors, (text, _wanted("xyvp", tensors)))
 
     def _product_by_rows(self, x: Array, y: Array | None, v: Array) -> Array:
         """The same where the kernel is no program: blocks of the matrix, made once more for gradients."""

@@ -149,9 +149,7 @@ def triplet_margin_loss(
     if not p > 0:
         raise ValueError(f"p: expected a positive number or inf, got {p}")
     config = (margin, p, bool(swap), eps, reduction, bool(normalize))
-    parts = tuple(
-        Part((name,), (array,)) for name, array in (("anchor", anchor), ("positive", positive), ("negative", negative))
-    )
+    parts = (Part(("anchor",), (anchor,)), Part(("positive",), (positive,)), Part(("negative",), (negative,)))
     return Call("triplet_margin", parts, config, scalar=reduction != "none")
 
 
