@@ -14,6 +14,7 @@
 #include <fstream>
 #include <mutex>
 #include <new>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -109,13 +110,14 @@ void work(Job& job, int worker, bool is_caller) {
 class Pool {
  public:
   void run(Job& job, int workers) {
+    // May throw: before a worker sees the job.
+    for (; started_ < workers - 1; ++started_) std::thread([this] { loop(); }).detach();
     {
       std::lock_guard<std::mutex> lock(mutex_);
       job_ = &job;
       seats_ = workers - 1;
       epoch_.fetch_add(1, std::memory_order_release);
     }
-    for (; started_ < workers - 1; ++started_) std::thread([this] { loop(); }).detach();
     wake_.notify_all();
     work(job, 0, true);
     {
@@ -160,6 +162,11 @@ class Pool {
   std::atomic<uint64_t> epoch_{0};
 };
 
+template <class F>
+F global_symbol(const char* name) {
+  return reinterpret_cast<F>(dlsym(RTLD_DEFAULT, name));
+}
+
 /// The OpenMP runtime that the process shows to all its libraries, as torch shows its own. Its workers spin for some
 /// milliseconds after an operation of torch, and workers of ours would share the cores with them; so these do our
 /// tasks.
@@ -167,11 +174,19 @@ class OpenMP {
  public:
   /// False where there is none, or with fewer threads than asked for.
   bool run(Job& job, int workers) {
-    if (!find() || max_threads_() < workers) return false;
+    if (threads_lost_ || !find() || max_threads_() < workers) return false;
     Team team{job, workers};
     // As many as in torch's operations: another number would end threads of the team and start them again.
-    parallel_(&Team::enter, &team, static_cast<unsigned>(max_threads_()), 0);
+    parallel_(&Team::enter, &team, 0, 0);
     return true;
+  }
+
+  /// A child of fork has none of the threads, and would wait for them for ever in an operation of ours or of torch; so
+  /// they end before the fork, and the next operation starts others, here and in the child.
+  void before_fork() const {
+    if (threads_lost_) return;
+    constexpr int kSoft = 1;
+    if (auto pause = global_symbol<int (*)(int)>(kPause)) pause(kSoft);
   }
 
  private:
@@ -192,19 +207,36 @@ class OpenMP {
   /// Looked for until it is there: torch may be imported after us.
   bool find() {
     if (max_threads_ != nullptr) return true;
-    parallel_ = reinterpret_cast<Parallel>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-    if (parallel_ != nullptr) max_threads_ = reinterpret_cast<MaxThreads>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"));
+    parallel_ = global_symbol<Parallel>(kParallel);
+    if (parallel_ != nullptr && global_symbol<void*>(kPause) != nullptr)
+      max_threads_ = global_symbol<MaxThreads>("omp_get_max_threads");
     return max_threads_ != nullptr;
+  }
+
+  /// Whether this process was forked, and from one where it may have had threads already, before we were loaded.
+  static bool threads_lost() {
+    std::string stat;
+    std::getline(std::ifstream("/proc/self/stat"), stat, '\0');
+    // "pid (name) state", five numbers and the flags of the process.
+    std::istringstream fields(stat.substr(stat.rfind(')') + 1));
+    std::string skipped;
+    for (int field = 0; field < 6; ++field) fields >> skipped;
+    constexpr unsigned long kForkedNoExec = 0x40;
+    unsigned long flags = 0;
+    fields >> flags;
+    return (flags & kForkedNoExec) != 0 && global_symbol<void*>(kParallel) != nullptr;
   }
 
   using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
   using MaxThreads = int (*)();
+  static constexpr char kParallel[] = "GOMP_parallel";
+  static constexpr char kPause[] = "omp_pause_resource_all";
   Parallel parallel_ = nullptr;
   MaxThreads max_threads_ = nullptr;
+  const bool threads_lost_ = threads_lost();
 };
 
 OpenMP openmp;
-bool forked = false;
 
 // Never destroyed: its threads are detached and may outlive static destructors. A forked child has no threads but the
 // caller, so it gets a fresh pool and a fresh lock.
@@ -218,11 +250,11 @@ void fresh_pool() {
 
 const bool registered = [] {
   fresh_pool();
-  pthread_atfork(nullptr, nullptr, [] {
-    fresh_pool();
-    inside_task = false;
-    forked = true;
-  });
+  pthread_atfork([] { openmp.before_fork(); }, nullptr,
+                 [] {
+                   fresh_pool();
+                   inside_task = false;
+                 });
   return true;
 }();
 
@@ -241,8 +273,7 @@ void run_tasks(int64_t tasks, int threads, void (*fn)(void*, int64_t, int), void
   const int workers = worker_count(tasks, threads);
   std::unique_lock<std::mutex> lock(*pool_mutex, std::defer_lock);
   if (workers > 1 && !inside_task && lock.try_lock()) {
-    // A forked child waits for ever for the threads of OpenMP, which it does not have.
-    if (forked || !openmp.run(job, workers)) pool->run(job, workers);
+    if (!openmp.run(job, workers)) pool->run(job, workers);
   } else {
     work(job, 0, !inside_task);
   }
