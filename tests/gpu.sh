@@ -2,7 +2,8 @@
 # Everything that needs a GPU, for a machine with one, torch, nvcc and a C++ compiler: build, tests, compute-sanitizer,
 # benchmark. Every part has a limit, reports its status, and the rest goes on.
 #   tests/gpu.sh [FOLDER]      writes logs and results there (default: gpu-results)
-# A wheel that was built elsewhere (NEARFAR_WHEEL=FILE) saves the minutes of the build.
+# A wheel that was built elsewhere (NEARFAR_WHEEL=FILE) saves the minutes of the build. A folder of wheels
+# (NEARFAR_PEERS=FOLDER) brings libraries that the benchmark compares with to a machine without a network.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -32,6 +33,9 @@ else
   part build 240 env NEARFAR_CUDA=ON CUDAARCHS="$architecture" CMAKE_BUILD_PARALLEL_LEVEL="$(nproc)" \
     "$python" -m pip install --no-build-isolation --no-deps -C cmake.define.NEARFAR_LEVELS=v3 .
 fi
+if [ -n "${NEARFAR_PEERS:-}" ]; then
+  part peers 60 "$python" -m pip install --no-index --no-deps "$NEARFAR_PEERS"/*.whl
+fi
 
 # Away from the sources, so that the installed package is what is imported.
 run=$(mktemp -d)
@@ -49,7 +53,7 @@ if [ "$capability" = 90 ]; then
   part overlap-times 60 bash -c "nvcc -std=c++17 --expt-relaxed-constexpr -O3 -arch=sm_90a -I '$root/csrc' -o overlap \
     '$root/bench/cuda/overlap.cu' && ./overlap"
 fi
-part bench 130 "$python" -m nearfar bench --device cuda --budget 0.3 --json "$out/bench.json"
+part bench 240 "$python" -m nearfar bench --device cuda --budget 0.3 --json "$out/bench.json"
 # Beside the lines of bfloat16: float16 takes the same kernels.
 part bench-float16 60 "$python" -m nearfar bench --device cuda --budget 0.3 --json "$out/bench-float16.json" \
   --dtype float16 --ops 'info_nce,nt_xent,siglip,sup_con,uniformity'

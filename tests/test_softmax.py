@@ -622,6 +622,35 @@ def test_no_strip_budget(monkeypatch, dtype, with_negatives):
     compare(nf.info_nce_loss, wanted, dtype, **arguments)
 
 
+@pytest.mark.isa
+@dtypes
+@pytest.mark.parametrize("n", [1, 2, 127, 128, 129, 300])
+@pytest.mark.parametrize(("scale", "normalize"), [(9.0, True), (60.0, True), (0.5, False)])  # a common base, and none
+def test_scores_kept_or_computed_twice(monkeypatch, dtype, n, scale, normalize):
+    """The same bits, also of masked pairs, of classes, and where a row is NaN."""
+    x, y = pairs(n, 19, dtype)
+    ids = rng(0).integers(0, max(1, n // 3), n)
+    broken = x.copy()
+    broken[n // 2, 3] = np.nan
+    calls = [
+        (nf.clip_loss, ["image_features", "text_features"], {}, x, y),
+        (nf.clip_loss, ["image_features", "text_features"], {}, broken, y),
+        (nf.nt_xent_loss, ["z1", "z2"], {}, x, y),
+        (nf.dcl_loss, ["z1", "z2"], {}, x, y),
+        (nf.info_nce_loss, ["query", "positive_key"], dict(symmetric=True, ids=ids), x, y),
+        (nf.sup_con_loss, ["embeddings"], dict(labels=ids), x),
+    ]
+    for f, leaves, more, *sets in calls:
+        arguments = dict(zip(leaves, sets, strict=True), logit_scale=scale, normalize=normalize, **more)
+        results = []
+        for budget in (operations.STRIP_BUDGET, 0):
+            monkeypatch.setattr(operations, "STRIP_BUDGET", budget)
+            value, grads = evaluate(f, leaves, **arguments)
+            results.append([np.asarray(part).tobytes() for part in (value, *grads)])
+        monkeypatch.undo()
+        assert results[0] == results[1], f.__name__
+
+
 @two_views
 @dtypes
 def test_bitwise_for_any_number_of_threads(f, dtype, threads):

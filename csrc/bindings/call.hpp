@@ -59,6 +59,24 @@ const T* weights_of(py::handle weights, int64_t n) {
   return weights.is_none() ? nullptr : output<T>(weights, "weights", {n});
 }
 
+/// While it lives, the GIL is released and threads stand by: as many as are allowed and worth waking.
+class Team {
+  static constexpr double kSmall = 2e5;  // multiply-adds in less than the wake-up of a thread
+
+ public:
+  const int threads;
+  Team(int allowed, double work) : threads(work < kSmall ? 1 : allowed), stand_by_(threads) {}
+
+ private:
+  py::gil_scoped_release release_;
+  StandBy stand_by_;
+};
+
+/// Multiply-adds of all pairs of x and y.
+inline double work_of(const Array& x, const Array& y) {
+  return static_cast<double>(x.shape[0]) * static_cast<double>(y.shape[0]) * static_cast<double>(x.shape[x.ndim - 1]);
+}
+
 /// f(batch, threads) for every batch: batches side by side where one alone would not fill the threads.
 template <class F>
 void for_batches(int64_t batches, double work, int threads, F f) {

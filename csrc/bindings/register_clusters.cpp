@@ -22,10 +22,10 @@ py::tuple lloyd(py::handle x, py::handle centroids, bool normalize, py::handle w
     p.distances = distances.is_none() ? nullptr : output<T>(distances, "distances", {n});
     p.sums = sums.is_none() ? nullptr : output<double>(sums, "sums", {k, d});
     p.counts = sums.is_none() ? nullptr : output<double>(counts, "counts", {k});
-    p.threads = threads;
     p.screening = screening_of(screening);
     {
-      py::gil_scoped_release release;
+      const Team team(threads, work_of(points, centers));
+      p.threads = team.threads;
       of<T>(ops()).lloyd(p);
     }
     return py::make_tuple(p.inertia, p.changed);
@@ -41,11 +41,11 @@ void seeding(py::handle x, bool normalize, py::handle weights, int64_t first, py
   if (!draws.contiguous()) refuse_value("uniforms", "expected a C-contiguous array");
   with_compute_type(points.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const SeedingParams<T> p{
-        rows_of(points), normalize, weights_of<T>(weights, n), k,
-        trials,          first,     draws.as<double>(),        output<int64_t>(chosen, "chosen", {k}),
-        threads};
-    py::gil_scoped_release release;
+    SeedingParams<T> p{rows_of(points), normalize, weights_of<T>(weights, n), k,
+                       trials,          first,     draws.as<double>(),        output<int64_t>(chosen, "chosen", {k}),
+                       threads};
+    const Team team(threads, static_cast<double>(n) * points.shape[1] * k * trials);
+    p.threads = team.threads;
     of<T>(ops()).seeding(p);
   });
 }

@@ -25,9 +25,9 @@ void gram(py::handle x, py::handle y, const std::string& text, py::handle parame
     using T = decltype(zero);
     const int64_t size = in.n() * in.m();
     T* data = output<T>(out, "out", {in.batches(), in.n(), in.m()});
-    py::gil_scoped_release release;
+    const Team team(threads, in.batches() * in.work());
     advise_huge_pages(data, in.batches() * size * static_cast<int64_t>(sizeof(T)));
-    for_batches(in.batches(), in.work(), threads, [&](int64_t b, int t) {
+    for_batches(in.batches(), in.work(), team.threads, [&](int64_t b, int t) {
       of<T>(ops()).gram({rows_of(in.x, b), rows_of(in.y, b), &program, same, data + b * size, t});
     });
   });
@@ -59,8 +59,8 @@ void gram_grad(py::handle x, py::handle y, const std::string& text, py::handle p
     using T = decltype(zero);
     const T* upstream = output<T>(grad, "grad", {in.batches(), in.n(), in.m()});
     const Gradients<T> g(in, program, dx, dy, dparameters);
-    py::gil_scoped_release release;
-    g.for_each(in, threads, [&](int64_t b, int t) {
+    const Team team(threads, in.batches() * in.work());
+    g.for_each(in, team.threads, [&](int64_t b, int t) {
       of<T>(ops()).gram_grad({rows_of(in.x, b), rows_of(in.y, b), &program, upstream + b * in.n() * in.m(),
                               moved(g.dx, b * in.n() * in.d()), moved(g.dy, b * in.m() * in.d()), g.dparameters, t});
     });
@@ -79,8 +79,8 @@ void matmul(py::handle x, py::handle y, py::handle v, const std::string& text, p
     using T = decltype(zero);
     const int64_t size = in.n() * values.shape[2];
     T* data = output<T>(out, "out", {in.batches(), in.n(), values.shape[2]});
-    py::gil_scoped_release release;
-    for_batches(in.batches(), in.work(), threads, [&](int64_t b, int t) {
+    const Team team(threads, in.batches() * in.work());
+    for_batches(in.batches(), in.work(), team.threads, [&](int64_t b, int t) {
       of<T>(ops()).matmul({rows_of(in.x, b), rows_of(in.y, b), rows_of(values, b), &program, same, data + b * size, t});
     });
   });
@@ -98,8 +98,8 @@ void matmul_grad(py::handle x, py::handle y, py::handle v, py::handle grad, cons
   with_compute_type(in.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     const Gradients<T> g(in, program, dx, dy, dparameters);
-    py::gil_scoped_release release;
-    g.for_each(in, threads, [&](int64_t b, int t) {
+    const Team team(threads, in.batches() * in.work());
+    g.for_each(in, team.threads, [&](int64_t b, int t) {
       of<T>(ops()).matmul_grad({rows_of(in.x, b), rows_of(in.y, b), rows_of(values, b), rows_of(upstream, b), &program,
                                 moved(g.dx, b * in.n() * in.d()), moved(g.dy, b * in.m() * in.d()), g.dparameters, t});
     });

@@ -80,9 +80,9 @@ py::tuple softmax(const std::string& mode, py::handle x_, py::handle y_, py::han
     if (dx.is_none() && !(dy.is_none() && dpositive.is_none() && dpaired.is_none()))
       refuse_value("dx", "expected with any other gradient");
     p.strip_budget = strip_budget;
-    p.threads = threads;
     {
-      py::gil_scoped_release release;
+      const Team team(threads, work_of(x, y) + (paired.ndim ? paired.shape[0] * d : 0));
+      p.threads = team.threads;
       of<T>(ops()).softmax(p);
     }
     return py::make_tuple(p.loss_sum, p.dscale);
@@ -114,8 +114,8 @@ double softmax_block(py::handle x_, py::handle y_, bool same, py::handle ids_x, 
     if (dx.is_none() != dy.is_none()) refuse_value("dx", "expected all gradients or none");
     if (p.dx) p.weight_x = output<double>(weight_x, "weight_x", {n});
     if (p.dx && p.lse_y) p.weight_y = output<double>(weight_y, "weight_y", {m});
-    p.threads = threads;
-    py::gil_scoped_release release;
+    const Team team(threads, work_of(x, y));
+    p.threads = team.threads;
     of<T>(ops()).softmax_block(p);
     return p.dscale;
   });
@@ -152,8 +152,8 @@ double labelled_lse(py::handle x_, py::handle y_, bool same, py::handle labels_x
     p.dy = gradient<T>(dy, "dy", y);
     if (p.dx) p.grad = output<double>(grad, "grad", {n, p.terms});
     if (dx.is_none() != dy.is_none()) refuse_value("dx", "expected all gradients or none");
-    p.threads = threads;
-    py::gil_scoped_release release;
+    const Team team(threads, work_of(x, y));
+    p.threads = team.threads;
     of<T>(ops()).labelled_lse(p);
     return p.dscale;
   });
@@ -197,9 +197,9 @@ py::tuple sup_con(py::handle x_, py::handle classes_, py::handle mask_, int64_t 
     p.weight_of_mean = mean;
     p.loss = output<T>(loss, "loss", {n});
     p.dx = p.dy = p.dpositive = gradient<T>(dx, "dx", x);
-    p.threads = threads;
     {
-      py::gil_scoped_release release;
+      const Team team(threads, work_of(x, x));
+      p.threads = team.threads;
       of<T>(ops()).softmax(p);
     }
     return py::make_tuple(p.loss_sum, p.dscale, p.anchors);
@@ -226,9 +226,9 @@ py::tuple sigmoid(py::handle x_, py::handle y_, bool matched, double scale, doub
     p.dx = gradient<T>(dx, "dx", x);
     p.dy = gradient<T>(dy, "dy", y);
     if (dx.is_none() && !dy.is_none()) refuse_value("dx", "expected with any other gradient");
-    p.threads = threads;
     {
-      py::gil_scoped_release release;
+      const Team team(threads, work_of(x, y));
+      p.threads = team.threads;
       of<T>(ops()).sigmoid(p);
     }
     return py::make_tuple(p.loss_sum, p.dscale, p.dbias);
@@ -240,7 +240,8 @@ double potential(py::handle x_, double t, bool normalize, py::handle dx, int thr
   return with_compute_type(x.dtype, [&](auto zero) {
     using T = decltype(zero);
     PotentialParams<T> p{rows_of(x), t, normalize, 0, gradient<T>(dx, "dx", x), threads};
-    py::gil_scoped_release release;
+    const Team team(threads, work_of(x, x));
+    p.threads = team.threads;
     of<T>(ops()).potential(p);
     return p.log_sum;
   });
@@ -263,8 +264,8 @@ double alignment(py::handle x_, py::handle y_, double alpha, bool normalize, py:
     p.value = output<T>(value, "value", {x.shape[0]});
     p.dx = gradient<T>(dx, "dx", x);
     p.dy = gradient<T>(dy, "dy", y);
-    p.threads = threads;
-    py::gil_scoped_release release;
+    const Team team(threads, static_cast<double>(x.shape[0]) * x.shape[1]);
+    p.threads = team.threads;
     of<T>(ops()).alignment(p);
     return p.value_sum;
   });
@@ -311,9 +312,9 @@ py::tuple triplet(py::handle x_, py::handle codes_, int64_t classes, const std::
       p.positive = output<int64_t>(positive, "positive", {triplets});
       p.negative = output<int64_t>(negative, "negative", {triplets});
     }
-    p.threads = threads;
     {
-      py::gil_scoped_release release;
+      const Team team(threads, work_of(x, x));
+      p.threads = team.threads;
       of<T>(ops()).triplet(p);
     }
     return py::make_tuple(p.value_sum, p.count);

@@ -18,9 +18,9 @@ void store(py::handle x, py::handle y, const std::string& map, double power, boo
     using T = decltype(zero);
     T* data = result<T>(out, "out", in, condensed);
     const PairMap pair_map = map_of(map);
-    py::gil_scoped_release release;
+    const Team team(threads, in.batches() * in.work());
     advise_huge_pages(data, in.batches() * in.results(condensed) * static_cast<int64_t>(sizeof(T)));
-    for_batches(in.batches(), in.work(), threads, [&](int64_t b, int t) {
+    for_batches(in.batches(), in.work(), team.threads, [&](int64_t b, int t) {
       of<T>(ops()).store({rows_of(in.x, b), rows_of(in.y, b), pair_map, normalize, same || condensed, condensed,
                           data + b * in.results(condensed), t, power});
     });
@@ -37,8 +37,8 @@ void store_grad(py::handle x, py::handle y, const std::string& map, double power
     T* y_out = dy.is_none() ? nullptr : output<T>(dy, "dy", {in.batches(), in.m(), in.d()});
     if (condensed && !(x_out && y_out)) refuse_value("dx", "expected both gradients of condensed pairs");
     const PairMap pair_map = map_of(map);
-    py::gil_scoped_release release;
-    for_batches(in.batches(), in.work(), threads, [&](int64_t b, int t) {
+    const Team team(threads, in.batches() * in.work());
+    for_batches(in.batches(), in.work(), team.threads, [&](int64_t b, int t) {
       of<T>(ops()).store_grad({rows_of(in.x, b), rows_of(in.y, b), pair_map, normalize, condensed,
                                values + b * in.results(condensed), grads + b * in.results(condensed),
                                x_out ? x_out + b * in.n() * in.d() : nullptr,
@@ -59,8 +59,8 @@ void select(py::handle x, py::handle y, const std::string& map, double power, bo
     T* values = output<T>(value, "value", {in.batches(), in.n(), k});
     int64_t* indices = output<int64_t>(index, "index", {in.batches(), in.n(), k});
     const PairMap pair_map = map_of(map);
-    py::gil_scoped_release release;
-    for_batches(in.batches(), in.work(), threads, [&](int64_t b, int t) {
+    const Team team(threads, in.batches() * in.work());
+    for_batches(in.batches(), in.work(), team.threads, [&](int64_t b, int t) {
       of<T>(ops()).select({rows_of(in.x, b), rows_of(in.y, b), pair_map, normalize, exclude_self, k,
                            values + b * in.n() * k, indices + b * in.n() * k, mode, t, power});
     });

@@ -7,6 +7,8 @@
 namespace nearfar {
 namespace {
 
+constexpr double kAnyWork = 1e18;  // is worth all threads
+
 void check_signals() {
   py::gil_scoped_acquire gil;
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
@@ -54,14 +56,14 @@ void vector_math(const std::string& function, py::handle x, py::handle out) {
 
 double fma_peak(int threads) {
   if (threads < 1 || threads > kMaxThreads) refuse_value("threads", "expected 1 to " + std::to_string(kMaxThreads));
-  py::gil_scoped_release release;
+  const Team team(threads, kAnyWork);
   return ops().fma_peak(threads);
 }
 
 py::list task_trace(int64_t tasks, int threads) {
   Buffer<int> worker(tasks);
   {
-    py::gil_scoped_release release;
+    const Team team(threads, kAnyWork);
     parallel_for(tasks, threads, [&](int64_t task, int w) { worker[task] = w; });
   }
   py::list out;

@@ -117,11 +117,12 @@ inline bool screening_pays() {
 }
 
 /// Whether a search among columns of d dimensions is screened.
-inline bool screens(Screening mode, int64_t columns, int64_t d) {
+inline bool screens(Screening mode, int64_t columns, int64_t d, int64_t k) {
   constexpr int64_t kLeastDims = 32, kMostDims = 1 << 18;  // fewer leave little to save; of more, sums may overflow
-  constexpr int64_t kLeastColumns = 32;                    // fewer do not pay for rounding a row
+  // Fewer columns do not pay for rounding a row, or where there are k best, for what a row lists and scores in full.
+  const int64_t least = k == 1 ? 32 : k * (d > 100 ? 2 * d : 200);
   if (d < kLeastDims || d > kMostDims || columns > std::numeric_limits<int32_t>::max()) return false;
-  return mode == Screening::always || (mode == Screening::automatic && columns >= kLeastColumns && screening_pays());
+  return mode == Screening::always || (mode == Screening::automatic && columns >= least && screening_pays());
 }
 
 class Screen {

@@ -23,7 +23,7 @@ inline double common_base(double scale, bool normalize) {
 }
 
 /// Log-sum-exp of rows, and of columns where COLUMNS; with `keep`, scores become exp(s - m) of the chunk's row maximum
-/// m, ready to be weights.
+/// m, ready to be weights. With COLUMNS and a common base they become exp(s - base) in any case.
 template <class T, bool COLUMNS>
 struct LseCell {
   using P = Policy<T>;
@@ -76,12 +76,13 @@ struct LseCell {
     const Vec<T> base = splat<T>(common);
     for (int64_t p = 0; p < b.panels; ++p)
       for (int v = 0; v < P::kVectors; ++v) {
-        const T* s = b.panel(p) + v * kLanes<T>;
+        T* s = b.panel(p) + v * kLanes<T>;
         T* column = &column_sum[b.column * P::NR + v * kLanes<T>];
         Vec<T> total = Vec<T>{};
         for (int64_t j = 0; j < b.columns; ++j) {
           const Vec<T> e = exp_flush(load(s + j * P::NR) - base);
           total += e;
+          store(s + j * P::NR, e);
           store(column + j * P::NR, load(column + j * P::NR) + e);
         }
         const int64_t at = b.chunk * P::kStripRows + p * P::NR + v * kLanes<T>;
@@ -148,15 +149,17 @@ struct LseCell {
 };
 
 /// Weights from known normalisers: W_ij = u_i e^{s_ij - a_i} + v_j e^{s_ij - b_j}; with a common base in a and b,
-/// W_ij = (u_i + v_j) e^{s_ij - base}. With CLASSES less the pull (c_i + c_j) of two rows of a class: in a tight one
-/// both are nearly equal, and what is left keeps its digits only where they are subtracted before the product.
+/// W_ij = (u_i + v_j) e^{s_ij - base}, where the exponential may be there already. With CLASSES less the pull (c_i +
+/// c_j) of two rows of a class: in a tight one both are nearly equal, and what is left keeps its digits only where they
+/// are subtracted before the product.
 template <class T, bool COLUMNS, bool CLASSES>
 struct WeightCell {
   using P = Policy<T>;
   static constexpr bool kScores = true;
 
   void map(const Block<T>& b) {
-    mask_.apply(b);
+    if (!scored) mask_.apply(b);
+    const bool exponentials = scored && common;
     for (int64_t p = 0; p < b.panels; ++p) {
       T* s = b.panel(p);
       const int64_t row = b.row + p * P::NR;
@@ -171,13 +174,13 @@ struct WeightCell {
         for (int64_t j = 0; j < b.columns; ++j) {
           T* place = s + j * P::NR + v * kLanes<T>;
           const Vec<T> score = load(place);
-          const Vec<T> e = exp_flush(score - a);
+          const Vec<T> e = exponentials ? score : exp_flush(score - a);
           const Vec<T> other = COLUMNS ? splat<T>(column_weight[b.column + j]) : Vec<T>{};
           Vec<T> w = (u + other) * e;
           if (COLUMNS && !common) w = u * e + other * exp_flush(score - splat<T>(column_lse[b.column + j]));
           if (CLASSES) {
             const IVec<T> alike = own == isplat<T>(classes[b.column + j]);
-            const IVec<T> there = score > splat<T>(static_cast<T>(-kInfinity));
+            const IVec<T> there = score > splat<T>(static_cast<T>(exponentials ? 0 : -kInfinity));
             w -= select(alike & there, pull + splat<T>(class_pull[b.column + j]), Vec<T>{});
           }
           store(place, w);
@@ -191,6 +194,7 @@ struct WeightCell {
   const Mask<T>& mask_;
   const T *row_lse, *row_weight, *column_lse, *column_weight;  // padded to whole strips and tiles
   bool common;
+  bool scored = false;                // masked scores, or their exponentials, are there
   const IntOf<T>* classes = nullptr;  // and these
   const T* class_pull = nullptr;
 };

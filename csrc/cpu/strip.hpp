@@ -40,6 +40,8 @@ struct StripPlan {
   T scale = 1;             // on x, for the scores only
   T* dx = nullptr;         // (n, d) and (m, d), added to; null if not wanted. For dot products dy may be dx (y is x);
   T* dy = nullptr;         // for distances it may not, because dy turns its sign at the end
+  T* kept = nullptr;       // room for `blocks` of this problem: what cell.map leaves there, the next pass finds
+  bool scored = false;     // by a pass before this one, in `kept`
   int64_t depth = 0;       // of the widest of passes that go in step, if there are others
   int threads = 1;
 };
@@ -70,7 +72,7 @@ class StripPass {
     panels_ = Buffer<T>(P::kStripRows * d_);
     squares_ = Buffer<T>(P::kStripRows);
     const int64_t block = P::kPanels * panel_stride_, slots = plan.two_phase ? c.count : workers_;
-    blocks_ = Buffer<T>(block * slots);
+    if (!plan.kept) blocks_ = Buffer<T>(block * slots);
     if (products_) {
       x_rows_ = Buffer<T>(depth_panels_ * P::kStripRows * NR);
       partial_ = Buffer<T>(groups_ * partial);
@@ -86,6 +88,14 @@ class StripPass {
     }
   }
 
+  /// What `kept` must have room for.
+  static int64_t kept_size(const Operands<T>& o, bool triangle) {
+    int64_t blocks = 0;
+    for (int64_t row = 0; row < o.x.n(); row += P::kStripRows)
+      blocks += chunks_of(o, triangle, row + P::kStripRows < o.x.n() ? row + P::kStripRows : o.x.n());
+    return blocks * P::kPanels * o.chunks.tiles_each * P::MR * NR;
+  }
+
   void run() {
     for (int64_t row = 0; row < n_; row += P::kStripRows) strip(row);
     if (plan_.dy && o_.distance()) finish_columns();
@@ -94,14 +104,15 @@ class StripPass {
  private:
   friend struct InStep;
 
+  /// Of a strip that ends before row `end`: a triangle needs columns below its last row only.
+  static int64_t chunks_of(const Operands<T>& o, bool triangle, int64_t end) {
+    const int64_t count = triangle ? ceil_div(ceil_div(end, P::MR), o.chunks.tiles_each) : o.chunks.count;
+    return count < o.chunks.count ? count : o.chunks.count;
+  }
+
   void strip(int64_t row) {
     const int64_t rows = n_ - row < P::kStripRows ? n_ - row : P::kStripRows;
-    const int64_t panels = ceil_div(rows, NR);
-    const Chunks& c = o_.chunks;
-    // A triangle needs columns below the last row of the strip only.
-    int64_t count = c.count;
-    if (plan_.triangle) count = ceil_div(ceil_div(row + rows, P::MR), c.tiles_each);
-    if (count > c.count) count = c.count;
+    const int64_t panels = ceil_div(rows, NR), count = chunks_of(o_, plan_.triangle, row + rows);
     const int64_t groups = ceil_div(count, chunks_each_);
 
     parallel_for(panels, plan_.threads, [&](int64_t p, int) { pack_rows(row, p); });
@@ -121,6 +132,7 @@ class StripPass {
       });
     if (plan_.dx && groups > 0)
       parallel_for(panels, plan_.threads, [&](int64_t p, int) { merge(row, rows, p, groups); });
+    blocks_before_ += count;
   }
 
   template <class F>
@@ -143,8 +155,8 @@ class StripPass {
   Block<T> view(int64_t row, int64_t panels, int64_t chunk, int64_t group, int worker) const {
     const Chunks& c = o_.chunks;
     const int64_t t0 = c.tile_begin(chunk), t1 = c.tile_end(chunk);
-    const int64_t slot = plan_.two_phase ? chunk : worker;
-    T* data = blocks_.get() + slot * P::kPanels * panel_stride_;
+    const int64_t slot = plan_.two_phase ? chunk : worker, block = P::kPanels * panel_stride_;
+    T* data = plan_.kept ? plan_.kept + (blocks_before_ + chunk) * block : blocks_.get() + slot * block;
     Places* near = products_ && o_.distance() ? const_cast<Places*>(&places_[slot]) : nullptr;
     return {chunk, group, row, panels, t0 * P::MR, (t1 - t0) * P::MR, data, panel_stride_, squares_.get(), near};
   }
@@ -152,7 +164,7 @@ class StripPass {
   Block<T> scores(int64_t row, int64_t panels, int64_t chunk, int64_t group, int worker) {
     const Block<T> block = view(row, panels, chunk, group, worker);
     if (block.near) block.near->count = 0;
-    if (Cell::kScores)
+    if (Cell::kScores && !plan_.scored)
       for (int64_t p = 0; p < panels; ++p) {
         if (block.near) block.near->base = p * panel_stride_;
         o_.block(o_.chunks.tile_begin(chunk), o_.chunks.tile_end(chunk), row + p * NR, panels_.get() + p * NR * d_,
@@ -328,7 +340,8 @@ class StripPass {
   const StripPlan<T> plan_;
   const int64_t n_, d_;
   const bool products_;
-  int64_t panel_stride_ = 0, row_stride_ = 0, depth_ = 0, depth_panels_ = 0, chunks_each_ = 0, groups_ = 0;
+  int64_t panel_stride_ = 0, row_stride_ = 0, depth_ = 0, depth_panels_ = 0, chunks_each_ = 0, groups_ = 0,
+          blocks_before_ = 0;
   int workers_ = 1;
   Buffer<T> rows_, panels_, squares_, blocks_, x_rows_, partial_, scaled_, row_sums_;
   Buffer<double> column_sums_;

@@ -104,14 +104,13 @@ void work(Job& job, int worker, bool is_caller) {
   }
 }
 
-/// Workers sleep on a condition variable between calls. After a call they spin for a moment first, because an operation
-/// runs several phases one right after the other; the moment is short, so that a worker never holds a core that torch's
-/// own threads want. A worker that wakes too late finds the job closed and is not waited for.
-class Pool {
+/// Workers that wait for jobs. After one they spin for a moment, because an operation runs several phases one right
+/// after the other, and then sleep on a condition variable; the moment is short, so that a worker never holds a core
+/// that others want. A worker that wakes too late finds the job closed and is not waited for.
+class Crew {
  public:
+  /// The caller works too.
   void run(Job& job, int workers) {
-    // May throw: before a worker sees the job.
-    for (; started_ < workers - 1; ++started_) std::thread([this] { loop(); }).detach();
     {
       std::lock_guard<std::mutex> lock(mutex_);
       job_ = &job;
@@ -129,10 +128,8 @@ class Pool {
     done_.wait(lock, [&] { return active_.load(std::memory_order_relaxed) == 0; });
   }
 
- private:
-  static constexpr int kSpins = 4000;
-
-  void loop() {
+  /// What a worker does until the crew is dismissed.
+  void serve() {
     uint64_t seen = 0;
     for (;;) {
       for (int spin = 0; spin < kSpins && epoch_.load(std::memory_order_acquire) == seen; ++spin) relax();
@@ -142,6 +139,7 @@ class Pool {
         std::unique_lock<std::mutex> lock(mutex_);
         wake_.wait(lock, [&] { return epoch_.load(std::memory_order_relaxed) != seen; });
         seen = epoch_.load(std::memory_order_relaxed);
+        if (dismissed_) return;
         if (job_ == nullptr || seats_ == 0) continue;
         job = job_;
         worker = seats_--;
@@ -153,13 +151,38 @@ class Pool {
     }
   }
 
+  void dismiss() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      dismissed_ = true;
+      epoch_.fetch_add(1, std::memory_order_release);
+    }
+    wake_.notify_all();
+  }
+
+ private:
+  static constexpr int kSpins = 4000;
+
   std::mutex mutex_;
   std::condition_variable wake_, done_;
   Job* job_ = nullptr;
   int seats_ = 0;
-  int started_ = 0;
+  bool dismissed_ = false;
   std::atomic<int> active_{0};
   std::atomic<uint64_t> epoch_{0};
+};
+
+/// A crew of threads of our own, as many as were ever asked for.
+class Pool {
+ public:
+  void run(Job& job, int workers) {
+    for (; started_ < workers - 1; ++started_) std::thread([this] { crew_.serve(); }).detach();
+    crew_.run(job, workers);
+  }
+
+ private:
+  Crew crew_;
+  int started_ = 0;
 };
 
 template <class F>
@@ -167,76 +190,55 @@ F global_symbol(const char* name) {
   return reinterpret_cast<F>(dlsym(RTLD_DEFAULT, name));
 }
 
-/// The OpenMP runtime that the process shows to all its libraries, as torch shows its own. Its workers spin for some
-/// milliseconds after an operation of torch, and workers of ours would share the cores with them; so these do our
-/// tasks.
-class OpenMP {
- public:
-  /// False where there is none, or with fewer threads than asked for.
-  bool run(Job& job, int workers) {
-    if (threads_lost_ || !find() || max_threads_() < workers) return false;
-    Team team{job, workers};
-    // As many as in torch's operations: another number would end threads of the team and start them again.
-    parallel_(&Team::enter, &team, 0, 0);
-    return true;
+/// The OpenMP runtime that the process shows to all its libraries, as torch shows its own; we link none.
+struct OpenMP {
+  void (*start)(void (*)(void*), void*, unsigned) = nullptr;
+  void (*end)() = nullptr;
+  int (*max_threads)() = nullptr;
+
+  /// Looked for until it is there: torch may be imported after us.
+  bool find() {
+    if (threads_lost_) return false;
+    if (max_threads != nullptr) return true;
+    start = global_symbol<decltype(start)>(kStart);
+    end = global_symbol<decltype(end)>("GOMP_parallel_end");
+    if (start && end && global_symbol<Pause>(kPause))
+      max_threads = global_symbol<decltype(max_threads)>("omp_get_max_threads");
+    return max_threads != nullptr;
   }
 
   /// A child of fork has none of the threads, and would wait for them for ever in an operation of ours or of torch; so
   /// they end before the fork, and the next operation starts others, here and in the child.
   void before_fork() const {
-    if (threads_lost_) return;
     constexpr int kSoft = 1;
-    if (auto pause = global_symbol<int (*)(int)>(kPause)) pause(kSoft);
+    // Looked for here, because another thread may be in find().
+    const auto pause = threads_lost_ ? nullptr : global_symbol<Pause>(kPause);
+    if (pause) pause(kSoft);
   }
 
  private:
-  struct Team {
-    Job& job;
-    const int workers;
-    const pthread_t caller = pthread_self();
-    std::atomic<int> seats{1};
-
-    static void enter(void* self) {
-      auto& team = *static_cast<Team*>(self);
-      if (pthread_equal(pthread_self(), team.caller)) return work(team.job, 0, true);
-      const int worker = team.seats.fetch_add(1, std::memory_order_relaxed);
-      if (worker < team.workers) work(team.job, worker, false);
-    }
-  };
-
-  /// Looked for until it is there: torch may be imported after us.
-  bool find() {
-    if (max_threads_ != nullptr) return true;
-    parallel_ = global_symbol<Parallel>(kParallel);
-    if (parallel_ != nullptr && global_symbol<void*>(kPause) != nullptr)
-      max_threads_ = global_symbol<MaxThreads>("omp_get_max_threads");
-    return max_threads_ != nullptr;
-  }
+  using Pause = int (*)(int);
+  static constexpr char kStart[] = "GOMP_parallel_start", kPause[] = "omp_pause_resource_all";
 
   /// Whether this process was forked, and from one where it may have had threads already, before we were loaded.
   static bool threads_lost() {
-    std::string stat;
-    std::getline(std::ifstream("/proc/self/stat"), stat, '\0');
+    std::ifstream file("/proc/self/stat");
+    std::string stat, skipped;
+    std::getline(file, stat, '\0');
     // "pid (name) state", five numbers and the flags of the process.
     std::istringstream fields(stat.substr(stat.rfind(')') + 1));
-    std::string skipped;
     for (int field = 0; field < 6; ++field) fields >> skipped;
     constexpr unsigned long kForkedNoExec = 0x40;
     unsigned long flags = 0;
     fields >> flags;
-    return (flags & kForkedNoExec) != 0 && global_symbol<void*>(kParallel) != nullptr;
+    return (flags & kForkedNoExec) != 0 && global_symbol<void*>(kStart) != nullptr;
   }
 
-  using Parallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
-  using MaxThreads = int (*)();
-  static constexpr char kParallel[] = "GOMP_parallel";
-  static constexpr char kPause[] = "omp_pause_resource_all";
-  Parallel parallel_ = nullptr;
-  MaxThreads max_threads_ = nullptr;
   const bool threads_lost_ = threads_lost();
 };
 
 OpenMP openmp;
+thread_local Crew* standing_by = nullptr;
 
 // Never destroyed: its threads are detached and may outlive static destructors. A forked child has no threads but the
 // caller, so it gets a fresh pool and a fresh lock.
@@ -272,12 +274,45 @@ void run_tasks(int64_t tasks, int threads, void (*fn)(void*, int64_t, int), void
   job.context = context;
   const int workers = worker_count(tasks, threads);
   std::unique_lock<std::mutex> lock(*pool_mutex, std::defer_lock);
-  if (workers > 1 && !inside_task && lock.try_lock()) {
-    if (!openmp.run(job, workers)) pool->run(job, workers);
-  } else {
+  if (workers == 1 || inside_task) {
     work(job, 0, !inside_task);
+  } else if (standing_by) {
+    standing_by->run(job, workers);
+  } else if (lock.try_lock()) {
+    pool->run(job, workers);
+  } else {
+    work(job, 0, true);
   }
   if (job.error) std::rethrow_exception(job.error);
+}
+
+struct StandBy::Region {
+  std::unique_lock<std::mutex> lock;
+  const int workers;
+  Crew crew;
+  std::atomic<int> seats{1};
+
+  static void enter(void* self) {
+    auto& region = *static_cast<Region*>(self);
+    if (region.seats.fetch_add(1, std::memory_order_relaxed) < region.workers) region.crew.serve();
+  }
+};
+
+StandBy::StandBy(int threads) {
+  if (threads < 2 || inside_task || standing_by) return;
+  std::unique_lock<std::mutex> lock(*pool_mutex, std::try_to_lock);
+  if (!lock || !openmp.find() || openmp.max_threads() < threads) return;
+  region_.reset(new Region{std::move(lock), threads});
+  standing_by = &region_->crew;
+  // As many as in torch's operations: another number would end threads of the team and start them again.
+  openmp.start(&Region::enter, region_.get(), static_cast<unsigned>(openmp.max_threads()));
+}
+
+StandBy::~StandBy() {
+  if (!region_) return;
+  standing_by = nullptr;
+  region_->crew.dismiss();
+  openmp.end();
 }
 
 void set_interrupt_check(void (*check)()) { interrupt_check.store(check); }

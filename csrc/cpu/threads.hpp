@@ -10,6 +10,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 namespace nearfar {
 
@@ -17,6 +18,20 @@ namespace nearfar {
 /// [0, worker_count(tasks, threads)). The first exception is rethrown here after all workers have stopped. A call from
 /// inside a task, or while another thread holds the pool, runs on the calling thread alone.
 void run_tasks(int64_t tasks, int threads, void (*fn)(void* context, int64_t task, int worker), void* context);
+
+/// While it lives, torch's threads stand by for the tasks of this thread, where torch is imported and has as many. One
+/// of these for an operation, not for each of its phases: in the end OpenMP waits for every thread, also for one that
+/// had no core and came too late to work.
+class StandBy {
+ public:
+  explicit StandBy(int threads);
+  ~StandBy();
+  StandBy(const StandBy&) = delete;
+
+ private:
+  struct Region;
+  std::unique_ptr<Region> region_;
+};
 
 inline constexpr int kMaxThreads = 256;
 int worker_count(int64_t tasks, int threads);

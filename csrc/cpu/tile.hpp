@@ -448,35 +448,37 @@ class Operands {
   }
 
  private:
-  /// About the mean of (at most 1024, evenly spaced) rows of y, over finite entries. Any common point is a valid
+  /// About the mean of (some 256, evenly spaced) rows of y, over finite entries. Any common point is a valid
   /// centre, so each coordinate is rounded to half the binary order of its spread: subtracting it is then exact for
   /// most points, and points with integer coordinates keep integer ones, so ties stay ties.
   void find_center() {
-    const int64_t step = y.n() > 1024 ? y.n() / 1024 : 1;
+    const int64_t step = y.n() > 256 ? y.n() / 256 : 1;
     center_ = Buffer<T>(d);
-    Buffer<double> sum(d), square(d), count(d);
-    Buffer<T> row(d);
-    for (int64_t k = 0; k < d; ++k) sum[k] = square[k] = count[k] = 0;
-    for (int pass = 0; pass < 2; ++pass) {  // the mean, then the spread about it
-      for (int64_t j = 0; j < y.n(); j += step) {
-        y.get(j, row.get());
-        for (int64_t k = 0; k < d; ++k) {
-          if (!std::isfinite(row[k])) continue;
-          const double value = static_cast<double>(row[k]);
-          if (pass == 0) {
-            sum[k] += value;
-            count[k] += 1;
-          } else {
-            square[k] += (value - sum[k]) * (value - sum[k]);
-          }
-        }
+    // Moments about the first row: one pass, and no digits lost far from the origin.
+    Buffer<T> first(d), other(d);
+    Buffer<double> sums(d), squares(d), counts(d);
+    double *sum = sums.get(), *square = squares.get(), *count = counts.get();
+    if (y.n() > 0) y.get(0, first.get());
+    for (int64_t k = 0; k < d; ++k) {
+      if (y.n() == 0 || !std::isfinite(first[k])) first[k] = 0;
+      sum[k] = square[k] = count[k] = 0;
+    }
+    for (int64_t j = 0; j < y.n(); j += step) {
+      const T *row = y.view(j, other.get()), *origin = first.get();
+#pragma GCC ivdep
+      for (int64_t k = 0; k < d; ++k) {
+        const double from = static_cast<double>(row[k]) - static_cast<double>(origin[k]);
+        const bool finite = from - from == 0;
+        sum[k] += finite ? from : 0.0;
+        square[k] += finite ? from * from : 0.0;
+        count[k] += finite ? 1.0 : 0.0;
       }
-      for (int64_t k = 0; k < d && pass == 0; ++k) sum[k] = count[k] > 0 ? sum[k] / count[k] : 0;
     }
     for (int64_t k = 0; k < d; ++k) {
-      const double spread = count[k] > 0 ? std::sqrt(square[k] / count[k]) : 0;
-      double center = sum[k];
-      if (spread > 0) {
+      const double shift = count[k] > 0 ? sum[k] / count[k] : 0;
+      const double spread = count[k] > 0 ? std::sqrt(square[k] / count[k] - shift * shift) : 0;
+      double center = static_cast<double>(first[k]) + shift;
+      if (spread > 0) {  // not where rounding made it NaN
         const double grid = std::ldexp(1.0, std::ilogb(spread) - 1);
         center = std::nearbyint(center / grid) * grid;
       }

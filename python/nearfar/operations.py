@@ -18,8 +18,9 @@ from . import _core
 from .arrays import Array, as_bytes, cast, codes_of, compute_dtype, empty, namespace, scalar
 from .backend import kernel, on_cuda
 
-# Workspace for exp(scores) of a strip of 128 rows. Beyond it (more than 64 Ki columns in float32) scores are computed
-# twice: four matrix products instead of three.
+# Workspace for exp(scores) of a strip of 128 rows, or of all pairs where columns have a normaliser too. Beyond it (more
+# than 64 Ki columns in float32; of CLIP some 2800 rows, of NT-Xent 2 x 1900) scores are computed twice: four matrix
+# products instead of three.
 STRIP_BUDGET = 32 << 20
 
 # Whether searches score columns with 8-bit integers first: "automatic" (where the CPU is faster at them), "always" or

@@ -116,7 +116,7 @@ template <class T>
 void run(LloydParams<T>& p) {
   const Operands<T> o(p.x, p.centroids, p.normalize, true, false, p.threads);
   if constexpr (std::is_same_v<T, float>)
-    if (o.expanded() && screens(p.screening, p.centroids.n, o.d)) {
+    if (o.expanded() && screens(p.screening, p.centroids.n, o.d, 1)) {
       const Screen screen(o, p.threads);
       return Lloyd<T, Key::expanded>(p, o, &screen).run();
     }

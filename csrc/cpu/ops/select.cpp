@@ -381,7 +381,7 @@ class Select {
 template <class T, Key KEY>
 void run(const SelectParams<T>& p, const Operands<T>& o, bool by_columns) {
   if constexpr (std::is_same_v<T, float> && KEY != Key::direct)
-    if (!by_columns && screens(p.screening, p.y.n, o.d)) {
+    if (!by_columns && screens(p.screening, p.y.n, o.d, p.k)) {
       const Screen screen(o, p.threads);
       return Select<T, KEY>(p, o, by_columns, &screen).run();
     }

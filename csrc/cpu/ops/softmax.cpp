@@ -8,7 +8,8 @@
 // so both gradients are products with exp(s), which a strip keeps until its log-sum-exp is known: three matrix products
 // in all. SupCon's anchors have a set of positives (positives.hpp), whose mean score takes the place of s_i+, and the
 // denominator holds every column but their own; those with one positive are as above. Where columns have a normaliser
-// too (CLIP, NT-Xent) it is known only after a whole pass, so scores are computed twice.
+// too (CLIP, NT-Xent) it is known only after a whole pass, so scores are computed twice, but for so few that they are
+// kept.
 #include "cpu/softmax.hpp"
 
 #include "cpu/positives.hpp"
@@ -48,6 +49,12 @@ class Softmax {
     const int64_t strip = m * P::kStripRows * static_cast<int64_t>(sizeof(T));
     if (columns) {
       column_states_ = Buffer<LogSumExp>(p.mode == SoftmaxMode::both ? n : 0);
+      const int64_t size = StripPass<T, LseCell<T, true>>::kept_size(o, p.mode == SoftmaxMode::pairs);
+      const int64_t bytes = size * static_cast<int64_t>(sizeof(T));
+      if (gradient && bytes <= p.strip_budget) {
+        kept_ = Buffer<T>(size);
+        advise_huge_pages(kept_.get(), bytes);
+      }
       lse_pass<true>(false);
       if (gradient) weight_pass<true>();
     } else if (gradient && strip <= p.strip_budget) {
@@ -105,6 +112,7 @@ class Softmax {
     plan.scale = static_cast<T>(p.scale);
     plan.threads = p.threads;
     if (products) plan.dx = p.dx, plan.dy = p.dy;
+    plan.kept = kept_.get();
     return plan;
   }
 
@@ -165,8 +173,9 @@ class Softmax {
       fill(i < n ? denominator(states_[i], i) : 0, i < n ? weight_of(i) : 0, row_lse[i], row_weight[i]);
     for (int64_t j = 0; COLUMNS && j < columns; ++j)
       fill(j < m ? denominator(column_state(j), j) : 0, j < m ? weight_of(j) : 0, column_lse[j], column_weight[j]);
+    const bool scored = kept_.get() != nullptr;
     const T *a = row_lse.get(), *u = row_weight.get(), *b = column_lse.get(), *v = column_weight.get();
-    if (!sets.by_class()) return multiply(WeightCell<T, COLUMNS, false>{mask, a, u, b, v, base > 0});
+    if (!sets.by_class()) return multiply(WeightCell<T, COLUMNS, false>{mask, a, u, b, v, base > 0, scored});
     const int64_t padded = rows > columns ? rows : columns;
     Buffer<IntOf<T>> classes(padded);
     Buffer<T> pull(padded);
@@ -174,11 +183,13 @@ class Softmax {
       classes[i] = i < n ? static_cast<IntOf<T>>(p.positives.classes[i]) : IntOf<T>(-1);
       pull[i] = i < n ? static_cast<T>(sets.share(i) * weight_of(i)) : T(0);
     }
-    multiply(WeightCell<T, COLUMNS, true>{mask, a, u, b, v, base > 0, classes.get(), pull.get()});
+    multiply(WeightCell<T, COLUMNS, true>{mask, a, u, b, v, base > 0, scored, classes.get(), pull.get()});
   }
   template <class Cell>
   void multiply(Cell cell) {
-    StripPass<T, Cell>(o, cell, plan(true, false)).run();
+    StripPlan<T> second = plan(true, false);
+    second.scored = cell.scored;
+    StripPass<T, Cell>(o, cell, second).run();
   }
 
   /// Losses; and of gradients what is not a column of the engine: positives, own negatives, scale, normalisation.
@@ -252,6 +263,7 @@ class Softmax {
   Buffer<LogSumExp> states_, column_states_;
   Buffer<double> positive_score_;
   Buffer<T> paired_score_;
+  Buffer<T> kept_;  // scores of all pairs, where these are few
 };
 
 }  // namespace

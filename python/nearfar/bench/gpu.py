@@ -1,9 +1,9 @@
-"""``python -m nearfar bench --device cuda``: every operation on the GPU against what people write in torch.
+"""``python -m nearfar bench --device cuda``: every operation on the GPU against torch and the libraries for it.
 
 Times are medians between CUDA events, after a warm-up, the L2 cache flushed before every call. Speed is counted in the
 fewest flops that the operation can do, and set against the bfloat16 matrix-product rate measured in the same run.
 Memory is what torch's allocator peaks at above what was there before the call. Errors are the largest relative one of
-value and gradients, in norm, against float64 at 1024 rows.
+value and gradients, in norm, against eager torch in float64 at about 1024 rows.
 """
 
 from __future__ import annotations
@@ -13,20 +13,18 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import nearfar as nf
 
 from .. import backend
+from . import gpu_peers as peers
 from .case import load
+from .gpu_peers import Compute
 
-Step = Callable[[], Any]
-Loss = Callable[..., Any]
-
-CHUNK = 512  # rows at a time of the chunked peers
-ITERATIONS = 5  # of k-means
+Step = Callable[[], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,12 @@ class Line:
     dtype: str
     size: tuple[int, int, int]
     units: float  # floor: matrix products of this size
-    ours: Loss
-    dense: Loss | None
-    chunked: Loss | None = None
-    gradient: bool = True
-    paired: bool = True  # the second set is another view of the first
+    ours: Compute
+    dense: Compute
+    chunked: Compute | None = None
+    libraries: Mapping[str, Compute] = field(default_factory=dict)  # by their names in `peers.LIBRARIES`
+    gradients: int = 2  # the first so many sets get one
+    search: bool = False  # the second set is searched; a tie may be decided otherwise, so no error in norm
     compiled: bool = False  # also against torch.compile, which takes half a minute
 
     @property
@@ -51,141 +50,49 @@ class Line:
         return self.units * 2 * n * m * d
 
 
-# ---- peers -----------------------------------------------------------------------------------------------------------
-
-
-def _unit(x: Any) -> Any:
-    return load("torch.nn.functional").normalize(x, dim=1)
-
-
-def _info_nce(x: Any, y: Any) -> Any:
-    torch, functional = load("torch"), load("torch.nn.functional")
-    return functional.cross_entropy(_unit(x) @ _unit(y).T / 0.07, torch.arange(len(x), device=x.device))
-
-
-def _clip(x: Any, y: Any) -> Any:
-    torch, functional = load("torch"), load("torch.nn.functional")
-    logits, target = _unit(x) @ _unit(y).T / 0.07, torch.arange(len(x), device=x.device)
-    return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
-
-
-def _nt_xent(x: Any, y: Any) -> Any:
-    torch, functional = load("torch"), load("torch.nn.functional")
-    z, n = _unit(torch.cat([x, y])), len(x)
-    logits = (z @ z.T / 0.5).fill_diagonal_(float("-inf"))
-    return functional.cross_entropy(logits, (torch.arange(2 * n, device=x.device) + n) % (2 * n))
-
-
-def _siglip(x: Any, y: Any) -> Any:
-    logits = 10 * _unit(x) @ _unit(y).T - 10
-    return (load("torch.nn.functional").softplus(logits).sum() - logits.diagonal().sum()) / len(x)
-
-
-def _classes(x: Any) -> Any:
-    """Labels of 32 rows each."""
-    return load("torch").arange(len(x), device=x.device) // 32
-
-
-def _sup_con(x: Any, y: Any) -> Any:
-    labels, u = _classes(x), _unit(x)
-    positive = (labels[:, None] == labels).fill_diagonal_(False)
-    logits = (u @ u.T / 0.1).fill_diagonal_(float("-inf"))
-    return (logits.logsumexp(1) - logits.where(positive, 0).sum(1) / positive.sum(1)).mean()
-
-
-def _uniformity(x: Any, y: Any) -> Any:
-    u, n = _unit(x), len(x)
-    potential = (4 * (u @ u.T) - 4).exp()
-    return ((potential.sum() - potential.diagonal().sum()) / (n * (n - 1))).log()
-
-
-def _chunked_info_nce(x: Any, y: Any) -> Any:
-    """Rows by the chunk, scores computed again for the gradient: what one writes when N x N does not fit."""
-    torch, functional, checkpoint = load("torch"), load("torch.nn.functional"), load("torch.utils.checkpoint")
-    x, y = _unit(x), _unit(y)
-
-    def part(rows: Any, columns: Any, begin: int) -> Any:
-        target = torch.arange(begin, begin + len(rows), device=rows.device)
-        return functional.cross_entropy(rows @ columns.T / 0.07, target, reduction="sum")
-
-    parts = (
-        checkpoint.checkpoint(part, x[begin : begin + CHUNK], y, begin, use_reentrant=False)
-        for begin in range(0, len(x), CHUNK)
-    )
-    return sum(parts) / len(x)
-
-
-def _gaussian(x: Any, y: Any) -> Any:
-    torch = load("torch")
-    return torch.cat([torch.exp(-torch.cdist(rows, y).square() / 2) @ y[:, :1] for rows in x.split(4096)])
-
-
-def _matern(x: Any, y: Any) -> Any:
-    torch = load("torch")
-    parts = ((5**0.5 * torch.cdist(rows, y)) for rows in x.split(4096))
-    return torch.cat([((1 + t + t * t / 3) * torch.exp(-t)) @ y[:, :1] for t in parts])
-
-
-def _assign(x: Any, y: Any) -> Any:
-    torch = load("torch")
-    square = y.square().sum(1)
-    return torch.cat([(square - 2 * rows @ y.T).argmin(1) for rows in x.split(65536)])
-
-
-def _lloyd(x: Any, y: Any) -> Any:
-    torch = load("torch")
-    for _ in range(ITERATIONS):
-        labels = _assign(x, y)
-        sums = torch.zeros_like(y).index_add_(0, labels, x)
-        counts = labels.bincount(minlength=len(y))[:, None]
-        y = torch.where(counts > 0, sums / counts.clamp_min(1), y)
-    return y
-
-
-def _nearest(x: Any, y: Any) -> Any:
-    torch = load("torch")
-    return torch.cat([torch.cdist(rows, y).topk(10, largest=False)[1] for rows in x.split(4096)])
-
-
 def lines(quick: bool) -> list[Line]:
     """What is measured, in order of importance."""
     n, middle, many, rows, centroids = (96, 64, 128, 256, 32) if quick else (32768, 8192, 65536, 10**6, 1024)
-    wide, deep = (48, 64) if quick else (768, 512)
+    wide, deep, points = (48, 64, 128) if quick else (768, 512, 200000)
+    info_nce = (nf.info_nce_loss, peers.info_nce, peers.info_nce_chunked, {"Inf-CL": peers.info_nce_inf_cl})
+    assign = (lambda x, y: nf.kmeans_assign(x, y)[0], peers.assign)
 
-    def clip(x: Any, y: Any) -> Any:
-        return nf.clip_loss(x, y)
-
-    def uniformity(x: Any, y: Any) -> Any:
-        return nf.uniformity(x)
-
-    def matmul(kernel: Any) -> Loss:
-        return lambda x, y: kernel.matmul(x, y, y[:, :1])
+    def matmul(kernel: Any) -> Compute:
+        return lambda x, y: kernel(peers.lengthscale(x)).matmul(x, y, y[:, :1])
 
     return [
-        Line("info_nce", "bfloat16", (n, n, deep), 3, nf.info_nce_loss, _info_nce, _chunked_info_nce),
-        Line("info_nce", "bfloat16", (n, n, deep // 2), 3, nf.info_nce_loss, _info_nce, _chunked_info_nce),
-        Line("clip", "bfloat16", (n, n, wide), 4, clip, _clip, compiled=True),
+        Line("info_nce", "bfloat16", (n, n, deep), 3, *info_nce),
+        Line("info_nce", "bfloat16", (n, n, deep // 2), 3, *info_nce),
+        Line("clip", "bfloat16", (n, n, wide), 4, lambda x, y: nf.clip_loss(x, y), peers.clip,
+             libraries={"Inf-CL": peers.clip_inf_cl}, compiled=True),
         Line("nt_xent", "bfloat16", (n, n, deep // 2), 2, lambda x, y: nf.nt_xent_loss(*x.chunk(2)),
-             lambda x, y: _nt_xent(*x.chunk(2))),
-        Line("siglip", "bfloat16", (n, n, deep // 2), 3, nf.siglip_loss, _siglip),
-        Line("sup_con", "bfloat16", (n, n, deep // 2), 2, lambda x, y: nf.sup_con_loss(x, _classes(x)), _sup_con),
-        Line("uniformity", "bfloat16", (n, n, deep // 2), 1.5, uniformity, _uniformity),
-        Line("info_nce", "float32", (middle, middle, 128), 3, nf.info_nce_loss, _info_nce, _chunked_info_nce),
-        Line("info_nce", "bfloat16", (min(n, 256), min(n, 256), 128), 3, nf.info_nce_loss, _info_nce),
+             lambda x, y: peers.nt_xent(*x.chunk(2))),
+        Line("siglip", "bfloat16", (n, n, deep // 2), 3, nf.siglip_loss, peers.siglip),
+        Line("sup_con", "bfloat16", (n, n, deep // 2), 2, lambda x, y: nf.sup_con_loss(x, peers.classes(x)),
+             peers.sup_con),
+        Line("uniformity", "bfloat16", (n, n, deep // 2), 1.5, lambda x, y: nf.uniformity(x), peers.uniformity),
+        # Keys without a gradient: those of the batch, then a queue.
+        Line("info_nce_queue", "bfloat16", (n, many, deep // 2), 2,
+             lambda x, y: nf.info_nce_loss(x, y[: len(x)], y[len(x) :], in_batch=True), *info_nce[1:], gradients=1),
+        Line("info_nce", "float32", (middle, middle, 128), 3, *info_nce),
+        Line("info_nce", "bfloat16", (min(n, 256), min(n, 256), 128), 3, *info_nce),
         Line("cdist", "float32", (middle, middle, 128), 1, nf.cdist, lambda x, y: load("torch").cdist(x, y),
-             gradient=False),
+             gradients=0),
         Line("cdist_cityblock", "float32", (middle, middle, 128), 1, lambda x, y: nf.cdist(x, y, "cityblock"),
-             lambda x, y: load("torch").cdist(x, y, p=1.0), gradient=False),
-        Line("gaussian_matmul", "float32", (many, many, 64), 1, matmul(nf.kernels.Gaussian()), _gaussian,
-             gradient=False),
-        Line("matern_matmul", "float32", (many, many, 64), 1, matmul(nf.kernels.Matern()), _matern, gradient=False),
-        Line("kmeans_assign", "float32", (rows, centroids, 128), 1, nf.kmeans_assign, _assign, gradient=False,
-             paired=False),
-        Line("kmeans", "float32", (rows, centroids, 128), ITERATIONS + 1,
-             lambda x, y: nf.KMeans(len(y), init=y, max_iter=ITERATIONS, tol=0).fit(x).cluster_centers_, _lloyd,
-             gradient=False, paired=False),
-        Line("knn", "float32", (middle, many, 128), 1, lambda x, y: nf.knn(x, y, 10), _nearest, gradient=False,
-             paired=False),
+             lambda x, y: load("torch").cdist(x, y, p=1.0), gradients=0),
+        Line("gaussian_matmul", "float32", (points, points, 64), 1, matmul(nf.kernels.Gaussian), peers.gaussian,
+             libraries={"KeOps": peers.keops_matmul("gaussian")}, gradients=0),
+        Line("matern_matmul", "float32", (points, points, 64), 1, matmul(nf.kernels.Matern), peers.matern,
+             libraries={"KeOps": peers.keops_matmul("matern")}, gradients=0),
+        Line("kmeans_assign", "float32", (rows, centroids, 128), 1, *assign,
+             libraries={"KeOps": peers.assign_keops, "flash-kmeans": peers.assign_flash}, gradients=0, search=True),
+        Line("kmeans_assign", "bfloat16", (rows, centroids, 128), 1, *assign,
+             libraries={"flash-kmeans": peers.assign_flash}, gradients=0, search=True),
+        Line("kmeans", "float32", (rows, centroids, 128), peers.ITERATIONS + 1,
+             lambda x, y: nf.KMeans(len(y), init=y, max_iter=peers.ITERATIONS, tol=0).fit(x).cluster_centers_,
+             peers.lloyd, libraries={"flash-kmeans": peers.lloyd_flash}, gradients=0, search=True),
+        Line("knn", "float32", (middle, many, 128), 1, lambda x, y: nf.knn(x, y, peers.NEIGHBORS)[1], peers.nearest,
+             libraries={"KeOps": peers.nearest_keops, "cuVS": peers.nearest_cuvs}, gradients=0, search=True),
     ]  # fmt: skip
 
 
@@ -193,32 +100,32 @@ def lines(quick: bool) -> list[Line]:
 
 
 def make(line: Line, device: str, size: tuple[int, int, int] | None = None) -> list[Any]:
-    """The two sets of a line."""
+    """The two sets of a line: the second begins with other views of the first's rows, unless it is searched."""
     torch = load("torch")
     n, m, d = size or line.size
     generator = torch.Generator(device).manual_seed(0)
     x = torch.randn(n, d, device=device, generator=generator)
     y = torch.randn(m, d, device=device, generator=generator)
-    if line.paired and n == m:
-        y = y + x
+    if not line.search:
+        y[:n] += x
+    elif m < n:  # centroids are points, as k-means starts: none begins empty
+        y = x[:m].clone()
     dtype = getattr(torch, line.dtype)
-    return [z.to(dtype).requires_grad_(line.gradient) for z in (x, y)]
+    return [z.to(dtype).requires_grad_(k < line.gradients) for k, z in enumerate((x, y))]
 
 
-def step_of(loss: Loss, line: Line, leaves: list[Any]) -> Step:
+def step_of(compute: Compute, line: Line, sets: list[Any]) -> Step:
     """One call, forward and backward where there are gradients; returns value and gradients."""
-    torch = load("torch")
+    torch, leaves = load("torch"), sets[: line.gradients]
 
-    def step() -> Any:
-        value = loss(*leaves)
-        if not line.gradient:
-            return value
-        return value.detach(), *torch.autograd.grad(value, leaves, allow_unused=True)
+    def step() -> tuple[Any, ...]:
+        value = compute(*sets)
+        return (value.detach(), *torch.autograd.grad(value, leaves, allow_unused=True)) if leaves else (value,)
 
     return step
 
 
-def seconds_of(step: Step, device: str, budget: float) -> float:
+def seconds_of(step: Callable[[], Any], device: str, budget: float) -> float:
     """The median of calls for about `budget` seconds, at least five."""
     torch = load("torch")
     for _ in range(3):
@@ -265,54 +172,59 @@ def matrix_product_rate(device: str, budget: float, size: int) -> float:
     return float(2 * size**3 / seconds_of(lambda: a @ a, device, budget))
 
 
-def error_of(line: Line, device: str) -> float | None:
-    """Relative error of value and gradients against float64, at 1024 rows; None where the peer is another quantity."""
-    torch = load("torch")
-    if line.dense is None or not line.gradient:
-        return None
-    leaves = make(line, device, (min(line.size[0], 1024), min(line.size[1], 1024), line.size[2]))
-    wide = [leaf.detach().cpu().double().requires_grad_() for leaf in leaves]
-    got, wanted = step_of(line.ours, line, leaves)(), step_of(line.dense, line, wide)()
-    worst = 0.0
-    for a, b in zip(got, wanted, strict=True):
-        if a is not None:
-            worst = max(worst, float((a.cpu().double() - b).norm() / torch.linalg.norm(b).clamp_min(1e-300)))
-    return worst
+class Accuracy:
+    """Errors of a line relative to float64, at about 1024 rows."""
+
+    def __init__(self, line: Line, device: str) -> None:
+        n, m, d = line.size
+        part = max(1, n // 1024)
+        self.line = line
+        self.sets = make(line, device, (n // part, m // part, d))
+        wide = [z.detach().cpu().double().requires_grad_(z.requires_grad) for z in self.sets]
+        self.wanted = step_of(line.dense, line, wide)()
+
+    def error(self, compute: Compute) -> float:
+        """The largest of value and gradients."""
+        got = step_of(compute, self.line, self.sets)()
+        pairs = ((a.cpu().double(), b) for a, b in zip(got, self.wanted, strict=True) if a is not None)
+        return max(float((a - b).norm() / b.norm().clamp_min(1e-300)) for a, b in pairs)
 
 
-def peers_of(line: Line) -> dict[str, Loss]:
-    """torch as it stands, compiled, and in chunks."""
-    peers: dict[str, Loss] = {}
-    if line.dense is not None:
-        peers["eager"] = line.dense
-        if line.compiled:
-            peers["compiled"] = load("torch").compile(line.dense)
+def peers_of(line: Line, compiled: bool) -> dict[str, Compute]:
+    """torch as it stands, compiled, and in chunks; the libraries that are installed."""
+    found = {"eager": line.dense}
+    if line.compiled and compiled:
+        found["compiled"] = load("torch").compile(line.dense)
     if line.chunked is not None:
-        peers["chunked"] = line.chunked
-    return peers
+        found["chunked"] = line.chunked
+    return found | {name: compute for name, compute in line.libraries.items() if peers.installed(name)}
 
 
 def measure(line: Line, device: str, budget: float, rate: float, compiled: bool) -> dict[str, Any]:
     """Everything of one line; a peer's failure is a finding, not the end of the run."""
-    leaves = make(line, device)
-    ours = step_of(line.ours, line, leaves)
+    sets = make(line, device)
+    accuracy = None if line.search else Accuracy(line, device)
+
+    def measured(name: str, compute: Compute) -> dict[str, Any]:
+        step = step_of(compute, line, sets)
+        return {
+            "seconds": seconds_of(step, device, budget),
+            "extra_bytes": None if name in peers.OWN_ALLOCATOR else extra_bytes(step, device),
+            # Of what is compiled it is that of eager torch, and another size would be compiled again.
+            "error": None if accuracy is None or name == "compiled" else accuracy.error(compute),
+        }
+
     result: dict[str, Any] = {
-        "name": line.name, "dtype": line.dtype, "size": list(line.size), "seconds": seconds_of(ours, device, budget),
-        "extra_bytes": extra_bytes(ours, device), "error": error_of(line, device), "peers": {},
+        "name": line.name, "dtype": line.dtype, "size": list(line.size), **measured("ours", line.ours), "peers": {},
     }  # fmt: skip
     result["flops_per_second"] = line.flops / result["seconds"]
     result["of_matrix_product"] = result["flops_per_second"] / rate
-    for name, loss in peers_of(line).items():
-        if name == "compiled" and not compiled:
-            continue
-        peer: dict[str, Any] = {"seconds": None, "extra_bytes": None, "error": None}
-        result["peers"][name] = peer
+    for name, compute in peers_of(line, compiled).items():
         try:
-            step = step_of(loss, line, leaves)
-            peer["seconds"] = seconds_of(step, device, budget)
-            peer["extra_bytes"] = extra_bytes(step, device)
+            result["peers"][name] = measured(name, compute)
         except Exception as error:
-            peer["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            message = f"{type(error).__name__}: {error}".splitlines()[0]
+            result["peers"][name] = {"seconds": None, "extra_bytes": None, "error": None, "failed": message}
     return result
 
 
@@ -326,11 +238,13 @@ def row(result: dict[str, Any]) -> str:
         f"{result['flops_per_second'] / 1e12:7.1f} TFLOP/s {result['of_matrix_product']:6.1%}{memory}{error}"
     )
     for name, peer in result["peers"].items():
-        if peer["seconds"] is None:
-            text += f"\n{'':18s}{name}: {peer['error']}"
+        text += f"\n{'':18s}{name}: "
+        if "failed" in peer:
+            text += peer["failed"]
             continue
-        own = "" if peer["extra_bytes"] is None else f", {peer['extra_bytes'] / 2**20:.1f} MiB"
-        text += f"\n{'':18s}{name}: {peer['seconds'] / result['seconds']:.2f}x our time{own}"
+        text += f"{peer['seconds'] / result['seconds']:.2f}x our time"
+        text += "" if peer["extra_bytes"] is None else f", {peer['extra_bytes'] / 2**20:.1f} MiB"
+        text += "" if peer["error"] is None else f", error {peer['error']:.1e}"
     return text
 
 
@@ -357,7 +271,12 @@ def run(args: argparse.Namespace) -> int:
     budget = args.budget if args.budget is not None else 0.2 if args.quick else 1.0
     rate = matrix_product_rate(device, budget, 64 if args.quick else 8192)
     name = "emulation on the CPU: these are no speeds" if backend.emulate else torch.cuda.get_device_name()
-    print(f"{name}; torch {torch.__version__}; bfloat16 matrix product {rate / 1e12:.1f} TFLOP/s", flush=True)
+    missing = [library for library in peers.LIBRARIES if not peers.installed(library)]
+    print(
+        f"{name}; torch {torch.__version__}; bfloat16 matrix product {rate / 1e12:.1f} TFLOP/s"
+        + (f"; not installed: {', '.join(missing)}" if missing else ""),
+        flush=True,
+    )
     results = []
     for line in chosen:
         try:

@@ -94,8 +94,20 @@ def _kernel(problem: Problem, terms: tuple[str, ...]) -> Any:
     return kernel
 
 
-def _keops_product(lazy: Any, x: Any, y: Any, v: Any, lengthscale: float, terms: tuple[str, ...]) -> Any:
-    squared = ((lazy(x[:, None, :]) - lazy(y[None, :, :])) ** 2).sum(-1) / lengthscale**2
+def keops(arrays: str) -> Any:
+    """KeOps' LazyTensor of arrays of "numpy" or "torch", without its messages."""
+    load("pykeops").set_verbose(False)
+    return load(f"pykeops.{arrays}").LazyTensor
+
+
+def keops_squared_distances(lazy: Any, x: Any, y: Any) -> Any:
+    """Of all pairs, not computed yet."""
+    return ((lazy(x[:, None, :]) - lazy(y[None, :, :])) ** 2).sum(-1)
+
+
+def keops_product(lazy: Any, x: Any, y: Any, v: Any, lengthscale: float, terms: tuple[str, ...]) -> Any:
+    """The Gram matrix of a sum of kernels times v."""
+    squared = keops_squared_distances(lazy, x, y) / lengthscale**2
     kernel, *more = (_KERNELS[name][1](squared) for name in terms)
     for other in more:
         kernel = kernel + other
@@ -103,11 +115,8 @@ def _keops_product(lazy: Any, x: Any, y: Any, v: Any, lengthscale: float, terms:
 
 
 def _keops(problem: Problem, terms: tuple[str, ...]) -> Step:
-    pykeops = load("pykeops")
-    pykeops.set_verbose(False)
-    lazy = load("pykeops.numpy").LazyTensor
-    x, v = problem["x"], problem["v"]
-    return lambda: (_keops_product(lazy, x, x, v, _lengthscale(problem), terms),)
+    lazy, x, v = keops("numpy"), problem["x"], problem["v"]
+    return lambda: (keops_product(lazy, x, x, v, _lengthscale(problem), terms),)
 
 
 def _torch_chunked(problem: Problem) -> Step:
@@ -193,9 +202,7 @@ def _in_x(problem: Problem, kernel: Any) -> Step:
 
 def _keops_in_x(problem: Problem, product: Callable[..., Any]) -> Step:
     """Of product(LazyTensor, x, y, v)."""
-    torch, pykeops = load("torch"), load("pykeops")
-    pykeops.set_verbose(False)
-    lazy = load("pykeops.torch").LazyTensor
+    torch, lazy = load("torch"), keops("torch")
     x = torch.from_numpy(problem["x"]).requires_grad_()
     y, v = x.detach().clone(), torch.from_numpy(problem["v"])
     return lambda: (torch.autograd.grad(product(lazy, x, y, v).sum(), x)[0].numpy(),)
@@ -207,7 +214,7 @@ def _matmul_gradient(problem: Problem) -> Step:
 
 def _keops_gradient(problem: Problem) -> Step:
     def product(lazy: Any, x: Any, y: Any, v: Any) -> Any:
-        return _keops_product(lazy, x, y, v, _lengthscale(problem), ("gaussian",))
+        return keops_product(lazy, x, y, v, _lengthscale(problem), ("gaussian",))
 
     return _keops_in_x(problem, product)
 
@@ -257,7 +264,7 @@ def _keops_ard_gradient(problem: Problem) -> Step:
 
     def product(lazy: Any, x: Any, y: Any, v: Any) -> Any:
         first, *more = (
-            _KERNELS[term][1](((lazy((x / s)[:, None, :]) - lazy((y / s)[None, :, :])) ** 2).sum(-1))
+            _KERNELS[term][1](keops_squared_distances(lazy, x / s, y / s))
             for (term, _, _), s in zip(_ARD, scales, strict=True)
         )
         return sum(more, start=first) @ v
