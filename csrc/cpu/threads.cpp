@@ -14,6 +14,7 @@
 #include <fstream>
 #include <mutex>
 #include <new>
+#include <sstream>
 #include <string>
 #include <thread>
 #include <vector>
@@ -184,7 +185,12 @@ class Pool {
   int started_ = 0;
 };
 
-/// The OpenMP runtime that the process shows to all its libraries, as torch shows its own: two symbols, nothing linked.
+template <class F>
+F global_symbol(const char* name) {
+  return reinterpret_cast<F>(dlsym(RTLD_DEFAULT, name));
+}
+
+/// The OpenMP runtime that the process shows to all its libraries, as torch shows its own; we link none.
 struct OpenMP {
   void (*start)(void (*)(void*), void*, unsigned) = nullptr;
   void (*end)() = nullptr;
@@ -192,22 +198,46 @@ struct OpenMP {
 
   /// Looked for until it is there: torch may be imported after us.
   bool find() {
+    if (threads_lost_) return false;
     if (max_threads != nullptr) return true;
-    start = symbol<decltype(start)>("GOMP_parallel_start");
-    end = symbol<decltype(end)>("GOMP_parallel_end");
-    if (start && end) max_threads = symbol<decltype(max_threads)>("omp_get_max_threads");
+    start = global_symbol<decltype(start)>(kStart);
+    end = global_symbol<decltype(end)>("GOMP_parallel_end");
+    if (start && end && global_symbol<Pause>(kPause))
+      max_threads = global_symbol<decltype(max_threads)>("omp_get_max_threads");
     return max_threads != nullptr;
   }
 
- private:
-  template <class F>
-  static F symbol(const char* name) {
-    return reinterpret_cast<F>(dlsym(RTLD_DEFAULT, name));
+  /// A child of fork has none of the threads, and would wait for them for ever in an operation of ours or of torch; so
+  /// they end before the fork, and the next operation starts others, here and in the child.
+  void before_fork() const {
+    constexpr int kSoft = 1;
+    // Looked for here, because another thread may be in find().
+    const auto pause = threads_lost_ ? nullptr : global_symbol<Pause>(kPause);
+    if (pause) pause(kSoft);
   }
+
+ private:
+  using Pause = int (*)(int);
+  static constexpr char kStart[] = "GOMP_parallel_start", kPause[] = "omp_pause_resource_all";
+
+  /// Whether this process was forked, and from one where it may have had threads already, before we were loaded.
+  static bool threads_lost() {
+    std::ifstream file("/proc/self/stat");
+    std::string stat, skipped;
+    std::getline(file, stat, '\0');
+    // "pid (name) state", five numbers and the flags of the process.
+    std::istringstream fields(stat.substr(stat.rfind(')') + 1));
+    for (int field = 0; field < 6; ++field) fields >> skipped;
+    constexpr unsigned long kForkedNoExec = 0x40;
+    unsigned long flags = 0;
+    fields >> flags;
+    return (flags & kForkedNoExec) != 0 && global_symbol<void*>(kStart) != nullptr;
+  }
+
+  const bool threads_lost_ = threads_lost();
 };
 
 OpenMP openmp;
-bool forked = false;
 thread_local Crew* standing_by = nullptr;
 
 // Never destroyed: its threads are detached and may outlive static destructors. A forked child has no threads but the
@@ -222,11 +252,11 @@ void fresh_pool() {
 
 const bool registered = [] {
   fresh_pool();
-  pthread_atfork(nullptr, nullptr, [] {
-    fresh_pool();
-    inside_task = false;
-    forked = true;
-  });
+  pthread_atfork([] { openmp.before_fork(); }, nullptr,
+                 [] {
+                   fresh_pool();
+                   inside_task = false;
+                 });
   return true;
 }();
 
@@ -269,8 +299,7 @@ struct StandBy::Region {
 };
 
 StandBy::StandBy(int threads) {
-  // A forked child would wait for ever for threads of OpenMP, which it does not have.
-  if (threads < 2 || forked || inside_task || standing_by) return;
+  if (threads < 2 || inside_task || standing_by) return;
   std::unique_lock<std::mutex> lock(*pool_mutex, std::try_to_lock);
   if (!lock || !openmp.find() || openmp.max_threads() < threads) return;
   region_.reset(new Region{std::move(lock), threads});
