@@ -40,7 +40,7 @@ struct StripPlan {
   T scale = 1;             // on x, for the scores only
   T* dx = nullptr;         // (n, d) and (m, d), added to; null if not wanted. For dot products dy may be dx (y is x);
   T* dy = nullptr;         // for distances it may not, because dy turns its sign at the end
-  T* kept = nullptr;       // room for `blocks` of this problem: what cell.map leaves there, the next pass finds
+  T* kept = nullptr;       // of `kept_size`, for blocks: what cell.map leaves there, the next pass finds
   bool scored = false;     // by a pass before this one, in `kept`
   int64_t depth = 0;       // of the widest of passes that go in step, if there are others
   int threads = 1;
