@@ -39,6 +39,12 @@ inline void require_dtype(const Array& a, const char* name, DType dtype) {
   if (a.dtype != dtype) refuse_type(name, std::string("expected ") + name_of(dtype) + ", got " + name_of(a.dtype));
 }
 
+/// Multiply-adds of all pairs of rows of x and y, of one pair of matrices of a batch.
+inline double work_of(const Array& x, const Array& y) {
+  return static_cast<double>(x.shape[x.ndim - 2]) * static_cast<double>(y.shape[y.ndim - 2]) *
+         static_cast<double>(x.shape[x.ndim - 1]);
+}
+
 /// x and y as (batch, rows, depth) of one dtype and depth.
 struct PairInputs {
   Array x, y;
@@ -50,7 +56,7 @@ struct PairInputs {
   int64_t n() const { return x.shape[1]; }
   int64_t m() const { return y.shape[1]; }
   int64_t d() const { return x.shape[2]; }
-  double work() const { return static_cast<double>(n()) * static_cast<double>(m()) * static_cast<double>(d()); }
+  double work() const { return work_of(x, y); }
   int64_t results(bool condensed) const { return condensed ? n() * (n() - 1) / 2 : n() * m(); }
 };
 /// Weights of n rows, or null.
@@ -71,11 +77,6 @@ class Team {
   py::gil_scoped_release release_;
   StandBy stand_by_;
 };
-
-/// Multiply-adds of all pairs of x and y.
-inline double work_of(const Array& x, const Array& y) {
-  return static_cast<double>(x.shape[0]) * static_cast<double>(y.shape[0]) * static_cast<double>(x.shape[x.ndim - 1]);
-}
 
 /// f(batch, threads) for every batch: batches side by side where one alone would not fill the threads.
 template <class F>

@@ -222,6 +222,7 @@ struct OpenMP {
 
   /// Whether this process was forked, and from one where it may have had threads already, before we were loaded.
   static bool threads_lost() {
+    if (global_symbol<void*>(kStart) == nullptr) return false;
     std::ifstream file("/proc/self/stat");
     std::string stat, skipped;
     std::getline(file, stat, '\0');
@@ -231,7 +232,7 @@ struct OpenMP {
     constexpr unsigned long kForkedNoExec = 0x40;
     unsigned long flags = 0;
     fields >> flags;
-    return (flags & kForkedNoExec) != 0 && global_symbol<void*>(kStart) != nullptr;
+    return (flags & kForkedNoExec) != 0;
   }
 
   const bool threads_lost_ = threads_lost();
@@ -274,14 +275,13 @@ void run_tasks(int64_t tasks, int threads, void (*fn)(void*, int64_t, int), void
   job.context = context;
   const int workers = worker_count(tasks, threads);
   std::unique_lock<std::mutex> lock(*pool_mutex, std::defer_lock);
-  if (workers == 1 || inside_task) {
-    work(job, 0, !inside_task);
-  } else if (standing_by) {
+  const bool alone = workers == 1 || inside_task;
+  if (!alone && standing_by) {
     standing_by->run(job, workers);
-  } else if (lock.try_lock()) {
+  } else if (!alone && lock.try_lock()) {
     pool->run(job, workers);
   } else {
-    work(job, 0, true);
+    work(job, 0, !inside_task);
   }
   if (job.error) std::rethrow_exception(job.error);
 }

@@ -113,6 +113,7 @@ class Softmax {
     plan.threads = p.threads;
     if (products) plan.dx = p.dx, plan.dy = p.dy;
     plan.kept = kept_.get();
+    plan.scored = products && plan.kept;
     return plan;
   }
 
@@ -187,9 +188,7 @@ class Softmax {
   }
   template <class Cell>
   void multiply(Cell cell) {
-    StripPlan<T> second = plan(true, false);
-    second.scored = cell.scored;
-    StripPass<T, Cell>(o, cell, second).run();
+    StripPass<T, Cell>(o, cell, plan(true, false)).run();
   }
 
   /// Losses; and of gradients what is not a column of the engine: positives, own negatives, scale, normalisation.

@@ -22,6 +22,7 @@ import nearfar as nf
 from .. import backend
 from . import gpu_peers as peers
 from .case import load
+from .cases.kernels import lengthscale
 from .gpu_peers import Compute
 
 Step = Callable[[], tuple[Any, ...]]
@@ -58,7 +59,7 @@ def lines(quick: bool) -> list[Line]:
     assign = (lambda x, y: nf.kmeans_assign(x, y)[0], peers.assign)
 
     def matmul(kernel: Any) -> Compute:
-        return lambda x, y: kernel(peers.lengthscale(x)).matmul(x, y, y[:, :1])
+        return lambda x, y: kernel(lengthscale(x.shape[1])).matmul(x, y, y[:, :1])
 
     return [
         Line("info_nce", "bfloat16", (n, n, deep), 3, *info_nce),

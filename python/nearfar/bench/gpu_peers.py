@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .case import load
-from .cases.kernels import keops, keops_product, keops_squared_distances
+from .cases.kernels import keops, keops_product, keops_squared_distances, lengthscale
 
 Compute = Callable[[Any, Any], Any]
 
@@ -123,28 +123,23 @@ def uniformity(x: Any, y: Any) -> Any:
 # ---- kernels ---------------------------------------------------------------------------------------------------------
 
 
-def lengthscale(x: Any) -> float:
-    """sqrt(D): typical entries are about exp(-1), neither an identity matrix nor all ones."""
-    return math.sqrt(x.shape[1])
-
-
 def gaussian(x: Any, y: Any) -> Any:
     """K(x, y) times the first column of y."""
-    torch, scale = load("torch"), lengthscale(x)
+    torch, scale = load("torch"), lengthscale(x.shape[1])
     distances = (torch.cdist(rows, y) / scale for rows in x.split(POINT_CHUNK))
     return torch.cat([torch.exp(-r.square() / 2) @ y[:, :1] for r in distances])
 
 
 def matern(x: Any, y: Any) -> Any:
     """The same of smoothness 5/2."""
-    torch, scale = load("torch"), 5**0.5 / lengthscale(x)
+    torch, scale = load("torch"), 5**0.5 / lengthscale(x.shape[1])
     distances = (scale * torch.cdist(rows, y) for rows in x.split(POINT_CHUNK))
     return torch.cat([((1 + t + t * t / 3) * torch.exp(-t)) @ y[:, :1] for t in distances])
 
 
 def keops_matmul(term: str) -> Compute:
     """The same by KeOps."""
-    return lambda x, y: keops_product(keops("torch"), x, y, y[:, :1], lengthscale(x), (term,))
+    return lambda x, y: keops_product(keops("torch"), x, y, y[:, :1], lengthscale(x.shape[1]), (term,))
 
 
 # ---- points ----------------------------------------------------------------------------------------------------------

@@ -14,9 +14,13 @@ from .. import reference
 from ..case import CHECKED_ROWS, Array, Builder, Case, Problem, Shape, Step, first_rows, load, normal
 
 
-def _lengthscale(problem: Problem) -> float:
+def lengthscale(d: int) -> float:
     """sqrt(D): typical entries are about exp(-1), neither an identity matrix nor all ones."""
-    return math.sqrt(problem.shape["d"])
+    return math.sqrt(d)
+
+
+def _lengthscale(problem: Problem) -> float:
+    return lengthscale(problem.shape["d"])
 
 
 def _gram_rows(problem: Problem) -> Array:
