@@ -9,7 +9,7 @@ import references
 import test_cuda
 import torch
 from test_cuda import DEVICE, DTYPES, gpu_only, tensor
-from test_kernel_families import EXTREMES, FAMILIES, cosine, gaussian, matern, periodic
+from test_kernel_families import EXTREMES, FAMILIES, chi_squared, cosine, gaussian, histograms, matern, periodic
 from test_kernels import EPS
 
 import nearfar as nf
@@ -90,6 +90,28 @@ def test_one_set(name):
             np.testing.assert_array_equal(dense.diagonal().cpu(), np.arange(67) != 7)
         product = kernel.matmul(x, None, x[:, :2].contiguous())
         torch.testing.assert_close(product, dense @ x[:, :2], rtol=1e-4, atol=2e-5 * dense.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "m", "d"), [(5, 66, 3), (65, 130, 20)])
+def test_chi_squared(n, m, d, dtype):
+    """Of points that are not negative: by itself and beside other scores, with gradients."""
+    by_name = k.named.by_name
+    for kernel, formula in (
+        (by_name("chi2", None, gamma=0.1), lambda x, y: torch.exp(-0.1 * chi_squared(x, y))),
+        (
+            k.Gaussian(3.0) * by_name("additive_chi2", None),
+            lambda x, y: -gaussian(x, y, 3.0) * chi_squared(x, y),
+        ),
+    ):
+        own, wide = leaves(tensor(histograms(n, d), dtype), tensor(histograms(m, d, seed=1), dtype))
+        v = tensor(g.points(m, 3, seed=2), dtype)
+        g.assert_value(kernel(*own), formula(*wide), EPS[dtype] * (6 + np.sqrt(d)) * 2, 1.0)
+        upstream = tensor(g.points(n, 3, seed=3), "float64")
+        assert_gradients(
+            kernel.matmul(*own, v), own, formula(*wide) @ v.cpu().double(), wide, upstream, g.GRADIENT[dtype]
+        )
+        assert references.same_bits(kernel(own[0]).cpu(), kernel(own[0]).T.contiguous().cpu())
 
 
 def test_blocks_of_many_scores(small_strips):

@@ -5,7 +5,7 @@ test_kernels.py.
 import numpy as np
 import pytest
 import torch
-from generators import GRADIENT, STEP, assert_gradient, numpy_of, of_kind, points, rng
+from generators import GRADIENT, STEP, assert_gradient, assert_value, numpy_of, of_kind, points, rng
 from references import KINDS, same_bits, wide
 from test_kernels import EPS
 
@@ -706,25 +706,99 @@ def test_bad_custom():
 
 
 def chi_squared(x, y):
-    difference, total = x[..., :, None, :] - y[..., None, :, :], x[..., :, None, :] + y[..., None, :, :]
-    return (difference**2 / np.where(total == 0, 1, total)).sum(-1)
+    x, y = x.unsqueeze(-2), y.unsqueeze(-3)
+    total = x + y
+    return ((x - y) ** 2 / torch.where(total == 0, 1.0, total)).sum(-1)
 
 
-@pytest.mark.parametrize("kind", ["numpy", "torch"])
-@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
-@pytest.mark.parametrize("shape", [(1, 1), (7, 3), (130, 33), (2, 5, 4)])
-def test_chi_squared(shape, dtype, kind, monkeypatch):
-    monkeypatch.setattr("nearfar.kernels.chi_squared._BLOCK", 500)  # several blocks of rows
-    x = np.maximum(rng(1).standard_normal(shape), 0).astype(dtype)  # zeros too
-    y = np.maximum(rng(2).standard_normal((*shape[:-2], 6, shape[-1])), 0).astype(dtype)
-    a, b = of_kind(kind, x, dtype), of_kind(kind, y, dtype)
-    sums = chi_squared(x.astype(np.float64), y.astype(np.float64))
-    tolerance = {"rtol": 1e-12} if dtype == "float64" else {"rtol": 1e-5, "atol": 1e-6}
-    np.testing.assert_allclose(np.asarray(nf.gram(a, b, "additive_chi2")), -sums, **tolerance)
-    np.testing.assert_allclose(np.asarray(nf.gram(a, b, "chi2")), np.exp(-sums), **tolerance)
-    own = np.asarray(nf.gram(a, kernel="chi2", gamma=0.3))
-    assert np.array_equal(own, np.swapaxes(own, -1, -2))
-    assert np.all(np.diagonal(own, axis1=-2, axis2=-1) == 1)
+def histograms(n, d, dtype="float64", seed=0):
+    """Points that are not negative; a fifth of the numbers is 0, in both sets at once where d > 5."""
+    x = np.abs(points(n, d, seed=seed))
+    x[rng(n, d, seed).random((n, d)) < 0.2] = 0
+    x[:, 5::7] = 0
+    return x.astype(dtype)
+
+
+def double(x):
+    return torch.from_numpy(np.asarray(numpy_of(x)))
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize(("n", "m", "d"), [(1, 1, 1), (7, 3, 2), (130, 33, 17), (0, 5, 3), (5, 0, 3), (97, 500, 400)])
+def test_chi_squared(n, m, d):
+    for kind, dtype in KINDS:
+        x, y = (of_kind(kind, histograms(size, d, seed=seed), dtype) for seed, size in enumerate((n, m)))
+        v = of_kind(kind, points(m, 2, seed=2), dtype)
+        sums = chi_squared(double(x), double(y)).numpy()
+        bound = EPS[dtype] * (6 + np.sqrt(d))
+        assert_value(nf.gram(x, y, "additive_chi2"), -sums, bound)
+        expected = np.exp(-0.3 / d * sums)
+        kernel = by_name("chi2", x, gamma=0.3 / d)
+        assert_value(kernel(x, y), expected, 2 * bound)
+        error = np.abs(numpy_of(kernel.matmul(x, y, v)) - expected @ numpy_of(v))
+        assert np.all(error <= (bound + EPS[dtype] * np.sqrt(m)) * np.abs(numpy_of(v)).sum(0))
+        own = numpy_of(kernel(x))
+        assert np.array_equal(own, own.T)
+        assert np.all(np.diagonal(own) == 1)
+
+
+def test_chi_squared_of_batches_and_of_one_set():
+    x, y = torch.from_numpy(histograms(14, 5).reshape(2, 7, 5)), torch.from_numpy(histograms(6, 5, seed=1))
+    torch.testing.assert_close(nf.gram(x, y, "chi2"), torch.exp(-chi_squared(x, y)))
+    x, v = histograms(4097, 3, "float32"), points(4097, 1, "float32")
+    rows = [0, 127, 128, 2048, 4096]
+    expected = np.exp(-chi_squared(double(x[rows]), double(x)).numpy()) @ v
+    assert_value(by_name("chi2", x).matmul(x, None, v)[rows], expected, 1e-5, 1.0)
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_chi_squared_gradients_of_many_points(dtype):
+    """By itself, and beside other scores; 0 where both coordinates are 0, as for scikit-learn's 0 / 0."""
+    for kernel, formula in (
+        (by_name("chi2", None, gamma=0.1), lambda x, y: torch.exp(-0.1 * chi_squared(x, y))),
+        (
+            k.Gaussian(3.0) * by_name("additive_chi2", None) + k.Laplacian(9.0),
+            lambda x, y: laplacian(x, y, 9.0) - gaussian(x, y, 3.0) * chi_squared(x, y),
+        ),
+    ):
+        x, y, v = (
+            of_kind("torch", a, dtype).requires_grad_()
+            for a in (histograms(131, 17), histograms(300, 17, seed=1), points(300, 3, seed=2))
+        )
+        wide = [a.detach().double().requires_grad_() for a in (x, y, v)]
+        upstream = torch.from_numpy(points(131, 3, seed=3))
+        grads = torch.autograd.grad((kernel.matmul(x, y, v) * upstream).sum(), (x, y, v))
+        expected = torch.autograd.grad((formula(*wide[:2]) @ wide[2] * upstream).sum(), wide)
+        for grad, other in zip(grads, expected, strict=True):
+            assert_gradient(grad, other, GRADIENT[dtype], STEP.get(dtype, 0))
+        assert torch.all(grads[0][:, 5] == 0)
+
+
+def test_chi_squared_of_extreme_numbers():
+    """Squares would leave the range; a row that is not finite touches no other."""
+    for dtype, sizes in (("float32", (1e-36, 1e37)), ("float64", (1e-300, 1e307))):
+        for size in sizes:
+            x, y = (np.array(z, dtype) for z in ([[0, 1], [1, 0], [1, 1]], [[0, 0], [0, 2], [2, 0]]))
+            expected = nf.gram(x, y, "additive_chi2") * np.array(size, dtype)
+            np.testing.assert_allclose(nf.gram(x * size, y * size, "additive_chi2"), expected, rtol=1e-6)
+    x = histograms(40, 3, "float32")
+    bad = x.copy()
+    bad[7, 1], bad[20, 2] = np.nan, np.inf
+    good = np.setdiff1d(np.arange(40), [7, 20])
+    matrix = nf.gram(bad, kernel="chi2")
+    assert np.isnan(matrix[[7, 20]]).all()
+    assert np.array_equal(matrix[np.ix_(good, good)], nf.gram(x, kernel="chi2")[np.ix_(good, good)])
+
+
+def test_chi_squared_is_mercer():
+    x = histograms(300, 8)
+    kernel = by_name("chi2", x)
+    assert nf.psd_report(kernel, x).verdict in ("psd", "psd_within_noise")
+    assert nf.psd_report(by_name("additive_chi2", x), x).verdict == "not_psd"
+    model = nf.KernelRidge(kernel, alpha=0.1).fit(x, x.sum(1))
+    solved = np.linalg.solve(nf.gram(x, kernel=kernel) + 0.1 * np.eye(300), x.sum(1))
+    np.testing.assert_allclose(model.predict(x), nf.gram(x, kernel=kernel) @ solved, rtol=1e-4)
 
 
 def test_chi_squared_is_that_of_scikit_learn():
@@ -740,6 +814,10 @@ def test_chi_squared_gradients():
         matrix = lambda x, y, name=name, params=params: nf.gram(x, y, name, **params)  # noqa: E731
         assert torch.autograd.gradcheck(matrix, (x, y))
         assert torch.autograd.gradgradcheck(matrix, (x, y))
+    gamma = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    of_gamma = lambda gamma: k.ChiSquared(gamma).matmul(x.detach(), y.detach(), v.detach())  # noqa: E731
+    assert torch.autograd.gradcheck(of_gamma, (gamma,))
+    assert torch.autograd.gradgradcheck(of_gamma, (gamma,))
     kernel = by_name("chi2", x)
     assert torch.autograd.gradcheck(lambda x, y, v: kernel.matmul(x, y, v), (x, y, v))
     assert kernel.is_mercer

@@ -16,7 +16,8 @@ struct ScoreName {
 constexpr ScoreName kScoreNames[] = {{"dot", ScoreKind::dot},
                                      {"unit_dot", ScoreKind::unit_dot},
                                      {"sqeuclidean", ScoreKind::sqeuclidean},
-                                     {"absolute", ScoreKind::absolute}};
+                                     {"absolute", ScoreKind::absolute},
+                                     {"chi_squared", ScoreKind::chi_squared}};
 
 struct StepName {
   const char* name;

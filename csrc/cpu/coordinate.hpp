@@ -1,4 +1,4 @@
-// Gradients of metrics of |x_k - y_k|: dx_i[k] = sum_j pull(x_i[k] - y_j[k], g_ij, ...). No matrix product: a direct
+// Gradients of metrics of |x_k - y_k|: dx_i[k] = sum_j pull(x_i[k], y_j[k], g_ij, ...). No matrix product: a direct
 // kernel, with rows along the lanes. A task owns a panel of rows and adds its columns in order.
 #pragma once
 
@@ -76,7 +76,7 @@ struct CoordinateGradient {
       const Vec<T> own = load(panel + k * NR);
       Vec<T> total = load(sum + k * NR);
 #pragma GCC unroll 4
-      for (int j = 0; j < J; ++j) total += map.pull(Vec<T>(own - splat<T>(columns[j * d + k])), g[j], a[j]);
+      for (int j = 0; j < J; ++j) total += map.pull(own, splat<T>(columns[j * d + k]), g[j], a[j]);
       store(sum + k * NR, total);
     }
   }

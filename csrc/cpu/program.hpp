@@ -49,9 +49,8 @@ class Scores {
       : count(program.scores), program_(program), same_(same) {
     for (int k = 0; k < count; ++k) {
       const ProgramScore& s = program.score[k];
-      const Operands<T>& made =
-          operands_.add(columns_of(x, s), columns_of(y, s), false, s.kind == ScoreKind::sqeuclidean, products, threads,
-                        s.kind == ScoreKind::absolute);
+      const Operands<T>& made = operands_.add(columns_of(x, s), columns_of(y, s), false,
+                                              s.kind == ScoreKind::sqeuclidean, products, threads, s.kind);
       depth_ += made.d;
       widest_ = widest_ < made.d ? made.d : widest_;
     }

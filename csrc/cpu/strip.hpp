@@ -185,12 +185,12 @@ class StripPass {
     bool add = w.chunk % chunks_each_ != 0;
     if (o_.distance() && !add)
       for (int64_t k = 0; k < P::kStripRows; ++k) row_sums_[w.group * P::kStripRows + k] = 0;
-    if (const bool near = w.near && w.near->count; near || o_.absolute()) {
+    if (const bool near = w.near && w.near->count; near || o_.by_coordinates()) {
       if (!add) clear_partial(w);
       add = true;
       if (near) take_near(w);
     }
-    if (o_.absolute()) return multiply_signs(w);
+    if (o_.by_coordinates()) return with_coordinate_score(o_.kind(), [&](auto score) { multiply_slopes(w, score); });
     const int64_t t0 = w.column / P::MR, tiles = w.columns / P::MR;
     for (int64_t p = 0; plan_.dx && p < w.panels; ++p) {
       T* out = partial_.get() + (w.group * P::kStripRows + p * NR) * depth_;
@@ -225,8 +225,9 @@ class StripPass {
     if (o_.distance()) add_sums(w);
   }
 
-  /// The same for L1 distances, whose gradient is no product: dx_i += w_ij sign(x_i - y_j), dy_j -= the same.
-  void multiply_signs(const Block<T>& w) {
+  /// The same where the gradient is no product: dx_i += w_ij by_x(x_i, y_j), dy_j += w_ij by_y(x_i, y_j).
+  template <class Score>
+  void multiply_slopes(const Block<T>& w, Score) {
     const int64_t t0 = w.column / P::MR, tiles = w.columns / P::MR;
     for (int64_t t = 0; t < tiles; ++t)
       for (int64_t k = 0; k < d_; ++k) {
@@ -240,14 +241,16 @@ class StripPass {
             Vec<T> sum = Vec<T>{};
 #pragma GCC unroll 12
             for (int r = 0; r < P::MR; ++r) {
-              const Vec<T> pull = load(weights + r * NR) * sign<T>(x - y[r]);
-              sum += pull;
-              down[r] += pull;
+              const Vec<T> weight = load(weights + r * NR);
+              Vec<T> by_x, by_y;
+              Score::slopes(x, splat<T>(y[r]), by_x, by_y);
+              sum += weight * by_x;
+              down[r] += weight * by_y;
             }
             store(out, load(out) + sum);
           }
         for (int64_t r = 0; plan_.dy && r < P::MR && w.column + t * P::MR + r < o_.y.n(); ++r)
-          plan_.dy[(w.column + t * P::MR + r) * d_ + k] -= hsum<T>(down[r]);
+          plan_.dy[(w.column + t * P::MR + r) * d_ + k] += hsum<T>(down[r]);
       }
   }
 

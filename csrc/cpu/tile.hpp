@@ -271,15 +271,15 @@ class Operands {
   static constexpr T kNear = T(1) / 512;
 
   /// products: the packed points are also multiplied by weights (gradients), so they must be centred in any case.
-  /// absolute: the score is the L1 distance, from differences at any depth; then `distance` is false. pack_y: false
-  /// where the caller packs a chunk of y when it comes to it, so that no copy of all of y is made.
+  /// kind: looked at where the score is none that a product gives; then `distance` is false. pack_y: false where the
+  /// caller packs a chunk of y when it comes to it, so that no copy of all of y is made.
   Operands(const Rows& x_rows, const Rows& y_rows, bool normalize, bool distance, bool products, int threads,
-           bool absolute = false, bool pack_y = true)
+           ScoreKind kind = ScoreKind::dot, bool pack_y = true)
       : x(x_rows),
         y(y_rows),
         d(x_rows.d),
         distance_(distance),
-        absolute_(absolute),
+        kind_(kind),
         direct_(distance && d <= kDirectDims),
         chunks(Chunks::of<T>(y_rows.n)) {
     if (normalize) {
@@ -355,8 +355,9 @@ class Operands {
     raw_block(t1 - t0, tile(t0), panel, scores);
   }
   void raw_block(int64_t tiles, const T* y_tiles, const T* panel, T* scores) const {
-    if (absolute_) {
-      score_block<AbsoluteDifference>(d, tiles, y_tiles, tile_stride, panel, scores);
+    if (by_coordinates()) {
+      with_coordinate_score(kind_,
+                            [&](auto score) { score_block(d, tiles, y_tiles, tile_stride, panel, scores, score); });
     } else if (direct_) {
       score_block<SquaredDifference>(d, tiles, y_tiles, tile_stride, panel, scores);
     } else {
@@ -379,7 +380,8 @@ class Operands {
   }
 
   bool distance() const { return distance_; }
-  bool absolute() const { return absolute_; }
+  ScoreKind kind() const { return kind_; }
+  bool by_coordinates() const { return nearfar::by_coordinates(kind_); }
   bool expanded() const { return distance_ && !direct_; }
 
   Source<T> x, y;
@@ -387,7 +389,9 @@ class Operands {
   int64_t tile_stride = 0;
 
  private:
-  bool distance_, absolute_, direct_;
+  bool distance_;
+  ScoreKind kind_;
+  bool direct_;
 
  public:
   Chunks chunks;

@@ -128,14 +128,6 @@ NEARFAR_INLINE V select(Mask mask, V a, V b) {
 NEARFAR_INLINE Vec<float> absolute(Vec<float> v) { return (Vec<float>)((IVec<float>)v & 0x7fffffff); }
 NEARFAR_INLINE Vec<double> absolute(Vec<double> v) { return (Vec<double>)((IVec<double>)v & 0x7fffffffffffffff); }
 
-// 1, -1, 0 with the sign of v; of a NaN 1 or -1.
-template <class T>
-NEARFAR_INLINE Vec<T> sign(Vec<T> v) {
-  constexpr IntOf<T> kSign = IntOf<T>(1) << (8 * sizeof(T) - 1);
-  const IVec<T> one = (IVec<T>)splat<T>(T(1));
-  return (Vec<T>)((((IVec<T>)v & kSign) | one) & (v != T(0)));
-}
-
 // a > b ? a : b and a < b ? a : b in each lane: a NaN in b comes through, a NaN in a does not. Intrinsics because GCC
 // 12 makes a comparison and a blend of the expression when one side is a constant; maskz with a full mask (the same
 // instruction) because its plain 512-bit ones warn of uninitialised use there (PR 105593).

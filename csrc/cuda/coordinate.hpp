@@ -1,5 +1,6 @@
-// Scores of the coordinates' absolute differences, and gradients through them. Neither is a matrix product: the scores
-// are tiles of Simt, a gradient is a sum by one thread for every coordinate of every row. See cpu/coordinate.hpp.
+// Scores that every coordinate of a pair enters by itself, and gradients through them. Neither is a matrix product: the
+// scores are tiles of Simt, a gradient is a sum by one thread for every coordinate of every row. See
+// cpu/coordinate.hpp.
 #pragma once
 
 #include "cuda/strip.hpp"
@@ -16,7 +17,7 @@ void launch_coordinates(cuda::Context& c, const Score& score, const Pairs<T, T>&
   launch_tiles<Simt<Score, T, 64>>(c, x, y, b.rows, b.columns, pairs.x.d, 1, epilogue, {score});
 }
 
-/// out_ik += sum_j pull(own_ik - other_jk, g_ij, aside of the value of (i, j)) of rows [row, row + rows) over [begin,
+/// out_ik += sum_j pull(own_ik, other_jk, g_ij, aside of the value of (i, j)) of rows [row, row + rows) over [begin,
 /// end): a thread for every (i, k). `of(i, j, grad, value)` gives the upstream gradient and the value of a pair. A row
 /// with NaN has a gradient of NaN there, and touches no other.
 template <class T, class Map, class Of>
@@ -40,11 +41,26 @@ struct CoordinateGradient {
       for (int64_t j = first; j < last; ++j) {
         T grad, value;
         of(i, j, grad, value);
-        sum += map.pull(x - other.data[j * other.pitch + k], grad, map.aside(value));
+        sum += map.pull(x, other.data[j * other.pitch + k], grad, map.aside(value));
       }
       total += sum;
     }
     out[i * own.d + k] += x == x ? total : x;
+  }
+};
+
+/// In the place of a map, where the weights of the scores are known. Scores are symmetric.
+template <class Score>
+struct ScoreSlopes {
+  template <class T>
+  NEARFAR_DEVICE static T aside(T value) {
+    return value;
+  }
+  template <class T>
+  NEARFAR_DEVICE static T pull(T x, T y, T weight, T) {
+    T by_x, by_y;
+    Score::slopes(x, y, by_x, by_y);
+    return weight * by_x;
   }
 };
 

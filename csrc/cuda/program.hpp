@@ -291,9 +291,9 @@ class PackedProgram {
       : program(c, text, parameters_at), n(x.n), m(y.n), c_(c) {
     for (int s = 0; s < text.scores; ++s) {
       const ProgramScore& score = text.score[s];
-      absolute_[s] = score.kind == ScoreKind::absolute;
+      kind_[s] = score.kind;
       pairs_[s].emplace(c, columns_of(x, score), columns_of(y, score), false, program.square[s], products, false,
-                        absolute_[s] ? PairUse::rows : PairUse::scores);
+                        by_coordinates(s) ? PairUse::rows : PairUse::scores);
       mend_[s] = same && score.kind == ScoreKind::unit_dot;
     }
   }
@@ -302,7 +302,7 @@ class PackedProgram {
 
   const Pairs<T, T>& operator[](int s) const { return *pairs_[s]; }
   /// Has score s products of its own, by coordinates?
-  bool absolute(int s) const { return absolute_[s]; }
+  bool by_coordinates(int s) const { return nearfar::by_coordinates(kind_[s]); }
 
   template <class Put>
   void put(int s, const Weights<T>& out, bool outside, const Put& put) const {
@@ -312,20 +312,25 @@ class PackedProgram {
   }
   void put_scores(int s, const Weights<T>& out) const {
     const PutScore<T> score{mend_[s]};
-    if (!absolute_[s]) return put(s, out, false, score);
-    launch_coordinates(c_, AbsoluteDifference{}, *pairs_[s], out.block,
-                       ProgramEpilogue<T, PutScore<T>>{pairs_[s]->scores, out, n, m, false, score});
+    if (!by_coordinates(s)) return put(s, out, false, score);
+    with_coordinate_score(kind_[s], [&](auto of_pair) {
+      launch_coordinates(c_, of_pair, *pairs_[s], out.block,
+                         ProgramEpilogue<T, PutScore<T>>{pairs_[s]->scores, out, n, m, false, score});
+    });
   }
   /// The products of a strip's weights, which are pulls of score s, with both sets. dy null: not wanted.
   void products(int s, Strip<T, T>& strip, const Weights<T>& weights, T* dx, T* dy) const {
-    if (!absolute_[s]) return strip.products(weights);
+    if (!by_coordinates(s)) return strip.products(weights);
     const Block& b = weights.block;
     const Packed<T, T>&x = pairs_[s]->x, &y = pairs_[s]->y;
-    add_coordinate_gradient(c_, CityblockMap{}, OwnWeights<T, true>{weights}, x, y, b.row, b.rows, b.column,
-                            b.column + b.columns, dx);
-    if (dy)
-      add_coordinate_gradient(c_, CityblockMap{}, OwnWeights<T, false>{weights}, y, x, b.column, b.columns, b.row,
-                              b.row + b.rows, dy);
+    with_coordinate_score(kind_[s], [&](auto score) {
+      const ScoreSlopes<decltype(score)> slopes;
+      add_coordinate_gradient(c_, slopes, OwnWeights<T, true>{weights}, x, y, b.row, b.rows, b.column,
+                              b.column + b.columns, dx);
+      if (dy)
+        add_coordinate_gradient(c_, slopes, OwnWeights<T, false>{weights}, y, x, b.column, b.columns, b.row,
+                                b.row + b.rows, dy);
+    });
   }
 
   /// Buffers for the other scores of a block as large as `shape`.
@@ -352,7 +357,8 @@ class PackedProgram {
   cuda::Context& c_;
   std::optional<Pairs<T, T>> pairs_[Program::kScores];
   Weights<T> others_[Program::kScores]{};
-  bool mend_[Program::kScores]{}, absolute_[Program::kScores]{};
+  bool mend_[Program::kScores]{};
+  ScoreKind kind_[Program::kScores]{};
 };
 
 /// Adds the gradient of sum_ij u_ij k(x_i, y_j) to dx, dy and dparameters, null if not wanted. upstream(room) are the u
@@ -379,7 +385,7 @@ void program_gradient(cuda::Context& c, const Program& text, const double* param
     const Pairs<T, T>& pairs = packed[s];
     if (points) parts[s].dx = room(dx, x, pairs.x.d);
     if (dy) parts[s].dy = room(dy, y, pairs.y.d);
-    const bool multiplies = !packed.absolute(s);
+    const bool multiplies = !packed.by_coordinates(s);
     parts[s].strip.emplace(c, pairs, false, true, multiplies ? parts[s].dx : nullptr,
                            multiplies ? parts[s].dy : nullptr);
   }

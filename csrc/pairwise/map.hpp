@@ -76,8 +76,8 @@ struct EuclideanMap {
   }
 };
 
-/// d / dx_k of a metric of |x_k - y_k| is  g pull(x_k - y_k, g, aside(value)), summed over the pairs of x: what a pair
-/// needs besides the difference is computed once, aside. 0 where the difference is 0.
+/// d / dx_k of a metric of |x_k - y_k| is  pull(x_k, y_k, g, aside(value)), summed over the pairs of x: what a pair
+/// needs besides the coordinates is computed once, aside. 0 where these are equal.
 struct CoordinateMap {
   static constexpr bool kDistance = false;
   template <class V>
@@ -97,8 +97,8 @@ struct CityblockMap : CoordinateMap {
     return value;
   }
   template <class V>
-  static NEARFAR_FN V pull(V difference, V grad, V) {
-    return signed_by(difference, grad);
+  static NEARFAR_FN V pull(V x, V y, V grad, V) {
+    return signed_by(V(x - y), grad);
   }
 };
 
@@ -114,7 +114,8 @@ struct ChebyshevMap : CoordinateMap {
     return value;
   }
   template <class V>
-  static NEARFAR_FN V pull(V difference, V grad, V value) {
+  static NEARFAR_FN V pull(V x, V y, V grad, V value) {
+    const V difference = x - y;
     return signed_by(difference, V(select(absolute(difference) == value, grad, V{})));
   }
 };
@@ -131,7 +132,8 @@ struct MinkowskiMap : CoordinateMap {
     return log(value);
   }
   template <class V>
-  NEARFAR_FN V pull(V difference, V grad, V log_value) const {
+  NEARFAR_FN V pull(V x, V y, V grad, V log_value) const {
+    const V difference = x - y;
     const V slope = grad * exp(scaled(V(log(absolute(difference)) - log_value), score.p - 1));
     return signed_by(difference, V(select(log_value == log_value, slope, V{})));  // a NaN row is its own affair
   }
@@ -142,6 +144,13 @@ inline void with_coordinate_map(PairMap name, double p, F f) {
   if (name == PairMap::cityblock) return f(CityblockMap{});
   if (name == PairMap::chebyshev) return f(ChebyshevMap{});
   f(MinkowskiMap{{}, {p}});
+}
+
+/// f(the score) where `by_coordinates`, else nothing.
+template <class F>
+inline void with_coordinate_score(ScoreKind kind, F f) {
+  if (kind == ScoreKind::absolute) f(AbsoluteDifference{});
+  if (kind == ScoreKind::chi_squared) f(ChiSquared{});
 }
 
 /// The one switch from the name of a map to its type.

@@ -13,7 +13,11 @@ enum class ScoreKind : int {
   unit_dot,     // of rows that have unit norm: where y is x, exactly 1 on the diagonal
   sqeuclidean,  // |x - y|^2
   absolute,     // sum_k |x_k - y_k|
+  chi_squared,  // sum_k (x_k - y_k)^2 / (x_k + y_k)
 };
+
+/// Is it none that a matrix product gives?
+inline bool by_coordinates(ScoreKind kind) { return kind == ScoreKind::absolute || kind == ScoreKind::chi_squared; }
 
 enum class StepKind : int {
   gaussian,

@@ -83,6 +83,17 @@ _STEPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def _chi_squared(x: Tensor, y: Tensor) -> Tensor:
+    total = x + y
+    return (x - y) ** 2 / (total + (total == 0))  # where the difference is 0 too
+
+
+_COORDINATE_SCORES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "absolute": lambda x, y: (x - y).abs(),
+    "chi_squared": _chi_squared,
+}
+
+
 def apply_program(program: str, x: Tensor, y: Tensor, parameters: Tensor) -> Tensor:
     """The matrix of a kernel given as a program (`nearfar.kernels.program`).
 
@@ -94,10 +105,10 @@ def apply_program(program: str, x: Tensor, y: Tensor, parameters: Tensor) -> Ten
     for line in program.split(";"):
         name, *operands = line.split()
         left, right = map(int, operands)
-        if name in ("dot", "unit_dot", "sqeuclidean", "absolute"):
+        if name in ("dot", "unit_dot", "sqeuclidean", *_COORDINATE_SCORES):
             a, b = (z[..., left : None if right < 0 else right] for z in (x, y))
-            if name == "absolute":
-                registers.append((a.unsqueeze(-2) - b.unsqueeze(-3)).abs().sum(-1).double())
+            if name in _COORDINATE_SCORES:
+                registers.append(_COORDINATE_SCORES[name](a.unsqueeze(-2), b.unsqueeze(-3)).sum(-1).double())
             else:
                 registers.append(apply_map(name.removeprefix("unit_"), a, b).double())
         elif name == "power":

@@ -393,7 +393,7 @@ void run(const SelectParams<T>& p) {
   const bool distance = p.map == PairMap::euclidean || p.map == PairMap::sqeuclidean;
   // Up to 16 strips of rows against many columns: by columns, and without a packed copy of them.
   const bool by_columns = p.x.n < 16 * Policy<T>::kStripRows && p.y.n >= 4096;
-  const Operands<T> o(p.x, p.y, p.normalize, distance, false, p.threads, false, !by_columns);
+  const Operands<T> o(p.x, p.y, p.normalize, distance, false, p.threads, ScoreKind::dot, !by_columns);
   if (by_coordinate(p.map))
     return with_coordinate_map(p.map, p.power, [&](auto map) {
       Select<T, Key::coordinate, decltype(map.score)>(p, o, by_columns, nullptr, map.score).run();

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .base import Kernel, Power, Product, Scaled, Sum
+from .chi_squared import AdditiveChiSquared, ChiSquared
 from .custom import Custom
 from .families import (
     RBF,
@@ -23,6 +24,8 @@ from .statistics import MMDTest, cka, hsic, mmd, mmd_permutation_test
 
 __all__ = [
     "RBF",
+    "AdditiveChiSquared",
+    "ChiSquared",
     "Cosine",
     "Custom",
     "Gaussian",

@@ -10,7 +10,7 @@ from ..arrays import Array, check_points, finite
 from ..distances import check_set
 from . import families
 from .base import Kernel
-from .chi_squared import ChiSquared
+from .chi_squared import AdditiveChiSquared, ChiSquared
 
 
 def _gamma(x: Array, params: dict[str, Any]) -> float | None:
@@ -55,7 +55,7 @@ _NAMES: dict[str, tuple[Callable[..., Kernel], tuple[frozenset[str], ...]]] = {
         ("sigmoid", _of(families.Sigmoid), "gamma coef0"),
         ("cosine", _of(families.Cosine), ""),
         ("chi2", _of(ChiSquared), "gamma"),
-        ("additive_chi2", lambda x: ChiSquared(None), ""),
+        ("additive_chi2", _of(AdditiveChiSquared), ""),
     )
 }
 
@@ -75,7 +75,7 @@ def gram(x: Array, y: Array | None = None, kernel: Any = "gaussian", **params: A
         "laplacian" (``gamma=``, default 1 / D, meaning ``lengthscale = 1 / gamma``), "poly" or "polynomial"
         (``degree=``, ``gamma=``, ``coef0=``), "sigmoid" (``gamma=``, ``coef0=``), "cosine", "chi2"
         (``gamma=``, default 1), "additive_chi2". "rbf" and "laplacian" also take ``lengthscale=``. The chi-squared
-        kernels take points without negative numbers and are not fused: plain NumPy or torch, a block at a time.
+        kernels take points without negative numbers.
     **params
         Parameters of the named kernel.
 

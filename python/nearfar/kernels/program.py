@@ -6,6 +6,7 @@ are the first registers, every step is one more; the last is the kernel's value)
 =====================================  =====================================================================
 ``dot``, ``unit_dot``                   <x, y> of the columns [left, right) of the points (-1: all); unit rows
 ``sqeuclidean``, ``absolute``           the squared distance; the L1 distance
+``chi_squared``                         sum of (x_k - y_k)^2 / (x_k + y_k)
 ``gaussian``, ``matern12`` ...          a map of register `left` with parameters from number `right` on
 ``power``                               register `left` to the exponent `right`
 ``add``, ``multiply``                   of registers `left` and `right`

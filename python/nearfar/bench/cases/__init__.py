@@ -8,6 +8,7 @@ from ..case import Case
 from .distances import CDIST, CDIST_BACKWARD, CDIST_CITYBLOCK
 from .gram import CKA_GAUSSIAN, CKA_LINEAR, KERNEL_RIDGE
 from .kernels import (
+    CHI_SQUARED_GRAM,
     COMPOSED_MATMUL,
     COMPOSED_MATMUL_GRADIENT,
     GAUSSIAN_GRAM,
@@ -42,6 +43,7 @@ CASES: tuple[Case, ...] = (
     CDIST_BACKWARD,
     CDIST_CITYBLOCK,
     GAUSSIAN_GRAM,
+    CHI_SQUARED_GRAM,
     GAUSSIAN_MATMUL,
     GAUSSIAN_MATMUL_GRADIENT,
     MATERN_MATMUL,

@@ -64,6 +64,41 @@ GAUSSIAN_GRAM = Case(
 )
 
 
+def _histograms(shape: Shape, rng: np.random.Generator) -> dict[str, Array]:
+    return {name: rng.random((shape["n"], shape["d"]), np.float32) for name in ("x", "y")}
+
+
+def _chi_squared_gram(problem: Problem) -> Step:
+    kernel, x, y = nf.kernels.ChiSquared(1 / problem.shape["d"]), problem["x"], problem["y"]
+    return lambda: (kernel(x, y),)
+
+
+def _sklearn_chi_squared_gram(problem: Problem) -> Step:
+    metrics = load("sklearn.metrics.pairwise")
+    x, y, gamma = problem["x"], problem["y"], 1 / problem.shape["d"]
+    return lambda: (metrics.chi2_kernel(x, y, gamma),)
+
+
+def _chi_squared_rows(problem: Problem) -> tuple[Array]:
+    x, y = problem["x"][:CHECKED_ROWS, None].astype(np.float64), problem["y"].astype(np.float64)
+    return (np.exp(-((x - y) ** 2 / (x + y)).sum(-1) / problem.shape["d"]),)
+
+
+CHI_SQUARED_GRAM = Case(
+    name="chi_squared_gram",
+    what="kernels.ChiSquared, Gram matrix of two sets",
+    shapes=({"n": 2048, "d": 64},),
+    quick={"n": 128, "d": 16},
+    make=_histograms,
+    ours=_chi_squared_gram,
+    peers={"sklearn": _sklearn_chi_squared_gram},
+    reference=_chi_squared_rows,
+    flops=lambda s: 5 * s["n"] ** 2 * s["d"],  # a division counts as one
+    writes=lambda s: 4 * s["n"] ** 2,
+    view=first_rows,
+)
+
+
 # ---- Gram matrix times vectors ---------------------------------------------------------------------------------------
 
 # name -> (kernel of a length scale, values of KeOps' squared distance over that of the scale, the same in NumPy)
