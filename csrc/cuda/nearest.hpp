@@ -316,8 +316,7 @@ struct Settle {
   }
 };
 
-// ---- several neighbours
-// ----------------------------------------------------------------------------------------------
+// ---- several neighbours --------------------------------------------------------------------------------------------
 
 /// The best of what a warp is offered, in ascending order, ties by lower index: one of `size` a lane.
 template <class T>
@@ -367,6 +366,7 @@ struct Groups {
   }
 };
 
+/// Of every group of a row its least rank.
 template <class T, class Ranks>
 struct LeastOfGroups {
   static constexpr bool kDistances = Ranks::kDistances, kBlocked = true;
@@ -378,22 +378,22 @@ struct LeastOfGroups {
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
-    constexpr int kOwn = P::kCols / Groups::kSize, kBytes = kOwn * static_cast<int>(sizeof(T));
-    struct alignas(kBytes < 16 ? kBytes : 16) Line {
-      T of[kOwn];
-    };
+    constexpr int kOwn = P::kCols / Groups::kSize, kWide = kOwn < 4 ? kOwn : 4;
     ranks.apply(f, candidates.row(f.i0), candidates.column(f.j0));
     f.replace(candidates.hidden(f), infinity<T>());
     T* const to = of_rows + f.j0 / Groups::kSize + Groups::own<P>();
     NEARFAR_UNROLL
     for (int a = 0; a < P::kRows; ++a) {
-      Line line;
       NEARFAR_UNROLL
-      for (int g = 0; g < kOwn; ++g) {
-        const int b = g * Groups::kSize;
-        line.of[g] = smallest(smallest(f(a, b), f(a, b + 1)), smallest(f(a, b + 2), f(a, b + 3)));
+      for (int g = 0; g < kOwn; g += kWide) {
+        T own[kWide];
+        NEARFAR_UNROLL
+        for (int q = 0; q < kWide; ++q) {
+          const int b = (g + q) * Groups::kSize;
+          own[q] = smallest(smallest(f(a, b), f(a, b + 1)), smallest(f(a, b + 2), f(a, b + 3)));
+        }
+        cuda::store_together(to + f.i(a) * groups + g, own);
       }
-      *reinterpret_cast<Line*>(to + f.i(a) * groups) = line;
     }
   }
 };
