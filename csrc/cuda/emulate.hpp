@@ -8,6 +8,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #define NEARFAR_DEVICE inline
@@ -92,6 +93,11 @@ inline int opaque(int value) { return value; }
 template <class T>
 T at_most(T v, T most) {
   return v <= most;
+}
+template <int N>
+void store_together(float* to, const float (&v)[N]) {
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(v)) std::abort();
+  std::memcpy(to, v, sizeof(v));
 }
 inline uint32_t bits_of(float value) {
   uint32_t bits;

@@ -1,10 +1,14 @@
-// The nearest column of every row: arg-min over all columns, exact although tensor cores do it.
+// The nearest columns of every row, one or at most 32: those of all columns, exact although tensor cores order them.
 //
 // Columns are ordered by ranks, |y|^2 - 2 <x, y> or -<x, y>, which the engine's sums move by no more than a bound that
 // is known beforehand. Every tile leaves the least rank of each of its rows and its column, or that several columns are
 // too close to tell. A warp a row then measures, from the rows as given, whatever could be the best: nearly always one
 // column. So the answer is that of the measured values, ties go to the lower index, and the epilogue of a tile asks
 // nothing of a single pair. See cpu/nearest.hpp.
+//
+// Of more neighbours, which one tile may hold, every four columns leave their least rank. The k least of these are of k
+// columns at least, so that no column further above the k-th than the bound is among the k nearest: all others are
+// measured.
 #pragma once
 
 #include <limits>
@@ -54,8 +58,8 @@ struct Rank {
     f.for_each(scores.x_squares + i0, scores.y_squares + j0,
                [](T& value, T, T square) { value = fma(T(-2), value, square); });
   }
-  /// Columns of row i whose rank is higher than `least` by more than this are not nearer than the one that has it. A
-  /// column as near as that one has a norm of |x| and its distance at most.
+  /// Columns of row i whose rank is higher than `least` by more than this are not nearer than one that has this rank or
+  /// less. A column as near as that one has a norm of |x| and its distance at most.
   NEARFAR_DEVICE T slack(int64_t i, T least) const {
     const T square = scores.x_squares[i], norm = sqrt(square);
     T error, lost = 0;
@@ -309,6 +313,170 @@ struct Settle {
     const bool last = b.column + b.columns >= candidates.m;
     value[i] = where < 0 ? not_a_number<T>() : last ? measure.finish(best) : best;
     index[i] = where;
+  }
+};
+
+// ---- several neighbours --------------------------------------------------------------------------------------------
+
+/// The best of what a warp is offered, in ascending order, ties by lower index: one of `size` a lane.
+template <class T>
+struct BestOfWarp {
+  int size;
+  T value = infinity<T>();
+  int64_t index = -1;  // none
+  T worst = infinity<T>();
+
+  /// What was kept before, by lanes below `size`.
+  NEARFAR_DEVICE void load(const T* values, const int64_t* indices) {
+    const int lane = cuda::lane_index();
+    if (lane < size) value = values[lane], index = indices[lane];
+    worst = cuda::shuffle(value, size - 1);
+  }
+  /// By all lanes, the same.
+  NEARFAR_DEVICE void offer(T other, int64_t at) {
+    const int lane = cuda::lane_index();
+    const bool before = index >= 0 && (value < other || (value == other && index < at));
+    const int place = cuda::count_bits(cuda::ballot(lane < size && before));
+    const T above = cuda::shuffle_up(value, 1);
+    const int64_t above_at = cuda::shuffle_up(index, 1);
+    if (lane >= place && lane < size) {
+      value = lane == place ? other : above;
+      index = lane == place ? at : above_at;
+    }
+    worst = cuda::shuffle(value, size - 1);
+  }
+};
+
+/// Columns by fours: of every 16 of a tile the four that a thread of the tensor cores holds, two pairs of neighbours.
+/// Groups of a thread lie side by side.
+struct Groups {
+  static constexpr int kSize = 4, kChunk = 4 * kSize;
+  int tile;  // columns
+
+  /// Column c of group g, counted from those of the first tile.
+  NEARFAR_DEVICE int64_t column(int64_t g, int c) const {
+    const int64_t first = g * kSize / tile * tile;
+    const int within = static_cast<int>(g - first / kSize), each = tile / kChunk;
+    return first + within % each * kChunk + within / each * 2 + c / 2 * 8 + c % 2;
+  }
+  /// The first group of a thread in a tile.
+  template <class P>
+  NEARFAR_DEVICE static int own() {
+    return P::col(0) % 8 / 2 * (P::kN / kChunk) + P::col(0) / kChunk;
+  }
+};
+
+/// Of every group of a row its least rank.
+template <class T, class Ranks>
+struct LeastOfGroups {
+  static constexpr bool kDistances = Ranks::kDistances, kBlocked = true;
+  Candidates candidates;
+  Ranks ranks;
+  int64_t groups;
+  T* of_rows;  // [row][group]
+
+  NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
+  template <class P>
+  NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
+    constexpr int kOwn = P::kCols / Groups::kSize, kWide = kOwn < 4 ? kOwn : 4;
+    ranks.apply(f, candidates.row(f.i0), candidates.column(f.j0));
+    f.replace(candidates.hidden(f), infinity<T>());
+    T* const to = of_rows + f.j0 / Groups::kSize + Groups::own<P>();
+    NEARFAR_UNROLL
+    for (int a = 0; a < P::kRows; ++a) {
+      NEARFAR_UNROLL
+      for (int g = 0; g < kOwn; g += kWide) {
+        T own[kWide];
+        NEARFAR_UNROLL
+        for (int q = 0; q < kWide; ++q) {
+          const int b = (g + q) * Groups::kSize;
+          own[q] = smallest(smallest(f(a, b), f(a, b + 1)), smallest(f(a, b + 2), f(a, b + 3)));
+        }
+        cuda::store_together(to + f.i(a) * groups + g, own);
+      }
+    }
+  }
+};
+
+/// Measures what could be of the k best of a block, and keeps what is better than what was kept of the columns before:
+/// a warp a row.
+template <class T, class Ranks>
+struct SettleBest {
+  Candidates candidates;
+  Ranks ranks;
+  const T* of_rows;
+  int64_t groups;
+  Groups columns;
+  Measure<T> measure;
+  int64_t k;
+  T* value;
+  int64_t* index;
+  static constexpr int kResident = 3;
+
+  NEARFAR_DEVICE void operator()() const {
+    const Block& b = candidates.block;
+    const int64_t local = cuda::global_warp(), i = candidates.row(local);
+    if (local >= b.rows || i >= candidates.n) return;
+    const T* own = of_rows + local * groups;
+    const int lane = cuda::lane_index(), count = static_cast<int>(k);
+    const BestOfWarp<T> least = least_groups(own);
+    const T reached = cuda::shuffle(least.value, count - 1), slack = ranks.slack(i, reached);
+    const T bar = slack < infinity<T>() ? reached + slack : reached;
+    BestOfWarp<T> best{count};
+    if (b.column > 0) best.load(value + i * k, index + i * k);
+    measure.with_row(i, [&](auto measured) {
+      const auto take = [&](bool is, int64_t group) {
+        for (uint32_t bits = cuda::ballot(is); bits; bits &= bits - 1) {
+          const int64_t g = cuda::shuffle(group, cuda::lowest_bit(bits));
+          NEARFAR_ROLLED
+          for (int c = 0; c < Groups::kSize; ++c) {
+            const int64_t j = columns.column(g, c);
+            if (!candidates.has(local, j)) continue;
+            const T other = measured(candidates.column(j));
+            if (other < infinity<T>()) best.offer(other, candidates.column(j));
+          }
+        }
+      };
+      // More groups than lanes may be within the bound: then all are looked at once more, 128 columns in a round, until
+      // k are found that none further on can beat.
+      const bool kept = least.worst > bar || least.worst == infinity<T>();
+      const bool tied = !(slack > 0) && cuda::shuffle(least.value, 0) == reached;
+      const auto beaten = [&] {
+        return best.worst < infinity<T>() && (tied || (measure.map != PairMap::dot && best.worst == 0));
+      };
+      NEARFAR_ROLLED
+      for (int64_t g = lane; g - lane < (kept ? cuda::kWarp : groups) && !beaten(); g += cuda::kWarp) {
+        const bool here = kept ? least.index >= 0 : g < groups;
+        const T rank = kept ? least.value : here ? own[g] : infinity<T>();
+        take(here && rank <= bar && rank < infinity<T>(), kept ? least.index : g);
+      }
+    });
+    if (lane >= count) return;
+    const bool last = b.column + b.columns >= candidates.m;
+    value[i * k + lane] = !last ? best.value : best.index < 0 ? not_a_number<T>() : measure.finish(best.value);
+    index[i * k + lane] = best.index;
+  }
+
+ private:
+  NEARFAR_DEVICE BestOfWarp<T> least_groups(const T* own) const {
+    BestOfWarp<T> least{cuda::kWarp};
+    constexpr int kAhead = 8;  // loads that are on their way together
+    for (int64_t g0 = 0; g0 < groups; g0 += kAhead * cuda::kWarp) {
+      T ahead[kAhead];
+      NEARFAR_UNROLL
+      for (int u = 0; u < kAhead; ++u) {
+        const int64_t g = g0 + u * cuda::kWarp + cuda::lane_index();
+        ahead[u] = g < groups ? own[g] : infinity<T>();
+      }
+      NEARFAR_UNROLL
+      for (int u = 0; u < kAhead; ++u)
+        for (uint32_t bits = cuda::ballot(ahead[u] < least.worst); bits; bits &= bits - 1) {
+          const int from = cuda::lowest_bit(bits);
+          const T rank = cuda::shuffle(ahead[u], from);
+          if (rank < least.worst) least.offer(rank, g0 + u * cuda::kWarp + from);  // the same for all lanes
+        }
+    }
+    return least;
   }
 };
 

@@ -1,8 +1,9 @@
 // Select: for every row the k best columns. k-means assignment (k = 1) and k nearest neighbours.
 //
-// One neighbour is found as nearest.hpp says. Of more, keys go to a strip; a warp scans a row of it in ascending order
-// and keeps the 32 best so far in its lanes; more than 32 are found 32 at a time. Ties go to the lower index. The kept
-// candidates are then measured again from the original rows and sorted by (value, index).
+// One neighbour is found as nearest.hpp says, and few among many 16-bit rows. Of others, keys go to a strip; a warp
+// scans a row of it in ascending order and keeps the 32 best so far in its lanes; more than 32 are found 32 at a time.
+// Ties go to the lower index. The kept candidates are then measured again from the original rows and sorted by (value,
+// index).
 #include "cuda/nearest.hpp"
 #include "cuda/ops.hpp"
 
@@ -67,14 +68,12 @@ struct KeepBest {
     if (local >= b.rows || i >= n) return;
     const int lane = cuda::lane_index();
     const int size = k - first < cuda::kWarp ? static_cast<int>(k - first) : cuda::kWarp;
-    T best = infinity<T>();
-    int64_t where = -1;
-    if (merge && lane < size) best = kept[i * k + first + lane], where = index[i * k + first + lane];
+    BestOfWarp<T> best{size};
+    if (merge) best.load(kept + i * k + first, index + i * k + first);
     // What earlier rounds have taken: everything up to (bound, bound_at).
     const T bound = first > 0 ? kept[i * k + first - 1] : -infinity<T>();
     const int64_t bound_at = first > 0 ? index[i * k + first - 1] : -1;
     const bool done = first > 0 && bound_at < 0;
-    T worst = cuda::shuffle(best, size - 1);
     const T* line = strip.w + local * strip.pitch + lane;
     constexpr int kAhead = kPadRows / cuda::kWarp;  // loads that are on their way together
     for (int64_t j0 = 0; j0 < b.columns && !done; j0 += kPadRows) {
@@ -86,25 +85,14 @@ struct KeepBest {
         const T own = ahead[u];
         const int64_t j = b.column + j0 + u * cuda::kWarp + lane;
         const bool later = first == 0 || own > bound || (own == bound && j > bound_at);
-        for (uint32_t bits = cuda::ballot(later && own < worst); bits; bits &= bits - 1) {
+        for (uint32_t bits = cuda::ballot(later && own < best.worst); bits; bits &= bits - 1) {
           const int from = cuda::lowest_bit(bits);
           const T candidate = cuda::shuffle(own, from);
-          if (!(candidate < worst)) continue;  // the same for all lanes
-          const int place = cuda::count_bits(cuda::ballot(lane < size && best <= candidate && where >= 0));
-          const T before = cuda::shuffle_up(best, 1);
-          const int64_t before_at = cuda::shuffle_up(where, 1);
-          if (lane == place) {
-            best = candidate;
-            where = j - lane + from;
-          } else if (lane > place && lane < size) {
-            best = before;
-            where = before_at;
-          }
-          worst = cuda::shuffle(best, size - 1);
+          if (candidate < best.worst) best.offer(candidate, j - lane + from);  // the same for all lanes
         }
       }
     }
-    if (lane < size) kept[i * k + first + lane] = best, index[i * k + first + lane] = where;
+    if (lane < size) kept[i * k + first + lane] = best.value, index[i * k + first + lane] = best.index;
   }
 };
 
@@ -178,12 +166,36 @@ struct SearchCoordinates {
   }
 };
 
+/// Are there so many columns that measuring four for every neighbour takes less than a strip of all their keys?
+template <class T>
+bool by_groups(const SelectParams<T>& p) {
+  return p.k <= cuda::kWarp && p.y.n >= 128 * p.k;
+}
+
+template <class T, class By, class Of>
+void search_groups(cuda::Context& c, const SelectParams<T>& p, const By& by, const typename By::Points& pairs,
+                   const Measure<T>& measure, Of candidates_of) {
+  const Rank<T> ranks = by.rank(c, pairs);
+  constexpr int64_t kNumbers = 64 / Groups::kSize;
+  const StripShape shape = tile_blocks(c, pairs, kNumbers);
+  T* of_rows = c.take<T>(shape.rows * shape.columns / Groups::kSize);
+  for_tile_blocks(c, pairs, kNumbers, [&](const Block& b) {
+    const Plan plan = by.plan(c, pairs, b);
+    const Candidates candidates = candidates_of(b);
+    const int64_t groups = b.columns / Groups::kSize;
+    by.launch(c, plan, pairs, b, LeastOfGroups<T, Rank<T>>{candidates, ranks, groups, of_rows});
+    c.launch_warps(b.rows, SettleBest<T, Rank<T>>{
+                               candidates, ranks, of_rows, groups, {plan.tile}, measure, p.k, p.value, p.index});
+  });
+}
+
 template <class T, class By>
 void search(cuda::Context& c, const SelectParams<T>& p, const By& by) {
-  const bool one = p.k == 1;
-  const typename By::Points pairs(c, p.x, p.y, p.normalize, By::kScored && is_distance(p.map), false, one,
+  constexpr bool kGroups = sizeof(typename By::Packed) == 2;
+  const bool one = p.k == 1, ranked = one || (kGroups && by_groups(p));
+  const typename By::Points pairs(c, p.x, p.y, p.normalize, By::kScored && is_distance(p.map), false, ranked,
                                   !By::kScored ? PairUse::rows
-                                  : one        ? PairUse::ranks
+                                  : ranked     ? PairUse::ranks
                                                : PairUse::scores);
   const Measure<T> measure{pairs.scores.x, pairs.scores.y, p.map, p.power};
   const auto candidates = [&](const Block& b) { return Candidates{p.exclude_self, p.x.n, p.y.n, b}; };
@@ -202,6 +214,8 @@ void search(cuda::Context& c, const SelectParams<T>& p, const By& by) {
     });
     return;
   }
+  if constexpr (kGroups)
+    if (ranked) return search_groups(c, p, by, pairs, measure, candidates);
   const auto key = by.key(pairs);
   using Key = std::remove_const_t<decltype(key)>;
   // More than 32 are found round by round, from whole rows.
@@ -226,7 +240,8 @@ void select(Context& c, const SelectParams<T>& p) {
     return with_coordinate_map(p.map, p.power,
                                [&](auto map) { search(c, p, SearchCoordinates<T, decltype(map.score)>{map.score}); });
   // The bound on ranks says what a missing centre costs.
-  const bool centered = is_distance(p.map) && (p.k > 1 || p.x.d <= kDirectDims || p.x.dtype != p.y.dtype);
+  const bool ranked = p.k == 1 || by_groups(p);
+  const bool centered = is_distance(p.map) && (!ranked || p.x.d <= kDirectDims || p.x.dtype != p.y.dtype);
   with_element<T>(p.x.dtype, centered, [&](auto element) { search(c, p, SearchScores<T, decltype(element)>{p.map}); });
 }
 
