@@ -76,8 +76,9 @@ NEARFAR_EMULATED V scalef(unsigned kept, V v, V n) {
 NEARFAR_EMULATED unsigned test(__m512i a, __m512i b) {
   return bits(a, [&](unsigned i) { return (a[i] & b[i]) != 0; });
 }
+template <class Int>
 NEARFAR_EMULATED unsigned less(__m512i a, __m512i b) {
-  typedef int32_t Lanes __attribute__((vector_size(64)));
+  typedef Int Lanes __attribute__((vector_size(64)));
   const Lanes x = (Lanes)a, y = (Lanes)b;
   return bits(x, [&](unsigned i) { return x[i] < y[i]; });
 }
@@ -131,7 +132,8 @@ NEARFAR_EMULATED __m512i dot_bytes(__m512i sum, __m512i a, __m512i b) {
 #define _mm512_cmp_ps_mask(a, b, comparison) nearfar::emulated::not_less(a, b)
 #define _mm512_cmp_pd_mask(a, b, comparison) nearfar::emulated::not_less(a, b)
 #define _mm512_test_epi64_mask nearfar::emulated::test
-#define _mm512_cmplt_epi32_mask nearfar::emulated::less
+#define _mm512_cmplt_epi32_mask nearfar::emulated::less<int32_t>
+#define _mm512_cmplt_epi64_mask nearfar::emulated::less<int64_t>
 #define _mm512_setzero_si512() (__m512i{})
 #define _mm512_set1_epi16 nearfar::emulated::set
 #define _mm512_add_epi16 nearfar::emulated::add

@@ -120,7 +120,7 @@ inline bool screening_pays() {
 inline bool screens(Screening mode, int64_t columns, int64_t d, int64_t k) {
   constexpr int64_t kLeastDims = 32, kMostDims = 1 << 18;  // fewer leave little to save; of more, sums may overflow
   // Fewer columns do not pay for rounding a row, or where there are k best, for what a row lists and scores in full.
-  const int64_t least = k == 1 ? 32 : k * (d > 100 ? 2 * d : 200);
+  const int64_t least = k == 1 ? 32 : k * (d > 150 ? 2 * d : d > 100 ? 300 : 350);
   if (d < kLeastDims || d > kMostDims || columns > std::numeric_limits<int32_t>::max()) return false;
   return mode == Screening::always || (mode == Screening::automatic && columns >= least && screening_pays());
 }

@@ -227,22 +227,31 @@ NEARFAR_INLINE bool any(Mask mask) {
 #endif
 }
 
-// The lanes of a float mask that are set: bit i for lane i.
-NEARFAR_INLINE unsigned lanes_set(IVec<float> mask) {
+// The lanes of a mask that are set: bit i for lane i.
 #if defined(__AVX512F__)
-  return _mm512_cmplt_epi32_mask((__m512i)mask, _mm512_setzero_si512());
-#elif defined(__AVX2__)
-  return static_cast<unsigned>(_mm256_movemask_ps((__m256)mask));
-#elif defined(__SSE2__)
-  return static_cast<unsigned>(_mm_movemask_ps((__m128)mask));
-#elif defined(__aarch64__)
-  return vaddvq_u32((uint32x4_t)mask & uint32x4_t{1, 2, 4, 8});
-#else
-  unsigned bits = 0;
-  for (int i = 0; i < kLanes<float>; ++i) bits |= static_cast<unsigned>(mask[i] & 1) << i;
-  return bits;
-#endif
+NEARFAR_INLINE unsigned lanes_set(IVec<float> m) { return _mm512_cmplt_epi32_mask((__m512i)m, _mm512_setzero_si512()); }
+NEARFAR_INLINE unsigned lanes_set(IVec<double> m) {
+  return _mm512_cmplt_epi64_mask((__m512i)m, _mm512_setzero_si512());
 }
+#elif defined(__AVX2__)
+NEARFAR_INLINE unsigned lanes_set(IVec<float> m) { return static_cast<unsigned>(_mm256_movemask_ps((__m256)m)); }
+NEARFAR_INLINE unsigned lanes_set(IVec<double> m) { return static_cast<unsigned>(_mm256_movemask_pd((__m256d)m)); }
+#elif defined(__SSE2__)
+NEARFAR_INLINE unsigned lanes_set(IVec<float> m) { return static_cast<unsigned>(_mm_movemask_ps((__m128)m)); }
+NEARFAR_INLINE unsigned lanes_set(IVec<double> m) { return static_cast<unsigned>(_mm_movemask_pd((__m128d)m)); }
+#elif defined(__aarch64__)
+NEARFAR_INLINE unsigned lanes_set(IVec<float> m) { return vaddvq_u32((uint32x4_t)m & uint32x4_t{1, 2, 4, 8}); }
+NEARFAR_INLINE unsigned lanes_set(IVec<double> m) {
+  return static_cast<unsigned>(vaddvq_u64((uint64x2_t)m & uint64x2_t{1, 2}));
+}
+#else
+template <class Mask>
+NEARFAR_INLINE unsigned lanes_set(Mask m) {
+  unsigned bits = 0;
+  for (unsigned i = 0; i < sizeof m / sizeof m[0]; ++i) bits |= static_cast<unsigned>(m[i] & 1) << i;
+  return bits;
+}
+#endif
 
 // ---- across lanes: a fixed binary tree, lane i with lane i + lanes/2 first ------------------------------------------
 
@@ -275,7 +284,7 @@ NEARFAR_INLINE T hmax(Vec<T> v) {
   if constexpr (kLanes < T >> 8) v = vmax(v, exchange<8>(v));
   if constexpr (kLanes < T >> 4) v = vmax(v, exchange<4>(v));
   if constexpr (kLanes < T >> 2) v = vmax(v, exchange<2>(v));
-  return v[0] > v[1] ? v[0] : v[1];
+  return vmax(v, exchange<1>(v))[0];  // no branch: nothing could foresee it
 }
 
 // ---- exp, log, expm1, log1p -----------------------------------------------------------------------------------------

@@ -270,9 +270,7 @@ def matrix_product(a: Array, b: Array) -> Array:
 
 
 def concatenate(arrays: Sequence[Array]) -> Array:
-    """Along the first axis; one array is returned as it is."""
-    if len(arrays) == 1:
-        return arrays[0]
+    """Along the first axis."""
     if is_torch(arrays[0]):
         return sys.modules["torch"].cat(list(arrays))
     return namespace(arrays[0]).concatenate(arrays)

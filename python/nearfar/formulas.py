@@ -12,15 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arrays import cast, compute_dtype, matrix_product
+from .arrays import is_concrete, matrix_product
 
 
-def unit(x: Tensor) -> Tensor:
-    """Rows of unit norm, scaled by their largest entry first; a zero row stays zero, with zero derivatives."""
-    largest = x.detach().abs().amax(-1, keepdim=True)
-    x = x / torch.where(largest > 0, largest, 1.0)
+def unit(x: Tensor, wide: bool = False) -> Tensor:
+    """Rows of unit norm; a zero row stays zero, with zero derivatives.
+
+    They are scaled by their largest entry first, except where they come from a narrower dtype and no square overflows.
+    """
+    if not wide:
+        largest = x.detach().abs().amax(-1, keepdim=True)
+        x = x / torch.where(largest > 0, largest, 1.0)
     square = (x * x).sum(-1, keepdim=True)
-    return x * torch.where(square > 0, square, 1.0).rsqrt() * (largest > 0)
+    some = square > 0
+    return x * (torch.where(some, square, 1.0).rsqrt() * some)
 
 
 def _root(square: Tensor) -> Tensor:
@@ -368,19 +373,26 @@ def contrastive(tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tensor:
     """`rowwise.contrastive`."""
     x1, x2, same = tensors
     margin, reduction, normalize = config
-    x1, x2 = (unit(x.double()) if normalize else x.double() for x in (x1, x2))
-    apart = torch.relu(margin - _euclidean(x1, x2, False)).square()
-    loss = torch.where(same != 0, _euclidean(x1, x2, True), apart)
+    wide = x1.dtype != torch.float64
+    x1, x2 = (unit(x.double(), wide) if normalize else x.double() for x in (x1, x2))
+    square = _euclidean(x1, x2, True)
+    loss = torch.where(same != 0, square, torch.relu(margin - _root(square)).square())
     dtype = torch.promote_types(tensors[0].dtype, torch.float32)
     return _reduced(loss, reduction).to(dtype)
 
 
 def triplet_margin(tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tensor:
-    """`torch.nn.functional.triplet_margin_loss`, in at least float32; spelled out, because that has no vmap."""
+    """`torch.nn.functional.triplet_margin_loss`, in at least float32."""
     margin, p, swap, eps, reduction, normalize = config
-    anchor, positive, negative = (cast(t, compute_dtype(t)) for t in tensors)
+    anchor, positive, negative = tensors
+    if anchor.dtype.itemsize < 4:
+        anchor, positive, negative = anchor.float(), positive.float(), negative.float()
     if normalize:
         anchor, positive, negative = unit(anchor), unit(positive), unit(negative)
+    if is_concrete(anchor) and anchor.shape[0] > 0:
+        how = ("none", "mean", "sum").index(reduction)  # torch's numbers of them
+        return torch.triplet_margin_loss(anchor, positive, negative, margin, p, eps, swap, how)
+    # Spelled out: torch's own has no vmap, and of nothing the mean NaN.
     distance = torch.nn.functional.pairwise_distance
     far = distance(anchor, negative, p, eps)
     if swap:

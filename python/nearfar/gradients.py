@@ -51,6 +51,8 @@ class Part(NamedTuple):
     slope: float = 1.0
 
     def value(self) -> Any:
+        if len(self.arrays) == 1:
+            return self.arrays[0]
         return concatenate(self.arrays) if self.arrays else None
 
 

@@ -53,7 +53,7 @@ def knn(
     -----
     Up to 2047 queries against many references, threads share the references, which are packed a chunk at a time: extra
     memory is O(N (D + k)). Else they share the queries, and a packed copy of the references is made. Every candidate is
-    inserted into a sorted list: k of the order of M costs O(N M k).
+    held against a list of k: k of the order of M costs O(N M k).
 
     Examples
     --------

@@ -1,7 +1,8 @@
 // Select: for every row the k best columns. k-means assignment (k = 1) and k nearest neighbours.
 //
-// Columns are scanned in ascending order and replace a kept one only when strictly better, so ties go to the lower
-// index. The kept candidates are then measured again from the original rows and sorted by (value, index).
+// Columns are scanned in ascending order and replace the worst kept one, of equals the last, only when strictly better,
+// so ties go to the lower index. Which columns are kept matters, not where: they are measured again from the original
+// rows and sorted by (value, index) in the end.
 #include "cpu/mask.hpp"
 #include "cpu/nearest.hpp"
 
@@ -23,6 +24,7 @@ class Select {
         n(p.x.n),
         m(p.y.n),
         k(p.k),
+        room_(padded<T>(k)),
         o(operands),
         measure{o, score},
         by_columns_(by_columns),
@@ -33,8 +35,8 @@ class Select {
     // Few rows: threads share the columns, cut by the shape alone. Parts are merged in order.
     constexpr int64_t kParts = 16;
     if (by_columns_) parts_ = kParts < o.chunks.count ? kParts : o.chunks.count;
-    kept_ = Buffer<T>(parts_ * strips_ * P::kStripRows * k);
-    index_ = Buffer<int64_t>(parts_ * strips_ * P::kStripRows * k);
+    kept_ = Buffer<T>(parts_ * strips_ * P::kStripRows * room_);
+    index_ = Buffer<int64_t>(parts_ * strips_ * P::kStripRows * room_);
     if (by_columns_) {
       parallel_for(parts_, p.threads, [&](int64_t part, int) { columns(part); });
     } else {
@@ -51,41 +53,50 @@ class Select {
     const T* squares;
     const T* columns;  // squares of all columns, by column
     T* worst;          // per lane: what a candidate must beat
-    T* kept;           // [lane][k], sorted
+    int64_t* count;    // how many are kept, and the place of the worst of k
+    int64_t* place;
+    T* kept;  // [lane][room], -infinity from the k-th on
     int64_t* index;
   };
 
   /// The panels of some rows, ready for columns to go by.
   struct Opened {
     Buffer<T> packed, squares, worst;
+    Buffer<int64_t> count, place;
 
-    Opened(const Operands<T>& o, int64_t row, int64_t panels, int64_t k, T* kept, int64_t* index)
+    Opened(const Operands<T>& o, int64_t row, int64_t panels, int64_t room, T* kept, int64_t* index)
         : packed(panels * NR * o.d),
           squares(panels * NR),
           worst(panels * NR),
+          count(panels * NR),
+          place(panels * NR),
           row_(row),
           kept_(kept),
           index_(index),
-          k_(k) {
+          room_(room) {
       Buffer<T> rows(o.row_buffer());
       for (int64_t q = 0; q < panels; ++q)
         o.pack_panel(row + q * NR, T(1), rows.get(), packed.get() + q * NR * o.d, squares.get() + q * NR);
-      // Lanes without a row look for nothing.
-      for (int64_t i = 0; i < panels * NR; ++i) worst[i] = static_cast<T>(row + i < o.x.n() ? kInfinity : -kInfinity);
-      for (int64_t at = 0; at < panels * NR * k; ++at) kept[at] = static_cast<T>(kInfinity), index[at] = -1;
+      for (int64_t i = 0; i < panels * NR; ++i) {
+        // Lanes without a row look for nothing.
+        worst[i] = static_cast<T>(row + i < o.x.n() ? kInfinity : -kInfinity);
+        count[i] = 0;
+      }
+      for (int64_t at = 0; at < panels * NR * room; ++at) kept[at] = static_cast<T>(-kInfinity), index[at] = -1;
     }
 
     Panel panel(int64_t q, int64_t d, const T* columns) const {
       const int64_t lane = q * NR;
-      return {row_ + lane,        packed.get() + lane * d, squares.get() + lane, columns,
-              worst.get() + lane, kept_ + lane * k_,       index_ + lane * k_};
+      return {row_ + lane,          packed.get() + lane * d, squares.get() + lane, columns,
+              worst.get() + lane,   count.get() + lane,      place.get() + lane,   kept_ + lane * room_,
+              index_ + lane * room_};
     }
 
    private:
     const int64_t row_;
     T* kept_;
     int64_t* index_;
-    const int64_t k_;
+    const int64_t room_;
   };
 
   int64_t column_begin(int64_t chunk) const { return o.chunks.tile_begin(chunk) * P::MR; }
@@ -94,25 +105,30 @@ class Select {
     return end < m ? end : m;
   }
 
-  /// A chunk of columns goes by a panel.
-  void score(int64_t chunk, const T* tiles, T* block, const Panel& panel) const {
+  /// A chunk of columns goes by a panel, as its first or after others.
+  void score(int64_t chunk, const T* tiles, T* block, const Panel& panel, bool first) const {
     const int64_t t0 = o.chunks.tile_begin(chunk), t1 = o.chunks.tile_end(chunk);
     if constexpr (KEY == Key::coordinate) {
       score_block(o.d, t1 - t0, tiles, o.tile_stride, panel.packed, block, measure.score);
     } else {
       o.raw_block(t1 - t0, tiles, panel.packed, block);
     }
+    if (first) set_bars(block, column_begin(chunk), column_end(chunk), panel);
     scan(block, column_begin(chunk), column_end(chunk), panel);
   }
 
   /// A strip of rows against all columns.
   void strip(int64_t s) const {
     const int64_t row = s * P::kStripRows;
-    T* kept = kept_.get() + row * k;
-    int64_t* index = index_.get() + row * k;
+    T* kept = kept_.get() + row * room_;
+    int64_t* index = index_.get() + row * room_;
     if constexpr (KEY != Key::coordinate)
-      if (k == 1 && !p.exclude_self && !(screen_ && KEY == Key::negative_dot))
-        return Nearest<T, KEY>(o, screen_).strip(row, index);
+      if (k == 1 && !p.exclude_self && !(screen_ && KEY == Key::negative_dot)) {
+        int64_t nearest[P::kStripRows];
+        Nearest<T, KEY>(o, screen_).strip(row, nearest);
+        for (int64_t i = 0; i < P::kStripRows; ++i) index[i * room_] = nearest[i];
+        return;
+      }
     const int64_t panels = ceil_div(n - row < P::kStripRows ? n - row : P::kStripRows, NR);
     Buffer<T> block(o.chunks.tiles_each * P::MR * NR);
     bool open[P::kPanels];
@@ -122,10 +138,10 @@ class Select {
     for (int64_t first = 0, last; first < panels; first = last) {
       for (last = first + 1; last < panels && open[last] == open[first];) ++last;
       if (!open[first]) continue;
-      const Opened r(o, row + first * NR, last - first, k, kept + first * NR * k, index + first * NR * k);
+      const Opened r(o, row + first * NR, last - first, room_, kept + first * NR * room_, index + first * NR * room_);
       for (int64_t chunk = 0; chunk < o.chunks.count; ++chunk)
         for (int64_t q = 0; q < last - first; ++q)
-          score(chunk, o.tile(o.chunks.tile_begin(chunk)), block.get(), r.panel(q, o.d, o.squares(0)));
+          score(chunk, o.tile(o.chunks.tile_begin(chunk)), block.get(), r.panel(q, o.d, o.squares(0)), chunk == 0);
     }
   }
 
@@ -227,9 +243,9 @@ class Select {
         add_sorted(near ? measure.near(i, j, pair.get()) : plain, j, value.get(), index.get(), count);
       }
     }
-    for (int64_t c = 0; c < k; ++c) {
-      kept_[i * k + c] = c < count ? value[c] : static_cast<T>(kInfinity);
-      index_[i * k + c] = c < count ? index[c] : -1;
+    for (int64_t c = 0; c < room_; ++c) {
+      kept_[i * room_ + c] = c < count ? value[c] : static_cast<T>(-kInfinity);
+      index_[i * room_ + c] = c < count ? index[c] : -1;
     }
   }
 
@@ -245,17 +261,18 @@ class Select {
 
   /// A part of the columns, packed a chunk at a time, against all rows.
   void columns(int64_t part) const {
-    const int64_t panels = ceil_div(n, NR), first = part * strips_ * P::kStripRows * k, each = o.chunks.tiles_each;
+    const int64_t panels = ceil_div(n, NR), first = part * strips_ * P::kStripRows * room_, each = o.chunks.tiles_each;
     T* kept = kept_.get() + first;
     int64_t* index = index_.get() + first;
-    const Opened r(o, 0, panels, k, kept, index);
+    const Opened r(o, 0, panels, room_, kept, index);
     Buffer<T> rows(P::MR * padded<T>(o.d)), tiles(each * o.tile_stride), squares(each * P::MR),
         block(each * P::MR * NR);
-    for (int64_t chunk = o.chunks.count * part / parts_; chunk < o.chunks.count * (part + 1) / parts_; ++chunk) {
+    const int64_t begin = o.chunks.count * part / parts_;
+    for (int64_t chunk = begin; chunk < o.chunks.count * (part + 1) / parts_; ++chunk) {
       const int64_t t0 = o.chunks.tile_begin(chunk), t1 = o.chunks.tile_end(chunk);
       o.pack_tiles(t0, t1, rows.get(), tiles.get(), squares.get());
       for (int64_t q = 0; q < panels; ++q)
-        score(chunk, tiles.get(), block.get(), r.panel(q, o.d, squares.get() - t0 * P::MR));
+        score(chunk, tiles.get(), block.get(), r.panel(q, o.d, squares.get() - t0 * P::MR), chunk == begin);
     }
   }
 
@@ -297,6 +314,43 @@ class Select {
     }
   }
 
+  /// What candidates must beat before there are k, or the first columns all would: a number that at least k columns
+  /// beat, found by bisection. Counted are pairs of columns of which one does.
+  void set_bars(const T* scores, int64_t column, int64_t end, const Panel& panel) const {
+    constexpr int64_t kGroup = 2, kMost = P::kTilesPerChunk * P::MR / kGroup;
+    constexpr int kSteps = 7;
+    const int64_t groups = (end - column) / kGroup, wanted = k + p.exclude_self;
+    if (groups <= wanted) return;
+    const Vec<T> infinity = splat<T>(static_cast<T>(kInfinity));
+    for (int v = 0; v < P::kVectors; ++v) {
+      const Vec<T> own = squares(panel, v);
+      alignas(64) T least[kMost * kLanes<T>];
+      Vec<T> low = infinity, high = -infinity;
+      for (int64_t g = 0; g < groups; ++g) {
+        Vec<T> both = infinity;
+        for (int64_t j = column + g * kGroup; j < column + (g + 1) * kGroup; ++j) {
+          IVec<T> near = IVec<T>{};
+          const Vec<T> value = key(scores + (j - column) * NR + v * kLanes<T>, j, panel, own, near);
+          both = vmin(select(near, infinity, value), both);  // near pairs have other keys
+        }
+        store(least + g * kLanes<T>, both);
+        low = vmin(both, low);
+        high = vmax(select(both < infinity, both, -infinity), high);
+      }
+      Vec<T> bar = load(panel.worst + v * kLanes<T>);
+      for (int step = 0; step < kSteps; ++step) {
+        const Vec<T> middle = low + (high - low) / 2;
+        IVec<T> beat = IVec<T>{};
+        for (int64_t g = 0; g < groups; ++g) beat -= load(least + g * kLanes<T>) < middle;
+        const IVec<T> enough = beat >= isplat<T>(static_cast<IntOf<T>>(wanted));
+        high = select(enough, middle, high);
+        low = select(enough, low, middle);
+        bar = select(enough & (middle < bar), middle, bar);
+      }
+      store(panel.worst + v * kLanes<T>, bar);
+    }
+  }
+
   /// Eight columns at a time; only where their minimum beats a lane's worst are they looked at one by one.
   void scan(const T* scores, int64_t column, int64_t end, const Panel& panel) const {
     constexpr int64_t kAtOnce = 8;
@@ -325,32 +379,71 @@ class Select {
     }
     if (kMends && any(near)) exact_keys(scores, j, panel, keys);
     for (int v = 0; v < P::kVectors; ++v) {
-      const IVec<T> better = load(keys + v * kLanes<T>) < load(panel.worst + v * kLanes<T>);
-      if (!any(better)) continue;
-      for (int u = 0; u < kLanes<T>; ++u) {
-        const int64_t lane = v * kLanes<T> + u;
-        if (!better[u] || panel.row + lane >= n || (p.exclude_self && panel.row + lane == j)) continue;
-        T* own = panel.kept + lane * k;
-        int64_t* own_index = panel.index + lane * k;
-        int64_t at = k - 1;
-        for (; at > 0 && own[at - 1] > keys[lane]; --at) own[at] = own[at - 1], own_index[at] = own_index[at - 1];
-        own[at] = keys[lane];
-        own_index[at] = j;
-        panel.worst[lane] = own[k - 1];
+      unsigned better = lanes_set(load(keys + v * kLanes<T>) < load(panel.worst + v * kLanes<T>));
+      for (; better; better &= better - 1) {
+        const int64_t lane = v * kLanes<T> + __builtin_ctz(better);
+        if (!(p.exclude_self && panel.row + lane == j)) keep(keys[lane], j, lane, panel);
       }
     }
+  }
+
+  /// The first 64 of some values, whole vectors of them, of which something is true.
+  template <class F>
+  NEARFAR_INLINE static uint64_t lanes_that(const T* values, int64_t count, F is) {
+    uint64_t lanes = 0;
+    for (int64_t c = 0; c < count && c < 64; c += kLanes<T>)
+      lanes |= static_cast<uint64_t>(lanes_set(is(load(values + c)))) << c;
+    return lanes;
+  }
+
+  /// Adds a column to a lane's list, in place of the worst of k.
+  void keep(T key, int64_t j, int64_t lane, const Panel& panel) const {
+    T* own = panel.kept + lane * room_;
+    int64_t* index = panel.index + lane * room_;
+    int64_t& place = panel.place[lane];
+    if (panel.count[lane] < k) place = panel.count[lane]++;
+    own[place] = key;
+    index[place] = j;
+    if (panel.count[lane] < k) return;
+    Vec<T> most = load(own);
+    for (int64_t c = kLanes<T>; c < room_; c += kLanes<T>) most = vmax(load(own + c), most);
+    const T worst = hmax<T>(most);
+    panel.worst[lane] = worst;
+    int64_t last = -1;
+    for (int64_t c = 0; c < room_; c += 64)
+      for (uint64_t equal = lanes_that(own + c, room_ - c, [&](Vec<T> v) { return v == splat<T>(worst); }); equal;
+           equal &= equal - 1) {
+        const int64_t at = c + __builtin_ctzll(equal);
+        if (index[at] > last) last = index[at], place = at;
+      }
+  }
+
+  /// The columns of a list by their keys, nearly sorted by what they measure; how many.
+  int64_t sort(const T* own, const int64_t* index, int64_t* order) const {
+    int64_t count = 0;
+    while (count < k && index[count] >= 0) order[count++] = -1;
+    if (k == 1) order[0] = index[0];
+    for (int64_t c = 0; k > 1 && c < count; ++c) {
+      int64_t rank = own[c] > -kInfinity ? count - room_ : 0;  // what is no column is -infinity too
+      for (int64_t u = 0; u < room_; u += 64)
+        rank += __builtin_popcountll(lanes_that(own + u, room_ - u, [&](Vec<T> v) { return v < splat<T>(own[c]); }));
+      while (order[rank] >= 0) ++rank;
+      order[rank] = index[c];
+    }
+    return count;
   }
 
   /// Merge the parts, measure again, sort.
   void finish(int64_t s) const {
     Buffer<T> rows(2 * o.d), value(k);
-    Buffer<int64_t> index(k);
+    Buffer<int64_t> index(k), order(k);
     for (int64_t i = s * P::kStripRows; i < (s + 1) * P::kStripRows && i < n; ++i) {
       int64_t count = 0;
       for (int64_t part = 0; part < parts_; ++part) {
-        const int64_t at = (part * strips_ * P::kStripRows + i) * k;
-        for (int64_t c = 0; c < k && index_[at + c] >= 0; ++c) {
-          const int64_t j = index_[at + c];
+        const int64_t at = (part * strips_ * P::kStripRows + i) * room_;
+        const int64_t kept = sort(kept_.get() + at, index_.get() + at, order.get());
+        for (int64_t c = 0; c < kept; ++c) {
+          const int64_t j = order[c];
           add_sorted(measure(i, j, rows.get()), j, value.get(), index.get(), count);
         }
       }
@@ -368,7 +461,7 @@ class Select {
   }
 
   const SelectParams<T>& p;
-  const int64_t n, m, k;
+  const int64_t n, m, k, room_;
   const Operands<T>& o;
   const Measure<T, KEY, Score> measure;
   const bool by_columns_;
