@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -166,6 +167,25 @@ def test_gil_is_released():
         pause.wait(0.001)
     thread.join()
     assert ticks >= 10
+
+
+HALF_IMPORTED = {
+    "cdist": lambda: nf.cdist(X, Y),
+    "info_nce": lambda: nf.value_and_grad(nf.info_nce_loss, (0, 1))(X, Y, temperature=0.1),
+    "gram matmul": lambda: nf.kernels.Gaussian(3.0).matmul(X, Y, V),
+    "k-means": lambda: nf.KMeans(3, n_init=1, random_state=0).fit(X).labels_,
+}
+
+
+@pytest.mark.parametrize("operation", HALF_IMPORTED.values(), ids=HALF_IMPORTED)
+def test_while_another_thread_imports_torch(operation, monkeypatch):
+    """A module is in sys.modules before anything is in the module."""
+    expected = bits(operation())
+    for name in ("torch", "cupy", "sklearn.exceptions"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    assert bits(operation()) == expected
+    with pytest.raises(TypeError, match="^x: expected a NumPy, PyTorch or CuPy array, got list"):
+        nf.cdist([[1.0]])
 
 
 # ---- fork ------------------------------------------------------------------------------------------------------------

@@ -26,11 +26,9 @@ def kind_of(array: Array, name: str) -> str:
     """'numpy', 'torch' or 'cupy'; TypeError naming the argument for anything else."""
     if isinstance(array, np.ndarray):
         return "numpy"
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(array, torch.Tensor):
+    if is_torch(array):
         return "torch"
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(array, cupy.ndarray):
+    if isinstance(array, getattr(sys.modules.get("cupy"), "ndarray", ())):
         return "cupy"
     raise TypeError(f"{name}: expected a NumPy, PyTorch or CuPy array, got {type(array).__name__}")
 
@@ -171,9 +169,9 @@ def is_installed(package: str) -> bool:
 
 
 def is_torch(array: Any) -> bool:
-    """Whether this is a torch.Tensor; does not import torch."""
+    """Whether this is a torch.Tensor; does not import torch, which another thread may be importing: no tensor yet."""
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(array, torch.Tensor)
+    return torch is not None and isinstance(array, getattr(torch, "Tensor", ()))
 
 
 def autograd() -> Any:
