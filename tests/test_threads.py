@@ -232,6 +232,25 @@ def test_child_of_a_fork_has_a_pool():
     assert [*bits(select(X, Y, 3)), True] == expected  # and the parent still has its own
 
 
+FIRST_CALLS = """
+    import sys
+    import numpy as np
+    import nearfar as nf
+
+    x = np.eye(8)
+    before = set(sys.modules)
+    nf.cdist(x), nf.knn(x, k=1), nf.kernels.Gaussian(1.0).matmul(x, x, x), nf.value_and_grad(nf.info_nce_loss)(x, x)
+    print(*set(sys.modules) - before)
+"""
+
+
+def test_first_calls_import_nothing():
+    """In a child of a fork, a module that another thread was importing is locked for ever."""
+    command = [sys.executable, "-c", textwrap.dedent(FIRST_CALLS)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "\n", "")
+
+
 @needs_fork
 @fork_warning
 def test_fork_while_another_thread_holds_the_pool():

@@ -94,7 +94,8 @@ def _check_floating(array: Array, name: str) -> None:
 
 def check_memory(array: Any, name: str) -> None:
     """What a NumPy array can be besides plain memory of the machine's own numbers."""
-    if isinstance(array, np.ma.MaskedArray):
+    # NumPy imports `np.ma` when it is first asked for; who has a masked array has done that.
+    if type(array) is not np.ndarray and isinstance(array, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())):
         raise TypeError(f"{name}: expected a plain array, got a masked one; pass .filled(value)")
     if not array.dtype.isnative:
         raise TypeError(f"{name}: expected native byte order, got dtype {array.dtype.str}; pass a copy")
