@@ -310,3 +310,16 @@ def common_center(x: Array) -> Array:
     make = namespace(x)
     flat = make.where(make.isfinite(x), x, 0).reshape(-1, x.shape[-1])
     return cast(flat.sum(0, dtype=np.float64) / max(flat.shape[0], 1), dtype)
+
+
+def unit_rows(x: Array) -> Array:
+    """Rows of unit norm, scaled by their largest entry first; a zero row stays zero, with zero derivatives."""
+    if is_torch(x):
+        from .formulas import unit
+
+        return unit(x)
+    largest = np.abs(x).max(-1, keepdims=True)
+    x = x / np.where(largest > 0, largest, np.ones_like(largest))
+    square = (x * x).sum(-1, keepdims=True)
+    rows: Array = x / np.sqrt(np.where(square > 0, square, np.ones_like(square)))
+    return rows
