@@ -10,6 +10,7 @@ import torch
 from generators import assert_gradient, assert_value, compare, pairs, points, reference
 from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import nearfar as nf
 from nearfar import autograd
@@ -73,7 +74,7 @@ def gram_samples():
 def gram_grad_samples():
     for sample in gram_samples():
         grad = torch.randn_like(torch.ops.nearfar.gram(*sample))
-        for wanted in ("xyp", "x", "p", ""):
+        for wanted in ("012", "0", "2", ""):
             yield grad, *sample, wanted
 
 
@@ -87,7 +88,7 @@ def matmul_samples():
 def matmul_grad_samples():
     for sample in matmul_samples():
         grad = torch.randn_like(torch.ops.nearfar.matmul(*sample))
-        for wanted in ("xyvp", "v", "yp"):
+        for wanted in ("0123", "2", "13"):
             yield grad, *sample, wanted
 
 
@@ -317,6 +318,35 @@ def test_constants_of_whole_tiles(name, dtype):
     shapes = {2: (150, 70), 3: (150, 2, 70)}
     large = [leaf(*shapes[a.dim()], seed=k).to(dtype) if a.dim() else a for k, a in enumerate(arguments)]
     assert_the_same_with_constants(f, large)
+
+
+class Told(TorchDispatchMode):
+    """The gradients that operators are asked for, by the operators' names."""
+
+    def __init__(self):
+        super().__init__()
+        self.wanted = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "nearfar" and func._schema.arguments[-1].name == "wanted":
+            self.wanted[func._schema.name] = args[-1]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("operator", "f"),
+    [
+        ("nearfar::store_grad", lambda x, y: nf.cdist(x, y)),
+        ("nearfar::gram_grad", lambda x, y: nf.kernels.Gaussian(2.0)(x, y)),
+        ("nearfar::matmul_grad", lambda x, y: nf.kernels.Gaussian(2.0).matmul(x, y, y.detach())),
+    ],
+)
+def test_wanted_gradients_are_numbers_of_tensors(operator, f):
+    x, y = leaf(5, 3), leaf(4, 3, seed=1)
+    for pair, wanted in (((x, y.detach()), "0"), ((x.detach(), y), "1")):
+        with Told() as told:
+            f(*pair).sum().backward()
+        assert told.wanted == {operator: wanted}
 
 
 @cases

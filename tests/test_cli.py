@@ -66,6 +66,16 @@ def test_unknown_command(arguments):
 
 
 @pytest.mark.parametrize("command", ["info", "bench", "evaluate"])
+def test_unknown_instruction_set(command, tmp_path, monkeypatch):
+    np.save(tmp_path / "x.npy", np.eye(4))
+    monkeypatch.setenv("NEARFAR_ISA", "v5")
+    result = run(command, *([tmp_path / "x.npy"] if command == "evaluate" else []))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"nearfar {command}: NEARFAR_ISA=v5: expected one of ")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["info", "bench", "evaluate"])
 def test_help_needs_no_extra(command):
     script = f"from nearfar.cli import main; main([{command!r}, '--help'])"
     result = run(code=f"import sys; sys.modules.update(torch=None, sklearn=None, rich=None); {script}")

@@ -168,6 +168,16 @@ def test_what_was_not_given_is_missing_and_says_why():
     assert "needs views" in str(report)
 
 
+def test_labels_of_another_kind():
+    """They are data of the host, and only NumPy has strings."""
+    x, labels = blobs()
+    report = nf.evaluate(x, labels)
+    strings = np.array([*"abcd"])[labels]
+    tensor = of_kind("torch", x)
+    for points, others in ((tensor, labels), (tensor, strings), (x, of_kind("torch", labels))):
+        assert nf.evaluate(points, others).to_dict() == report.to_dict()
+
+
 @pytest.mark.parametrize("labels", [np.zeros(6, int), np.arange(6), np.array(list("aabbcc"))])
 def test_labels_that_define_little(labels):
     report = nf.evaluate(rng(0).standard_normal((6, 3)), labels)

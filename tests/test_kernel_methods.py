@@ -149,8 +149,6 @@ def test_ridge_of_tensors_and_zero_targets():
     model = nf.KernelRidge(k.Gaussian(torch.tensor(2.0))).fit(torch.from_numpy(x), torch.from_numpy(y))
     assert isinstance(model.dual_coef_, torch.Tensor)
     assert torch.allclose(model.predict(torch.from_numpy(x)), torch.from_numpy(one.predict(x)))
-    with pytest.raises(TypeError, match="^X: expected a torch array to match the points of fit, got numpy"):
-        model.predict(x)
     zero = nf.KernelRidge().fit(x, np.zeros(100))
     assert not zero.dual_coef_.any()
     assert zero.n_iter_ == 0
@@ -261,8 +259,24 @@ def test_components_warn_and_refuse():
     for options, message in (({"n_components": 0}, "at least 1"), ({"n_components": 701}, "at most n_samples=700")):
         with pytest.raises(ValueError, match=f"^n_components: expected {message}"):
             nf.KernelPCA(**options).fit(x)
-    tensor = nf.KernelPCA(2).fit(torch.from_numpy(x[:50]))
-    assert isinstance(tensor.transform(torch.from_numpy(x[:50])), torch.Tensor)
+
+
+@pytest.mark.parametrize("name", ["KernelRidge", "KernelPCA", "KMeans", "NCA"])
+@pytest.mark.parametrize("dtype", ["float16", "float64"])
+def test_results_are_of_the_kind_of_the_points(name, dtype):
+    """What one kind of array has fitted serves the other."""
+    x = points(60, 3)
+    x, tensor = x.astype(dtype), torch.from_numpy(x.astype(dtype))
+    arguments = {"KernelRidge": (x[:, 0],), "NCA": (np.arange(60) % 3,)}.get(name, ())
+    found = []
+    for fitted in (x, tensor):
+        model = getattr(nf, name)(**({"random_state": 0} if name != "NCA" else {"max_iter": 2})).fit(fitted, *arguments)
+        answer = model.predict if hasattr(model, "predict") else model.transform
+        assert type(answer(x)) is np.ndarray
+        assert type(answer(tensor)) is torch.Tensor
+        found += [answer(x), answer(tensor).numpy()]
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=1e-3 if dtype == "float16" else 1e-9, atol=1e-4)
 
 
 # ---- the interface ---------------------------------------------------------------------------------------------------

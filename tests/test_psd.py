@@ -361,7 +361,7 @@ def test_tol_is_the_noise_floor():
         assert is_psd(K, tol) == report.is_psd
         assert (report.witness is None) == report.is_psd
     assert psd_report(K, tol=np.float32(0.5)).noise_floor == 0.5
-    for tol in (-1.0, math.nan):
+    for tol in (-1.0, math.nan, math.inf):
         for check in (is_psd, psd_report):
             with pytest.raises(ValueError, match=r"^tol: "):
                 check(K, tol=tol)

@@ -167,6 +167,12 @@ def test_contrastive_of_bad_rows(bad, kind):
     assert np.isnan(np.asarray(rows)).tolist() == [False, True, True, False]
 
 
+def test_contrastive_of_the_smallest_numbers():
+    """Rows of subnormal numbers have directions; their inverse norms, which are infinite, only their gradients need."""
+    x = np.array([[1e-310, 0.0], [0.0, 3e-310]])
+    assert nf.contrastive_loss(x, x[::-1].copy(), np.array([1, 1]), reduction="none").tolist() == [2.0, 2.0]
+
+
 def test_contrastive_is_torch_and_numpy_alike():
     x, y = pairs(33, 7, "float32")
     same = np.arange(33) % 3 == 0

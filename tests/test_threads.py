@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -68,6 +69,10 @@ OPERATIONS = {
     "proxy anchor": with_threads(
         lambda: nf.value_and_grad(nf.proxy_anchor_loss, (0, 2))(X, np.arange(1003) % 300, Y[:300])
     ),
+    "n_pairs": with_threads(lambda: nf.value_and_grad(nf.n_pairs_loss, (0, 1))(X, Y)),
+    "sup_con": with_threads(lambda: nf.value_and_grad(nf.sup_con_loss)(X, np.arange(1003) % 20)),
+    "siglip": with_threads(lambda: nf.value_and_grad(nf.siglip_loss, (0, 1))(X, Y)),
+    "batch triplet": with_threads(lambda: nf.value_and_grad(nf.batch_triplet_loss)(X[:300], np.arange(300) % 20)),
     "uniformity": with_threads(lambda: nf.value_and_grad(nf.uniformity)(X)),
     "alignment": with_threads(lambda: nf.value_and_grad(nf.alignment, (0, 1))(X, Y)),
     "cdist": with_threads(lambda: nf.cdist(X, Y)),
@@ -77,6 +82,7 @@ OPERATIONS = {
     "gram": with_threads(lambda: nf.gram(X)),
     "composed gram": with_threads(lambda: (nf.kernels.Matern(3.0) + nf.kernels.Laplacian(9.0))(X, Y)),
     "gram matmul": with_threads(lambda: nf.kernels.Gaussian(3.0).matmul(X, Y, V)),
+    "k-means": with_threads(lambda: nf.KMeans(30, random_state=0, max_iter=5).fit(X).cluster_centers_),
     "matmul_grad": matmul_grad,
     "store_grad": store_grad,
     "select": lambda threads: select(X, Y, threads),
@@ -168,6 +174,25 @@ def test_gil_is_released():
     assert ticks >= 10
 
 
+HALF_IMPORTED = {
+    "cdist": lambda: nf.cdist(X, Y),
+    "info_nce": lambda: nf.value_and_grad(nf.info_nce_loss, (0, 1))(X, Y, temperature=0.1),
+    "gram matmul": lambda: nf.kernels.Gaussian(3.0).matmul(X, Y, V),
+    "k-means": lambda: nf.KMeans(3, n_init=1, random_state=0).fit(X).labels_,
+}
+
+
+@pytest.mark.parametrize("operation", HALF_IMPORTED.values(), ids=HALF_IMPORTED)
+def test_while_another_thread_imports_torch(operation, monkeypatch):
+    """A module is in sys.modules before anything is in the module."""
+    expected = bits(operation())
+    for name in ("torch", "cupy", "sklearn.exceptions"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    assert bits(operation()) == expected
+    with pytest.raises(TypeError, match="^x: expected a NumPy, PyTorch or CuPy array, got list"):
+        nf.cdist([[1.0]])
+
+
 # ---- fork ------------------------------------------------------------------------------------------------------------
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
@@ -205,6 +230,25 @@ def test_child_of_a_fork_has_a_pool():
     for _ in range(3):
         assert _ask_a_child(3) == expected
     assert [*bits(select(X, Y, 3)), True] == expected  # and the parent still has its own
+
+
+FIRST_CALLS = """
+    import sys
+    import numpy as np
+    import nearfar as nf
+
+    x = np.eye(8)
+    before = set(sys.modules)
+    nf.cdist(x), nf.knn(x, k=1), nf.kernels.Gaussian(1.0).matmul(x, x, x), nf.value_and_grad(nf.info_nce_loss)(x, x)
+    print(*set(sys.modules) - before)
+"""
+
+
+def test_first_calls_import_nothing():
+    """In a child of a fork, a module that another thread was importing is locked for ever."""
+    command = [sys.executable, "-c", textwrap.dedent(FIRST_CALLS)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "\n", "")
 
 
 @needs_fork
@@ -293,14 +337,30 @@ FORKED_BESIDE_TORCH = """
 """
 
 
-def beside_torch(script):
+SMALL_STACKS = """
+    import sys
+    import torch
+
+    torch.set_num_threads(2)
+    torch.ones(1_000_000).mul_(2)
+    sys.path.insert(0, {tests!r})
+    import test_threads
+
+    for name, operation in test_threads.OPERATIONS.items():
+        print(name.replace(" ", "_"), flush=True)  # the last one, if it ends the process
+        operation(2)
+"""
+
+
+def beside_torch(script, **environment):
     """What a script prints, word by word, in a process where torch has threads of OpenMP."""
     torch = pytest.importorskip("torch")
     if "OpenMP" not in torch.__config__.parallel_info().split("ATen parallel backend:")[1]:
         pytest.skip("this torch has threads of its own")
     command = [sys.executable, "-c", textwrap.dedent(script)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT)
-    assert result.returncode == 0, result.stderr
+    environment = {**os.environ, **environment}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout.split()
 
 
@@ -313,6 +373,12 @@ def test_torch_shares_its_threads():
 @pytest.mark.skipif(sys.platform != "linux", reason="what other systems do to OpenMP at a fork is theirs")
 def test_forks_beside_torch():
     assert beside_torch(FORKED_BESIDE_TORCH) == ["0"] * 5
+
+
+def test_small_stacks():
+    """The threads are torch's, and so are their stacks."""
+    script = SMALL_STACKS.format(tests=os.path.dirname(__file__))
+    assert beside_torch(script, OMP_STACKSIZE="128k") == [name.replace(" ", "_") for name in OPERATIONS]
 
 
 # ---- Ctrl-C ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,8 @@
 // value by every score and the sums for the gradients of the parameters.
 //
 // A block is worked through in runs that stay in L1 with all their registers, so the switch on a step's kind costs once
-// a run and what a step leaves is read from L1.
+// a run and what a step leaves is read from L1. Registers are in the workspace: the most that a program may have are
+// 272 KiB, more than the whole stack of a thread where OMP_STACKSIZE says so.
 #pragma once
 
 #include <new>
@@ -104,6 +105,7 @@ template <class T>
 class Evaluator {
  public:
   static constexpr int64_t kRun = 2048 / static_cast<int64_t>(sizeof(T));
+  using Run = T[kRun];
 
   explicit Evaluator(const Program& program) : p_(program) {
     for (int k = 0; k < p_.parameters; ++k) parameter_[k] = parameter_of<T>(p_.parameter[k]);
@@ -112,20 +114,20 @@ class Evaluator {
   /// out[k] = the program's value for k < count, whole vectors; `out` may be one of the tiles.
   void forward(T* const* tiles, int64_t count, T* out) const {
     if (p_.steps == 1 && p_.scores == 1) return run_step(p_.step[0], tiles[0], tiles[0], count, out);
-    alignas(64) T values[Program::kSteps][kRun];
+    const Buffer<Run> values(p_.steps);
     const T* registers[Program::kScores + Program::kSteps];
     for (int64_t k = 0; k < count; k += kRun) {
       const int64_t run = count - k < kRun ? count - k : kRun;
-      const T* last = evaluate(tiles, k, run, values, registers);
+      const T* last = evaluate(tiles, k, run, values.get(), registers);
       if (last != out + k) __builtin_memcpy(out + k, last, run * sizeof(T));
     }
   }
 
   /// tiles[s][k] becomes upstream[k] * d value / d score s, as a pull: twice that for squared distances. Adds
-  /// sum_k upstream[k] * d value / d parameter to `sums`, if that is not null.
-  void reverse(T* const* tiles, const T* upstream, int64_t count, double* sums) const {
-    alignas(64) T values[Program::kSteps][kRun];
-    alignas(64) T slopes[Program::kScores + Program::kSteps][kRun];
+  /// sum_k upstream[k] * d value / d parameter to `sums`, if that is not null. Inlined in the pass it took 3 % longer.
+  __attribute__((noinline)) void reverse(T* const* tiles, const T* upstream, int64_t count, double* sums) const {
+    const Buffer<Run> memory(p_.scores + 2 * p_.steps);
+    Run *const values = memory.get(), *const slopes = values + p_.steps;
     const T* registers[Program::kScores + Program::kSteps];
     for (int64_t k = 0; k < count; k += kRun) {
       const int64_t run = count - k < kRun ? count - k : kRun;
@@ -160,7 +162,7 @@ class Evaluator {
     for (int64_t i = 0; i < run; ++i) out[i] = 0;
   }
 
-  const T* evaluate(T* const* tiles, int64_t k, int64_t run, T (*values)[kRun], const T** registers) const {
+  const T* evaluate(T* const* tiles, int64_t k, int64_t run, Run* values, const T** registers) const {
     for (int s = 0; s < p_.scores; ++s) registers[s] = tiles[s] + k;
     for (int s = 0; s < p_.steps; ++s) {
       const ProgramStep& step = p_.step[s];

@@ -26,11 +26,9 @@ def kind_of(array: Array, name: str) -> str:
     """'numpy', 'torch' or 'cupy'; TypeError naming the argument for anything else."""
     if isinstance(array, np.ndarray):
         return "numpy"
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(array, torch.Tensor):
+    if is_torch(array):
         return "torch"
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(array, cupy.ndarray):
+    if isinstance(array, getattr(sys.modules.get("cupy"), "ndarray", ())):
         return "cupy"
     raise TypeError(f"{name}: expected a NumPy, PyTorch or CuPy array, got {type(array).__name__}")
 
@@ -96,7 +94,8 @@ def _check_floating(array: Array, name: str) -> None:
 
 def check_memory(array: Any, name: str) -> None:
     """What a NumPy array can be besides plain memory of the machine's own numbers."""
-    if isinstance(array, np.ma.MaskedArray):
+    # NumPy imports `np.ma` when it is first asked for; who has a masked array has done that.
+    if type(array) is not np.ndarray and isinstance(array, getattr(sys.modules.get("numpy.ma"), "MaskedArray", ())):
         raise TypeError(f"{name}: expected a plain array, got a masked one; pass .filled(value)")
     if not array.dtype.isnative:
         raise TypeError(f"{name}: expected native byte order, got dtype {array.dtype.str}; pass a copy")
@@ -171,9 +170,9 @@ def is_installed(package: str) -> bool:
 
 
 def is_torch(array: Any) -> bool:
-    """Whether this is a torch.Tensor; does not import torch."""
+    """Whether this is a torch.Tensor; does not import torch, which another thread may be importing: no tensor yet."""
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(array, torch.Tensor)
+    return torch is not None and isinstance(array, getattr(torch, "Tensor", ()))
 
 
 def autograd() -> Any:
@@ -309,3 +308,16 @@ def common_center(x: Array) -> Array:
     make = namespace(x)
     flat = make.where(make.isfinite(x), x, 0).reshape(-1, x.shape[-1])
     return cast(flat.sum(0, dtype=np.float64) / max(flat.shape[0], 1), dtype)
+
+
+def unit_rows(x: Array) -> Array:
+    """Rows of unit norm, scaled by their largest entry first; a zero row stays zero, with zero derivatives."""
+    if is_torch(x):
+        from .formulas import unit
+
+        return unit(x)
+    largest = np.abs(x).max(-1, keepdims=True)
+    x = x / np.where(largest > 0, largest, np.ones_like(largest))
+    square = (x * x).sum(-1, keepdims=True)
+    rows: Array = x / np.sqrt(np.where(square > 0, square, np.ones_like(square)))
+    return rows

@@ -206,6 +206,15 @@ def _complain(command: str, modules: Sequence[str]) -> int:
     return 1
 
 
+def _refused() -> RuntimeError | None:
+    """Why there is no instruction set to compute with, as the variable NEARFAR_ISA would have it."""
+    try:
+        build_info()
+    except RuntimeError as error:
+        return error
+    return None
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
@@ -217,7 +226,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit code: 0; 1 where a package is missing; 130 after Ctrl-C. A wrong command line exits with 2.
+        The exit code: 0; 1 where a package is missing; 130 after Ctrl-C. A wrong command line, or a wrong NEARFAR_ISA,
+        exits with 2.
 
     Examples
     --------
@@ -230,6 +240,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = _parser().parse_args(argv)
         command = args.command
+        if refused := _refused():
+            print(f"nearfar {command}: {refused}", file=sys.stderr)
+            return 2
         return int(args.run(args))
     except _MissingError as error:
         return _complain(*error.args)

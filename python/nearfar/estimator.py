@@ -70,8 +70,7 @@ class Estimator:
     def _check_fitted(self) -> None:
         if self.__sklearn_is_fitted__():
             return
-        exceptions = sys.modules.get("sklearn.exceptions")
-        error: type[Exception] = AttributeError if exceptions is None else exceptions.NotFittedError
+        error: type[Exception] = getattr(sys.modules.get("sklearn.exceptions"), "NotFittedError", AttributeError)
         raise error(f"This {type(self).__name__} instance is not fitted yet: call fit first")
 
     def _points(self, X: Any, *, reset: bool) -> Array:
@@ -142,5 +141,4 @@ def check_random_state(seed: Any) -> np.random.RandomState:
 
 def convergence_warning() -> type[Warning]:
     """scikit-learn's ConvergenceWarning where scikit-learn is in use, else its base UserWarning."""
-    exceptions = sys.modules.get("sklearn.exceptions")
-    return UserWarning if exceptions is None else exceptions.ConvergenceWarning
+    return getattr(sys.modules.get("sklearn.exceptions"), "ConvergenceWarning", UserWarning)

@@ -16,10 +16,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Array, check_matrix, check_points, check_seed, check_shape, is_installed, kind_of, to_numpy
+from .arrays import (
+    Array,
+    check_matrix,
+    check_points,
+    check_seed,
+    check_shape,
+    is_installed,
+    kind_of,
+    to_numpy,
+    unit_rows,
+)
 from .distances import cdist
 from .losses.sphere import alignment, uniformity, uniformity_of_sphere
-from .mutual_information import mi_lower_bound, unit_rows
+from .mutual_information import mi_lower_bound
 from .neighbors import knn
 
 __all__ = ["Report", "evaluate", "mi_lower_bound"]
@@ -194,7 +204,8 @@ def evaluate(embeddings: Array, labels: Array | None = None, *, views: Any = Non
     embeddings : array (N, D)
         N >= 2; float16, bfloat16 (torch), float32 or float64.
     labels : array (N,), optional
-        Integers, booleans or strings. Gives knn_accuracy, linear_probe_accuracy (with scikit-learn) and silhouette.
+        Integers, booleans or strings, of any kind of array, since tensors hold no strings. Gives knn_accuracy,
+        linear_probe_accuracy (with scikit-learn) and silhouette.
     views : array (N, D) or (N, V, D), or a sequence of V arrays (N, D), optional
         Embeddings of another view of each item, paired with `embeddings`; or V >= 2 views of each item, paired with
         each other (the mean over pairs of views). Gives alignment and mi_lower_bound.

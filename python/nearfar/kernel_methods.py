@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Array, cast, check_seed, common_center, finite, integer, is_torch, of_kind, to_numpy
+from .arrays import Array, cast, check_seed, common_center, device_name, finite, integer, is_torch, of_kind, to_numpy
 from .estimator import Estimator, convergence_warning, floating, weights_of
 from .implicit import ImplicitGram
 from .kernels.families import Linear
@@ -51,14 +51,12 @@ class _KernelEstimator(Estimator):
         return x
 
     def _product(self, X: Any, weights: Array, center: Array | None = None) -> tuple[Numbers, Array]:
-        """``k(X, X_fit) @ weights`` in the dtype of the fit, of points less a centre, and X."""
+        """``k(X, X_fit) @ weights`` where and in the dtype in which X_fit is, of points less a centre; and X."""
         self._check_fitted()
         x = self._finite(X, reset=False)
         gram = ImplicitGram(self.kernel_, self.X_fit_)
-        if is_torch(x) != is_torch(gram.x):
-            wanted, got = ("torch", "numpy")[:: 1 if is_torch(gram.x) else -1]
-            raise TypeError(f"X: expected a {wanted} array to match the points of fit, got {got}")
-        wide = cast(x, gram.dtype.name)
+        beside = is_torch(x) == is_torch(gram.x) and device_name(x) == device_name(gram.x)
+        wide = cast(x if beside else of_kind(to_numpy(x), gram.x), gram.dtype.name)
         if center is not None:
             gram, wide = ImplicitGram(self.kernel_, gram.x - center), wide - center
         return gram.matmul(to_numpy(weights), wide), x
@@ -210,7 +208,7 @@ class KernelRidge(_KernelEstimator):
         return self
 
     def predict(self, X: Any) -> Array:
-        """``k(X, X_fit_) @ dual_coef_``: (M,) or (M, T), of the kind of X."""
+        """``k(X, X_fit_) @ dual_coef_``: (M,) or (M, T), of the kind of X, whatever that of `fit` was."""
         self._check_fitted()
         product, x = self._product(X, self.dual_coef_)
         return of_kind(product, x)
@@ -429,7 +427,7 @@ class KernelPCA(_KernelEstimator):
         return self
 
     def transform(self, X: Any) -> Array:
-        """Components (M, n_components) of points, of the kind of X."""
+        """Components (M, n_components) of points, of the kind of X, whatever that of `fit` was."""
         self._check_fitted()
         product, x = self._product(X, self._weights, self._center)
         return of_kind((product - self._shift).astype(product.dtype), x)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from . import clusters
+from . import clusters, rowwise
 from .arrays import Array, compute_dtype, empty, is_torch, of_kind, rows_at, to_numpy
 from .backend import on_cuda
 
@@ -169,13 +169,8 @@ class Data:
 
 
 def unit(rows: Numbers) -> Numbers:
-    """Rows of unit norm; a zero row stays zero."""
-    wide = rows.astype(np.float64)
-    _, exponent = np.frexp(np.abs(wide).max(1, keepdims=True, initial=0.0))
-    wide = np.ldexp(wide, -exponent)  # exact; no square overflows
-    norms = np.linalg.norm(wide, axis=1, keepdims=True)
-    result: Numbers = np.divide(wide, norms, out=np.zeros_like(wide), where=norms > 0).astype(rows.dtype)
-    return result
+    """Rows of unit norm, rounded once; a zero row stays zero."""
+    return rowwise.unit(rows.astype(np.float64))[0].astype(rows.dtype)
 
 
 # ---- the steps -------------------------------------------------------------------------------------------------------

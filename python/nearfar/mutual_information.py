@@ -119,16 +119,6 @@ def _bound(n: int, exponential: bool) -> Tail:
     return Tail(value, slopes)
 
 
-def unit_rows(x: Array) -> Array:
-    """Rows of unit norm; a zero row stays zero."""
-    if is_torch(x):
-        from .formulas import unit
-
-        return unit(x)
-    x = x / np.maximum(np.abs(x).max(-1, keepdims=True), np.finfo(x.dtype).tiny)  # no square overflows
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), np.finfo(x.dtype).tiny)
-
-
 def _log_sum_exp(x: Array) -> Any:
     if is_torch(x):
         return x.logsumexp(0)

@@ -426,14 +426,14 @@ def store_grad(
     return _both_roles(dx, dy, y)
 
 
-def _pair_gradients(x: Array, y: Array | None, parameters: Array, wanted: str) -> tuple[Any, Any, Any]:
-    """Zeros for the gradients of x, y and the parameters; None for those that are not wanted."""
-    dx = empty(x, tuple(x.shape), zero=True) if "x" in wanted else None
+def _pair_gradients(x: Array, y: Array | None, parameters: Array | None, wanted: str) -> tuple[Any, Any, Any]:
+    """Zeros for the gradients of x ("0"), y ("1") and the parameters, unless None; None for those not wanted."""
+    dx = empty(x, tuple(x.shape), zero=True) if "0" in wanted else None
     # Where y is x, both roles of it are computed, and added by `_both_roles`.
-    columns, name = (x, "x") if y is None else (y, "y")
-    dy = empty(x, tuple(columns.shape), zero=True) if name in wanted else None
+    columns, number = (x, "0") if y is None else (y, "1")
+    dy = empty(x, tuple(columns.shape), zero=True) if number in wanted else None
     # Beside the points, also where the parameters are numbers on the CPU: whoever hands it out brings it there.
-    return dx, dy, empty(x, tuple(parameters.shape), "float64", zero=True) if "p" in wanted else None
+    return dx, dy, None if parameters is None else empty(x, tuple(parameters.shape), "float64", zero=True)
 
 
 def _both_roles(dx: Array | None, dy: Array | None, y: Array | None) -> tuple[Any, Any]:
@@ -455,8 +455,8 @@ def gram(x: Array, y: Array | None, parameters: Array, program: str) -> Array:
 def gram_grad(
     grad: Array, x: Array, y: Array | None, parameters: Array, program: str, wanted: str
 ) -> tuple[Any, Any, Any]:
-    """Gradients of ``<grad, gram(x, y)>`` with respect to those of x, y and the parameters ("p") that are wanted."""
-    dx, dy, dp = _pair_gradients(x, y, parameters, wanted)
+    """Gradients of ``<grad, gram(x, y)>`` with respect to x, y and the parameters, those that are `wanted` ("012")."""
+    dx, dy, dp = _pair_gradients(x, y, parameters if "2" in wanted else None, wanted)
     grad = _contiguous(cast(grad, compute_dtype(x)))
     kernel(x, "gram_grad")(x, x if y is None else y, program, parameters, grad, dx, dy, dp)
     return *_both_roles(dx, dy, y), dp
@@ -473,16 +473,16 @@ def matmul(x: Array, y: Array | None, v: Array, parameters: Array, program: str)
 def matmul_grad(
     grad: Array, x: Array, y: Array | None, v: Array, parameters: Array, program: str, wanted: str
 ) -> tuple[Any, ...]:
-    """Gradients of ``<grad, K(x, y) v>`` with respect to those of x, y, v and the parameters ("p") that are wanted."""
+    """Gradients of ``<grad, K(x, y) v>`` with respect to x, y, v and the parameters, those `wanted` ("0123")."""
     # The upstream gradient has the compute dtype and must not be rounded to a half, so the others are widened.
     dtype = compute_dtype(x)
     x, y, v, grad = (None if a is None else cast(a, dtype) for a in (x, y, v, grad))
     columns = x if y is None else y
-    dx, dy, dp = _pair_gradients(x, y, parameters, wanted)
+    dx, dy, dp = _pair_gradients(x, y, parameters if "3" in wanted else None, wanted)
     if dx is not None or dy is not None or dp is not None:
         kernel(x, "matmul_grad")(x, columns, v, grad, program, parameters, dx, dy, dp)
     dv = None
-    if "v" in wanted:  # every score is symmetric: K(x, y)^T = K(y, x)
+    if "2" in wanted:  # every score is symmetric: K(x, y)^T = K(y, x)
         dv = matmul(columns, None if y is None else x, grad, parameters, program)
     return *_both_roles(dx, dy, y), dv, dp
 

@@ -241,9 +241,9 @@ _gram_grad = _define(
     "-> (Tensor, Tensor, Tensor)",
     operations.gram_grad,
     lambda grad, x, y, parameters, program, wanted: (
-        _grad_like(x, "x" in wanted),
-        _grad_like(y, "y" in wanted),
-        _parameter_grad(x, parameters, "p" in wanted),
+        _grad_like(x, "0" in wanted),
+        _grad_like(y, "1" in wanted),
+        _parameter_grad(x, parameters, "2" in wanted),
     ),
 )
 
@@ -258,10 +258,10 @@ _matmul_grad = _define(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     operations.matmul_grad,
     lambda grad, x, y, v, parameters, program, wanted: (
-        _grad_like(x, "x" in wanted),
-        _grad_like(y, "y" in wanted),
-        _grad_like(v, "v" in wanted),
-        _parameter_grad(x, parameters, "p" in wanted),
+        _grad_like(x, "0" in wanted),
+        _grad_like(y, "1" in wanted),
+        _grad_like(v, "2" in wanted),
+        _parameter_grad(x, parameters, "3" in wanted),
     ),
 )
 
@@ -350,17 +350,16 @@ OPERATIONS = {
         2,
         False,
     ),
-    # A kernel's config is its program and which gradients are wanted: known when it is called, and dear to compute.
     "gram": Operation(
-        lambda t, c, wanted: (_gram(t, c[0]),),
-        lambda g, value, t, c, wanted: _gram_grad((g, *t), *c),
+        lambda t, c, wanted: (_gram(t, *c),),
+        lambda g, value, t, c, wanted: _gram_grad((g, *t), *c, wanted),
         formulas.gram_rows,
         3,
         False,
     ),
     "matmul": Operation(
-        lambda t, c, wanted: (_matmul(t, c[0]),),
-        lambda g, value, t, c, wanted: _matmul_grad((g, *t), *c),
+        lambda t, c, wanted: (_matmul(t, *c),),
+        lambda g, value, t, c, wanted: _matmul_grad((g, *t), *c, wanted),
         formulas.matmul_rows,
         4,
         False,

@@ -10,8 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from .arrays import unit_rows
 from .evaluation import Report, singular_values
-from .mutual_information import unit_rows
 
 PAIRS = 20_000  # random pairs whose distances are drawn
 POINTS = 2000  # rows in the scatter

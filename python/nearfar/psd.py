@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .arrays import Array, check_points, check_seed, dtype_name, is_torch, of_kind, to_numpy
+from .arrays import Array, check_points, check_seed, dtype_name, finite, is_torch, of_kind, to_numpy
 from .quadratic_form import evaluation_error, quadratic_form
 
 __all__ = ["DENSE_LIMIT", "PSDReport", "is_psd", "psd_report"]
@@ -166,7 +166,7 @@ def psd_report(
     ------
     ValueError
         K not a square matrix, or with NaN or infinite entries (no statement about it is true), or asymmetric.
-        `tol` negative or NaN.
+        `tol` negative, infinite or NaN.
     TypeError
         K neither a floating array nor a kernel; `x` missing for a kernel or given with a matrix.
     NotImplementedError
@@ -223,7 +223,7 @@ def psd_report(
     >>> report.is_psd, report.rank
     (True, 1)
     """
-    floor, seed = _check_tol(tol), check_seed(seed)
+    floor, seed = None if tol is None else finite(tol, "tol", 0.0), check_seed(seed)
     if x is not None and _is_large(K, x):
         return _implicit_report(K, x, floor, seed)
     given = _evaluate(K, x)
@@ -306,24 +306,12 @@ def is_psd(K: Array, tol: float | None = None) -> bool:
     >>> nf.is_psd(np.array([[1.0, 2.0], [2.0, 1.0]]))  # eigenvalues 3 and -1
     False
     """
-    floor = _check_tol(tol)
+    floor = None if tol is None else finite(tol, "tol", 0.0)
     matrix, dtype = _to_numpy(K, "K")
     return _judge(matrix, dtype, _survey(matrix, dtype, floor), floor, 0).verdict.startswith("psd")
 
 
 # ---- what comes in ---------------------------------------------------------------------------------------------------
-
-
-def _check_tol(tol: float | None) -> float | None:
-    if tol is None:
-        return None
-    try:
-        value = float(tol)
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"tol: expected a number, got {type(tol).__name__}") from error
-    if not value >= 0:
-        raise ValueError(f"tol: expected a number >= 0, got {value}")
-    return value
 
 
 def _evaluate(K: Array | Callable[[Array], Array], x: Array | None) -> Array:

@@ -16,20 +16,21 @@ from .arrays import compute_dtype
 _Rows = NDArray[np.float64]
 
 
-def _unit(x: _Rows) -> tuple[_Rows, _Rows]:
-    """Rows of unit norm (a zero row stays zero), and the inverse norms (n, 1)."""
+def unit(x: _Rows) -> tuple[_Rows, _Rows]:
+    """Rows of unit norm (a zero row stays zero), and the inverse norms (n, 1); infinite of the smallest numbers."""
     _, exponent = np.frexp(np.abs(x).max(1, keepdims=True))
     x = np.ldexp(x, -exponent)  # exact; no square overflows
     norm = np.linalg.norm(x, axis=1, keepdims=True)
-    inverse = np.divide(1.0, norm, out=np.zeros_like(norm), where=norm != 0)
-    return x * inverse, np.ldexp(inverse, -exponent)
+    rows, inverse = (np.divide(z, norm, out=np.zeros_like(z), where=norm != 0) for z in (x, np.ones_like(norm)))
+    with np.errstate(over="ignore"):
+        return rows, np.ldexp(inverse, -exponent)
 
 
 def _prepared(arrays: tuple[Any, ...], normalize: bool) -> tuple[list[_Rows], list[_Rows | None]]:
     wide = [np.asarray(a, np.float64) for a in arrays]
     if not normalize:
         return wide, [None] * len(wide)
-    rows, inverses = zip(*map(_unit, wide), strict=True)
+    rows, inverses = zip(*map(unit, wide), strict=True)
     return list(rows), list(inverses)
 
 

@@ -32,15 +32,6 @@ from .program import Builder, Register
 _BLOCK = 1 << 22  # pairs at a time where a kernel is no program
 
 
-def _wanted(names: str, tensors: tuple[Any, ...]) -> str:
-    """The names of the tensors whose gradient will be asked for; under a transform that hides it, all of them."""
-    import torch
-
-    if torch._C._are_functorch_transforms_active():
-        return names
-    return "".join([name for name, t in zip(names, tensors, strict=True) if t is not None and t.requires_grad])
-
-
 class Kernel:
     """A symmetric function of two points, ``k(x, y)``, made of scores of the pair and maps of these.
 
@@ -104,8 +95,7 @@ class Kernel:
         batch, x3, y3 = pair_shapes(x, y)
         x3, y3, parameters, text = self._program(x3, y3)
         if is_torch(x3):
-            tensors = (x3, y3, parameters)
-            out = autograd().apply("gram", tensors, (text, _wanted("xyp", tensors)))
+            out = autograd().apply("gram", (x3, y3, parameters), (text,))
         else:
             out = operations.gram(x3, y3, parameters, text)
         return unbatched(out, batch)
@@ -150,8 +140,7 @@ class Kernel:
         v = cast(v, dtype_name(x))
         if not is_torch(x):
             return operations.matmul(x, y, v, parameters, text)
-        tensors = (x, y, v, parameters)
-        return autograd().apply("matmul", tensors, (text, _wanted("xyvp", tensors)))
+        return autograd().apply("matmul", (x, y, v, parameters), (text,))
 
     def _product_by_rows(self, x: Array, y: Array | None, v: Array) -> Array:
         """The same where the kernel is no program: blocks of the matrix, made once more for gradients."""

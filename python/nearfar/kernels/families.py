@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, cast, common_center, compute_dtype, is_torch
+from ..arrays import Array, cast, common_center, compute_dtype, is_torch, unit_rows
 from .base import Kernel, plain, scalar
 from .program import LEAST_SCALE, Builder, Register
 
@@ -479,23 +479,10 @@ class Cosine(Kernel):
     is_mercer = True
 
     def _build(self, program: Builder) -> Register:
-        return program.score("unit_dot", "unit", _unit)
+        return program.score("unit_dot", "unit", unit_rows)
 
     def _diag(self, x: Array) -> Array:
         return cast((x != 0).any(-1), compute_dtype(x)) + (x * 0).sum(-1)
 
     def __repr__(self) -> str:
         return "Cosine()"
-
-
-def _unit(x: Array) -> Array:
-    """Rows of unit norm, scaled by their largest entry first; a zero row stays zero, with zero derivatives."""
-    if is_torch(x):
-        from ..formulas import unit as unit_of_tensor
-
-        return unit_of_tensor(x)
-    largest = np.abs(x).max(-1, keepdims=True)
-    x = x / np.where(largest > 0, largest, np.ones_like(largest))
-    square = (x * x).sum(-1, keepdims=True)
-    unit: Array = x / np.sqrt(np.where(square > 0, square, np.ones_like(square)))
-    return unit
