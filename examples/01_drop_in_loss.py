@@ -8,8 +8,9 @@
 Claims, checked at the end for an encoder of handwritten digits:
 - the loss curve is the same but for the rounding of float32, which training amplifies: by how much, the dense loss
   itself tells when its sums are taken in another order;
-- the matrix, its copies and their gradients are gone. Both losses are measured in the same loop, in turns, on the
-  same projections: time of the processor, and how far the resident memory rises. Time is printed, memory is checked.
+- the matrix, its copies and their gradients are gone, but for scores that are kept while they fit 32 MiB, whatever the
+  batch. Both losses are measured in the same loop, in turns, on the same projections: time of the processor, and how
+  far the resident memory rises. Time is printed, memory is checked.
 
     python 01_drop_in_loss.py [--short] [--output FILE.png]
 """
@@ -133,7 +134,7 @@ def main():
         cells = f"{2 * size:>6}{matrix:>12.1f}{big:>10.1f}{small:>10.1f}{slow:>10.2f}{fast:>10.2f}{slow / fast:>8.2f}"
         print(cells)
         assert big > 3 * matrix, "the matrix and its copies"
-        assert small < matrix, "not even one"
+        assert small < big / 4, "no copies"
     print(f"medians of CPU time, {torch.get_num_threads()} threads of torch; the machine may have other work")
 
     picture(args.output, curves, costs, batch)

@@ -91,8 +91,8 @@ def info_nce_loss(
 
     .. math:: L_i = -s_{ii} + \\log\\Bigl(e^{s_{ii}} + \\sum_{j \\in D(i)} e^{s_{ij}}\\Bigr).
 
-    ``D(i)`` holds the other rows of `positive_key` (in-batch negatives), the rows of `negative_keys`, or both. Nothing
-    of size N x M is stored; memory is O((N + M) D).
+    ``D(i)`` holds the other rows of `positive_key` (in-batch negatives), the rows of `negative_keys`, or both. Memory
+    is O((N + M) D), and a strip of scores of at most 32 MiB (256 MiB on a GPU), whatever N and M.
 
     Parameters
     ----------
