@@ -134,7 +134,6 @@ NEARFAR_EMULATED __m512i dot_bytes(__m512i sum, __m512i a, __m512i b) {
 #define _mm512_test_epi64_mask nearfar::emulated::test
 #define _mm512_cmplt_epi32_mask nearfar::emulated::less<int32_t>
 #define _mm512_cmplt_epi64_mask nearfar::emulated::less<int64_t>
-#define _mm512_setzero_si512() (__m512i{})
 #define _mm512_set1_epi16 nearfar::emulated::set
 #define _mm512_add_epi16 nearfar::emulated::add
 #define _mm512_madd_epi16 nearfar::emulated::multiply

@@ -279,8 +279,8 @@ class Operands {
         y(y_rows),
         d(x_rows.d),
         distance_(distance),
-        kind_(kind),
         direct_(distance && d <= kDirectDims),
+        kind_(kind),
         chunks(Chunks::of<T>(y_rows.n)) {
     if (normalize) {
       x.normalize(threads);
@@ -389,9 +389,8 @@ class Operands {
   int64_t tile_stride = 0;
 
  private:
-  bool distance_;
+  bool distance_, direct_;
   ScoreKind kind_;
-  bool direct_;
 
  public:
   Chunks chunks;

@@ -229,10 +229,8 @@ NEARFAR_INLINE bool any(Mask mask) {
 
 // The lanes of a mask that are set: bit i for lane i.
 #if defined(__AVX512F__)
-NEARFAR_INLINE unsigned lanes_set(IVec<float> m) { return _mm512_cmplt_epi32_mask((__m512i)m, _mm512_setzero_si512()); }
-NEARFAR_INLINE unsigned lanes_set(IVec<double> m) {
-  return _mm512_cmplt_epi64_mask((__m512i)m, _mm512_setzero_si512());
-}
+NEARFAR_INLINE unsigned lanes_set(IVec<float> m) { return _mm512_cmplt_epi32_mask((__m512i)m, __m512i{}); }
+NEARFAR_INLINE unsigned lanes_set(IVec<double> m) { return _mm512_cmplt_epi64_mask((__m512i)m, __m512i{}); }
 #elif defined(__AVX2__)
 NEARFAR_INLINE unsigned lanes_set(IVec<float> m) { return static_cast<unsigned>(_mm256_movemask_ps((__m256)m)); }
 NEARFAR_INLINE unsigned lanes_set(IVec<double> m) { return static_cast<unsigned>(_mm256_movemask_pd((__m256d)m)); }

@@ -146,11 +146,17 @@ inline void with_coordinate_map(PairMap name, double p, F f) {
   f(MinkowskiMap{{}, {p}});
 }
 
-/// f(the score) where `by_coordinates`, else nothing.
+/// f(the score) where no matrix product gives it, else nothing.
 template <class F>
 inline void with_coordinate_score(ScoreKind kind, F f) {
   if (kind == ScoreKind::absolute) f(AbsoluteDifference{});
   if (kind == ScoreKind::chi_squared) f(ChiSquared{});
+}
+
+inline bool by_coordinates(ScoreKind kind) {
+  bool is = false;
+  with_coordinate_score(kind, [&](auto) { is = true; });
+  return is;
 }
 
 /// The one switch from the name of a map to its type.

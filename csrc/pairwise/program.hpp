@@ -16,9 +16,6 @@ enum class ScoreKind : int {
   chi_squared,  // sum_k (x_k - y_k)^2 / (x_k + y_k)
 };
 
-/// Is it none that a matrix product gives?
-inline bool by_coordinates(ScoreKind kind) { return kind == ScoreKind::absolute || kind == ScoreKind::chi_squared; }
-
 enum class StepKind : int {
   gaussian,
   matern12,

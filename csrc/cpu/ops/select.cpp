@@ -3,6 +3,7 @@
 // Columns are scanned in ascending order and replace the worst kept one, of equals the last, only when strictly better,
 // so ties go to the lower index. Which columns are kept matters, not where: they are measured again from the original
 // rows and sorted by (value, index) in the end.
+#include "cpu/lists.hpp"
 #include "cpu/mask.hpp"
 #include "cpu/nearest.hpp"
 
@@ -52,11 +53,7 @@ class Select {
     const T* packed;
     const T* squares;
     const T* columns;  // squares of all columns, by column
-    T* worst;          // per lane: what a candidate must beat
-    int64_t* count;    // how many are kept, and the place of the worst of k
-    int64_t* place;
-    T* kept;  // [lane][room], -infinity from the k-th on
-    int64_t* index;
+    Lists<T> lists;
   };
 
   /// The panels of some rows, ready for columns to go by.
@@ -64,16 +61,14 @@ class Select {
     Buffer<T> packed, squares, worst;
     Buffer<int64_t> count, place;
 
-    Opened(const Operands<T>& o, int64_t row, int64_t panels, int64_t room, T* kept, int64_t* index)
+    Opened(const Operands<T>& o, int64_t row, int64_t panels, int64_t k, T* kept, int64_t* index)
         : packed(panels * NR * o.d),
           squares(panels * NR),
           worst(panels * NR),
           count(panels * NR),
           place(panels * NR),
           row_(row),
-          kept_(kept),
-          index_(index),
-          room_(room) {
+          lists_{k, padded<T>(k), worst.get(), count.get(), place.get(), kept, index} {
       Buffer<T> rows(o.row_buffer());
       for (int64_t q = 0; q < panels; ++q)
         o.pack_panel(row + q * NR, T(1), rows.get(), packed.get() + q * NR * o.d, squares.get() + q * NR);
@@ -82,22 +77,22 @@ class Select {
         worst[i] = static_cast<T>(row + i < o.x.n() ? kInfinity : -kInfinity);
         count[i] = 0;
       }
-      for (int64_t at = 0; at < panels * NR * room; ++at) kept[at] = static_cast<T>(-kInfinity), index[at] = -1;
     }
 
     Panel panel(int64_t q, int64_t d, const T* columns) const {
       const int64_t lane = q * NR;
-      return {row_ + lane,          packed.get() + lane * d, squares.get() + lane, columns,
-              worst.get() + lane,   count.get() + lane,      place.get() + lane,   kept_ + lane * room_,
-              index_ + lane * room_};
+      return {row_ + lane, packed.get() + lane * d, squares.get() + lane, columns, lists_.from(lane)};
     }
 
    private:
     const int64_t row_;
-    T* kept_;
-    int64_t* index_;
-    const int64_t room_;
+    const Lists<T> lists_;
   };
+
+  /// Lists of some rows, with nothing in them.
+  void clear(T* kept, int64_t* index, int64_t rows) const {
+    for (int64_t at = 0; at < rows * room_; ++at) kept[at] = static_cast<T>(-kInfinity), index[at] = -1;
+  }
 
   int64_t column_begin(int64_t chunk) const { return o.chunks.tile_begin(chunk) * P::MR; }
   int64_t column_end(int64_t chunk) const {
@@ -122,6 +117,7 @@ class Select {
     const int64_t row = s * P::kStripRows;
     T* kept = kept_.get() + row * room_;
     int64_t* index = index_.get() + row * room_;
+    clear(kept, index, P::kStripRows);
     if constexpr (KEY != Key::coordinate)
       if (k == 1 && !p.exclude_self && !(screen_ && KEY == Key::negative_dot)) {
         int64_t nearest[P::kStripRows];
@@ -138,7 +134,7 @@ class Select {
     for (int64_t first = 0, last; first < panels; first = last) {
       for (last = first + 1; last < panels && open[last] == open[first];) ++last;
       if (!open[first]) continue;
-      const Opened r(o, row + first * NR, last - first, room_, kept + first * NR * room_, index + first * NR * room_);
+      const Opened r(o, row + first * NR, last - first, k, kept + first * NR * room_, index + first * NR * room_);
       for (int64_t chunk = 0; chunk < o.chunks.count; ++chunk)
         for (int64_t q = 0; q < last - first; ++q)
           score(chunk, o.tile(o.chunks.tile_begin(chunk)), block.get(), r.panel(q, o.d, o.squares(0)), chunk == 0);
@@ -243,9 +239,9 @@ class Select {
         add_sorted(near ? measure.near(i, j, pair.get()) : plain, j, value.get(), index.get(), count);
       }
     }
-    for (int64_t c = 0; c < room_; ++c) {
-      kept_[i * room_ + c] = c < count ? value[c] : static_cast<T>(-kInfinity);
-      index_[i * room_ + c] = c < count ? index[c] : -1;
+    for (int64_t c = 0; c < count; ++c) {
+      kept_[i * room_ + c] = value[c];
+      index_[i * room_ + c] = index[c];
     }
   }
 
@@ -264,7 +260,8 @@ class Select {
     const int64_t panels = ceil_div(n, NR), first = part * strips_ * P::kStripRows * room_, each = o.chunks.tiles_each;
     T* kept = kept_.get() + first;
     int64_t* index = index_.get() + first;
-    const Opened r(o, 0, panels, room_, kept, index);
+    clear(kept, index, panels * NR);
+    const Opened r(o, 0, panels, k, kept, index);
     Buffer<T> rows(P::MR * padded<T>(o.d)), tiles(each * o.tile_stride), squares(each * P::MR),
         block(each * P::MR * NR);
     const int64_t begin = o.chunks.count * part / parts_;
@@ -337,7 +334,7 @@ class Select {
         low = vmin(both, low);
         high = vmax(select(both < infinity, both, -infinity), high);
       }
-      Vec<T> bar = load(panel.worst + v * kLanes<T>);
+      Vec<T> bar = load(panel.lists.worst + v * kLanes<T>);
       for (int step = 0; step < kSteps; ++step) {
         const Vec<T> middle = low + (high - low) / 2;
         IVec<T> beat = IVec<T>{};
@@ -347,7 +344,7 @@ class Select {
         low = select(enough, low, middle);
         bar = select(enough & (middle < bar), middle, bar);
       }
-      store(panel.worst + v * kLanes<T>, bar);
+      store(panel.lists.worst + v * kLanes<T>, bar);
     }
   }
 
@@ -362,7 +359,7 @@ class Select {
         Vec<T> least = splat<T>(static_cast<T>(kInfinity));
         for (int64_t j = j0; j < j1; ++j)
           least = vmin(key(scores + (j - column) * NR + v * kLanes<T>, j, panel, own, near), least);
-        look |= least < load(panel.worst + v * kLanes<T>);
+        look |= least < load(panel.lists.worst + v * kLanes<T>);
       }
       if (kMends) look |= near;
       if (!any(look)) continue;
@@ -379,58 +376,12 @@ class Select {
     }
     if (kMends && any(near)) exact_keys(scores, j, panel, keys);
     for (int v = 0; v < P::kVectors; ++v) {
-      unsigned better = lanes_set(load(keys + v * kLanes<T>) < load(panel.worst + v * kLanes<T>));
+      unsigned better = lanes_set(load(keys + v * kLanes<T>) < load(panel.lists.worst + v * kLanes<T>));
       for (; better; better &= better - 1) {
         const int64_t lane = v * kLanes<T> + __builtin_ctz(better);
-        if (!(p.exclude_self && panel.row + lane == j)) keep(keys[lane], j, lane, panel);
+        if (!(p.exclude_self && panel.row + lane == j)) panel.lists.keep(keys[lane], j, lane);
       }
     }
-  }
-
-  /// The first 64 of some values, whole vectors of them, of which something is true.
-  template <class F>
-  NEARFAR_INLINE static uint64_t lanes_that(const T* values, int64_t count, F is) {
-    uint64_t lanes = 0;
-    for (int64_t c = 0; c < count && c < 64; c += kLanes<T>)
-      lanes |= static_cast<uint64_t>(lanes_set(is(load(values + c)))) << c;
-    return lanes;
-  }
-
-  /// Adds a column to a lane's list, in place of the worst of k.
-  void keep(T key, int64_t j, int64_t lane, const Panel& panel) const {
-    T* own = panel.kept + lane * room_;
-    int64_t* index = panel.index + lane * room_;
-    int64_t& place = panel.place[lane];
-    if (panel.count[lane] < k) place = panel.count[lane]++;
-    own[place] = key;
-    index[place] = j;
-    if (panel.count[lane] < k) return;
-    Vec<T> most = load(own);
-    for (int64_t c = kLanes<T>; c < room_; c += kLanes<T>) most = vmax(load(own + c), most);
-    const T worst = hmax<T>(most);
-    panel.worst[lane] = worst;
-    int64_t last = -1;
-    for (int64_t c = 0; c < room_; c += 64)
-      for (uint64_t equal = lanes_that(own + c, room_ - c, [&](Vec<T> v) { return v == splat<T>(worst); }); equal;
-           equal &= equal - 1) {
-        const int64_t at = c + __builtin_ctzll(equal);
-        if (index[at] > last) last = index[at], place = at;
-      }
-  }
-
-  /// The columns of a list by their keys, nearly sorted by what they measure; how many.
-  int64_t sort(const T* own, const int64_t* index, int64_t* order) const {
-    int64_t count = 0;
-    while (count < k && index[count] >= 0) order[count++] = -1;
-    if (k == 1) order[0] = index[0];
-    for (int64_t c = 0; k > 1 && c < count; ++c) {
-      int64_t rank = own[c] > -kInfinity ? count - room_ : 0;  // what is no column is -infinity too
-      for (int64_t u = 0; u < room_; u += 64)
-        rank += __builtin_popcountll(lanes_that(own + u, room_ - u, [&](Vec<T> v) { return v < splat<T>(own[c]); }));
-      while (order[rank] >= 0) ++rank;
-      order[rank] = index[c];
-    }
-    return count;
   }
 
   /// Merge the parts, measure again, sort.
@@ -441,7 +392,7 @@ class Select {
       int64_t count = 0;
       for (int64_t part = 0; part < parts_; ++part) {
         const int64_t at = (part * strips_ * P::kStripRows + i) * room_;
-        const int64_t kept = sort(kept_.get() + at, index_.get() + at, order.get());
+        const int64_t kept = Lists<T>::sort(k, room_, kept_.get() + at, index_.get() + at, order.get());
         for (int64_t c = 0; c < kept; ++c) {
           const int64_t j = order[c];
           add_sorted(measure(i, j, rows.get()), j, value.get(), index.get(), count);

@@ -1,0 +1,73 @@
+// The k best columns of each lane while columns go by: unsorted lists, where a better column takes the place of the
+// worst, so that a new one moves nothing. They are sorted once, in the end.
+#pragma once
+
+#include "cpu/mask.hpp"
+#include "cpu/tile.hpp"
+
+namespace nearfar {
+namespace {
+
+/// The lists of a panel of rows.
+template <class T>
+struct Lists {
+  int64_t k, room;  // room: padded(k)
+  T* worst;         // per lane: what a column must beat
+  int64_t* count;   // how many are kept, and the place of the worst of k
+  int64_t* place;
+  T* kept;  // [lane][room], -infinity from the k-th on
+  int64_t* index;
+
+  Lists from(int64_t lane) const {
+    return {k, room, worst + lane, count + lane, place + lane, kept + lane * room, index + lane * room};
+  }
+
+  /// Adds a column to a lane's list, in place of the worst of k.
+  void keep(T key, int64_t j, int64_t lane) const {
+    T* own = kept + lane * room;
+    int64_t* columns = index + lane * room;
+    int64_t& at = place[lane];
+    if (count[lane] < k) at = count[lane]++;
+    own[at] = key;
+    columns[at] = j;
+    if (count[lane] < k) return;
+    Vec<T> most = load(own);
+    for (int64_t c = kLanes<T>; c < room; c += kLanes<T>) most = vmax(load(own + c), most);
+    worst[lane] = hmax<T>(most);
+    const Vec<T> least_wanted = splat<T>(worst[lane]);
+    int64_t last = -1;
+    for (int64_t c = 0; c < room; c += 64)
+      for (uint64_t equal = lanes_that(own + c, room - c, [&](Vec<T> v) { return v == least_wanted; }); equal;
+           equal &= equal - 1) {
+        const int64_t next = c + __builtin_ctzll(equal);
+        if (columns[next] > last) last = columns[next], at = next;
+      }
+  }
+
+  /// The columns of one list by their keys, equal ones in any order; how many.
+  static int64_t sort(int64_t k, int64_t room, const T* own, const int64_t* index, int64_t* order) {
+    int64_t count = 0;
+    while (count < k && index[count] >= 0) order[count++] = -1;
+    for (int64_t c = 0; c < count; ++c) {
+      int64_t rank = own[c] > -kInfinity ? count - room : 0;  // what is no column is -infinity too
+      for (int64_t u = 0; u < room; u += 64)
+        rank += __builtin_popcountll(lanes_that(own + u, room - u, [&](Vec<T> v) { return v < splat<T>(own[c]); }));
+      while (order[rank] >= 0) ++rank;
+      order[rank] = index[c];
+    }
+    return count;
+  }
+
+ private:
+  /// The first 64 of some values, whole vectors of them, of which something is true.
+  template <class F>
+  NEARFAR_INLINE static uint64_t lanes_that(const T* values, int64_t count, F is) {
+    uint64_t lanes = 0;
+    for (int64_t c = 0; c < count && c < 64; c += kLanes<T>)
+      lanes |= static_cast<uint64_t>(lanes_set(is(load(values + c)))) << c;
+    return lanes;
+  }
+};
+
+}  // namespace
+}  // namespace nearfar
