@@ -94,8 +94,8 @@ template <class T>
 T at_most(T v, T most) {
   return v <= most;
 }
-template <int N>
-void store_together(float* to, const float (&v)[N]) {
+template <class T, int N>
+void store_together(T* to, const T (&v)[N]) {
   if (reinterpret_cast<uintptr_t>(to) % sizeof(v)) std::abort();
   std::memcpy(to, v, sizeof(v));
 }

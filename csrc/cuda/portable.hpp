@@ -95,7 +95,8 @@ NEARFAR_DEVICE float at_most(float v, float most) {
   return one;
 }
 NEARFAR_DEVICE double at_most(double v, double most) { return v <= most; }
-/// Numbers side by side, aligned as a whole, at once. The compiler would take the first ones of a vector apart.
+/// Numbers side by side in global memory, aligned as a whole, at once. The compiler would take the first ones of a
+/// vector apart.
 NEARFAR_DEVICE void store_together(float* to, const float (&v)[1]) { *to = v[0]; }
 NEARFAR_DEVICE void store_together(float* to, const float (&v)[2]) {
   asm volatile("st.global.v2.f32 [%0], {%1, %2};" : : "l"(to), "f"(v[0]), "f"(v[1]) : "memory");
@@ -105,6 +106,9 @@ NEARFAR_DEVICE void store_together(float* to, const float (&v)[4]) {
                :
                : "l"(to), "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3])
                : "memory");
+}
+NEARFAR_DEVICE void store_together(double* to, const double (&v)[2]) {
+  asm volatile("st.global.v2.f64 [%0], {%1, %2};" : : "l"(to), "d"(v[0]), "d"(v[1]) : "memory");
 }
 NEARFAR_DEVICE uint32_t bits_of(float value) { return __float_as_uint(value); }
 NEARFAR_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }

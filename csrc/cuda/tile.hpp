@@ -164,7 +164,7 @@ struct Fragment {
       f(bit / P::kCols, bit % P::kCols);
     }
   }
-  /// Row a to line(a)[column], which has room for the tile.
+  /// Row a to line(a)[column] of global memory, which has room for the tile.
   template <class Line>
   NEARFAR_DEVICE void store(Line line) const {
     NEARFAR_UNROLL
@@ -190,7 +190,7 @@ struct Fragment {
   NEARFAR_DEVICE void store_line(int a, typename P::T* to) const {
     NEARFAR_UNROLL
     for (int b = 0; b < P::kCols; b += 2)
-      *reinterpret_cast<Two<typename P::T>*>(to + P::col(b)) = {P::value(acc, a, b), P::value(acc, a, b + 1)};
+      cuda::store_together(to + P::col(b), {P::value(acc, a, b), P::value(acc, a, b + 1)});
   }
 };
 
