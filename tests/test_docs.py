@@ -78,6 +78,18 @@ def test_links():
             assert (ROOT / "docs" / target).exists(), f"docs/{page}.md: {target}"
 
 
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "csrc/README.md"])
+def test_files(document):
+    """A file that a document names, by its path or the end of it, is there."""
+    folders = ("csrc", "python", "tests", "bench", "docs")
+    files = [*ROOT.glob("*.*"), *(file for folder in folders for file in (ROOT / folder).rglob("*.*"))]
+    paths = ["/" + str(file.relative_to(ROOT)) for file in files]
+    named = set(re.findall(r"`([\w./-]+\.(?:py|hpp|cpp|cu|sh|md))`", (ROOT / document).read_text(encoding="utf-8")))
+    assert named
+    for name in named:
+        assert any(path.endswith("/" + name) for path in paths), f"{document}: {name}"
+
+
 def test_every_example_is_in_the_gallery():
     listed = re.findall(r"^\| `(\w+\.py)` \|", PAGES["gallery"], re.MULTILINE)
     assert listed == sorted(path.name for path in (ROOT / "examples").glob("[0-9]*.py"))
