@@ -42,11 +42,15 @@ class Sides {
     plan.triangle = true;
     plan.threads = p.threads;
     plan.depth = depth_of<T>(scores[0].widest() > scores[1].widest() ? scores[0].widest() : scores[1].widest());
-    const int64_t padded = chunks().tiles * P::MR + P::NR;
-    for (int side = 0; side < kSides; ++side) {
-      offsets_[side] = Buffer<T>(padded);
-      for (int64_t i = 0; i < padded; ++i) offsets_[side][i] = i < n ? static_cast<T>(offsets[side * n + i]) : T(0);
-    }
+    for (int side = 0; side < kSides; ++side) fill(offsets_[side], [&](int64_t i) { return offsets[side * n + i]; });
+  }
+
+  /// A number of every row, and zeros to the end of the last tile and of the last panel.
+  template <class F>
+  void fill(Buffer<T>& out, F number) const {
+    const int64_t size = chunks().tiles * P::MR + P::NR;
+    out = Buffer<T>(size);
+    for (int64_t i = 0; i < size; ++i) out[i] = i < n ? static_cast<T>(number(i)) : T(0);
   }
 
   const Chunks& chunks() const { return scores[0].chunks(); }
@@ -178,42 +182,47 @@ class SumCell {
     }
   }
 
-  /// A pair below it twice: in the sums, and in those of its row (across) and of its column (down).
+  /// A pair below it twice: in the sums, and in those of its row (across) and of its column (down). An error of a row's
+  /// sum is one of all its weights in the gradient, so few columns are added at a time.
   template <bool EDGE>
   void add(const Block<T>& b, int64_t p, int64_t columns, const T* k, const T* l, T* down) {
+    constexpr int64_t kFew = 24;
     const int64_t first = b.row + p * NR;
     const T *a = sides_.offsets(0), *c = sides_.offsets(1);
-    Vec<T> own_a[P::kVectors], own_c[P::kVectors], sum_k[P::kVectors], sum_l[P::kVectors], sums[kSums] = {};
+    T *across_k = across(b.chunk, 0) + p * NR, *across_l = across(b.chunk, 1) + p * NR;
+    for (int lane = 0; lane < NR; ++lane) across_k[lane] = across_l[lane] = 0;
+    Vec<T> own_a[P::kVectors], own_c[P::kVectors], sums[kSums] = {};
 #pragma GCC unroll 2
-    for (int v = 0; v < P::kVectors; ++v) {
-      own_a[v] = load(a + first + v * L), own_c[v] = load(c + first + v * L);
-      sum_k[v] = sum_l[v] = Vec<T>{};
-    }
-    for (int64_t j = 0; j < columns; ++j) {
-      const Vec<T> other_a = splat<T>(a[b.column + j]), other_c = splat<T>(c[b.column + j]);
-      Vec<T> down_k = load(down + j * L), down_l = load(down + (b.columns + j) * L);
+    for (int v = 0; v < P::kVectors; ++v) own_a[v] = load(a + first + v * L), own_c[v] = load(c + first + v * L);
+    for (int64_t begin = 0; begin < columns; begin += kFew) {
+      const int64_t end = begin + kFew < columns ? begin + kFew : columns;
+      Vec<T> sum_k[P::kVectors] = {}, sum_l[P::kVectors] = {};
+      for (int64_t j = begin; j < end; ++j) {
+        const Vec<T> other_a = splat<T>(a[b.column + j]), other_c = splat<T>(c[b.column + j]);
+        Vec<T> down_k = load(down + j * L), down_l = load(down + (b.columns + j) * L);
+#pragma GCC unroll 2
+        for (int v = 0; v < P::kVectors; ++v) {
+          Vec<T> own = load(k + j * NR + v * L) - own_a[v] - other_a;
+          Vec<T> other = load(l + j * NR + v * L) - own_c[v] - other_c;
+          if constexpr (EDGE) {
+            const Lanes<T> lanes(first + v * L, b.column + j, sides_.n);
+            own = select(lanes.below, own, Vec<T>{});
+            other = select(lanes.below, other, Vec<T>{});
+          }
+          sums[0] += own * other;
+          sums[1] += own * own;
+          sums[2] += other * other;
+          sum_k[v] += own, sum_l[v] += other;
+          down_k += own, down_l += other;
+        }
+        store(down + j * L, down_k);
+        store(down + (b.columns + j) * L, down_l);
+      }
 #pragma GCC unroll 2
       for (int v = 0; v < P::kVectors; ++v) {
-        Vec<T> own = load(k + j * NR + v * L) - own_a[v] - other_a;
-        Vec<T> other = load(l + j * NR + v * L) - own_c[v] - other_c;
-        if constexpr (EDGE) {
-          const Lanes<T> lanes(first + v * L, b.column + j, sides_.n);
-          own = select(lanes.below, own, Vec<T>{});
-          other = select(lanes.below, other, Vec<T>{});
-        }
-        sums[0] += own * other;
-        sums[1] += own * own;
-        sums[2] += other * other;
-        sum_k[v] += own, sum_l[v] += other;
-        down_k += own, down_l += other;
+        store(across_k + v * L, load(across_k + v * L) + sum_k[v]);
+        store(across_l + v * L, load(across_l + v * L) + sum_l[v]);
       }
-      store(down + j * L, down_k);
-      store(down + (b.columns + j) * L, down_l);
-    }
-#pragma GCC unroll 2
-    for (int v = 0; v < P::kVectors; ++v) {
-      store(across(b.chunk, 0) + p * NR + v * L, sum_k[v]);
-      store(across(b.chunk, 1) + p * NR + v * L, sum_l[v]);
     }
 #pragma GCC unroll 3
     for (int i = 0; i < kSums; ++i) chunk_sums_[b.chunk * kSums + i] += 2 * static_cast<double>(hsum<T>(sums[i]));
@@ -274,15 +283,21 @@ class GradCell {
   static constexpr bool kScores = true;
 
   GradCell(const Sides<T>& sides, const HsicGradParams<T>& p) : sides_(sides), p_(p) {
-    const double by_side[kSides] = {2 * p.grad[1], 2 * p.grad[2]};
+    // Every pair of the triangle stands for two.
+    by_other_ = static_cast<T>(2 * p.grad[0]);
+    // What is cut from an offset is the same error in a whole row of weights.
+    const auto cut = [&](int side, int64_t i) {
+      return p.values[3 + side * sides.n + i] - static_cast<double>(sides.offsets(side)[i]);
+    };
     for (int side = 0; side < kSides; ++side) {
-      // Every pair of the triangle stands for two.
-      by_own_[side] = static_cast<T>(2 * by_side[side]);
+      by_own_[side] = static_cast<T>(4 * p.grad[1 + side]);
+      sides.fill(rest_[side], [&](int64_t i) {
+        return -static_cast<double>(by_own_[side]) * cut(side, i) - static_cast<double>(by_other_) * cut(1 - side, i);
+      });
       parameters_[side] = p.dparameters[side] ? p.program[side]->parameters : 0;
       sums_[side] = Buffer<double>(sides.chunks().count * parameters_[side]);
       for (int64_t k = 0; k < sides.chunks().count * parameters_[side]; ++k) sums_[side][k] = 0;
     }
-    by_other_ = static_cast<T>(2 * p.grad[0]);
   }
 
   void map(const Block<T>* blocks) {
@@ -333,12 +348,14 @@ class GradCell {
     const T once = sides_.diagonal ? T(0.5) : T(0);
     for (int v = 0; v < P::kVectors; ++v) {
       const Vec<T> own_a = load(a + first + v * L), own_c = load(c + first + v * L);
+      const Vec<T> own_k = load(rest_[0].get() + first + v * L), own_l = load(rest_[1].get() + first + v * L);
       for (int64_t j = 0; j < run / NR; ++j) {
         const int64_t at = j * NR + v * L;
         const Vec<T> k = load(values[0] + at) - own_a - splat<T>(a[column + j]);
         const Vec<T> l = load(values[1] + at) - own_c - splat<T>(c[column + j]);
-        Vec<T> by_k = splat<T>(by_other_) * l + splat<T>(by_own_[0]) * k;
-        Vec<T> by_l = splat<T>(by_other_) * k + splat<T>(by_own_[1]) * l;
+        Vec<T> by_k = own_k + splat<T>(rest_[0][column + j]), by_l = own_l + splat<T>(rest_[1][column + j]);
+        by_k += splat<T>(by_other_) * l + splat<T>(by_own_[0]) * k;
+        by_l += splat<T>(by_other_) * k + splat<T>(by_own_[1]) * l;
         if constexpr (EDGE) {
           const Lanes<T> lanes(first + v * L, column + j, sides_.n);
           by_k = select(lanes.below, by_k, select(lanes.on, by_k * splat<T>(once), Vec<T>{}));
@@ -354,6 +371,7 @@ class GradCell {
   const HsicGradParams<T>& p_;
   T by_own_[kSides], by_other_;
   int parameters_[kSides];
+  Buffer<T> rest_[kSides];  // of the weights, by row or column
   Buffer<double> sums_[kSides];
 };
 
