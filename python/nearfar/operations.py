@@ -487,31 +487,25 @@ def matmul_grad(
     return *_both_roles(dx, dy, y), dv, dp
 
 
-def hsic(
-    x: Array, y: Array, parameters_x: Array, parameters_y: Array, program_x: str, program_y: str, diagonal: bool
-) -> Array:
-    """Sums over pairs of K' L', K'^2 and L'^2, then the offsets of both sides, (3 + 2 n,) in float64.
-
-    K'_ij = k(x_i, x_j) - a_i - a_j and L' of y are the centred Gram matrices of kernels given as programs on (n, d) and
-    (n, e), with or without their diagonals.
+def hsic(x: Array, y: Array, parameters_x: Array, parameters_y: Array, *config: Any) -> Array:
+    """Sums of K' L', K'^2, L'^2, then a and b, (3 + 2 n,), of the centred Gram matrices K'_ij = k(x_i, x_j) - a_i - a_j
+    and L' of y; `config`: the programs of both kernels, and whether pairs i = j count.
     """
     values = empty(x, (3 + 2 * x.shape[0],), "float64")
-    kernel(x, "hsic")(x, y, parameters_x, parameters_y, program_x, program_y, diagonal, values)
+    kernel(x, "hsic")(x, y, parameters_x, parameters_y, *config, values)
     return values
 
 
 def hsic_grad(
-    grad: Array, values: Array, x: Array, y: Array, parameters_x: Array, parameters_y: Array, program_x: str,
-    program_y: str, diagonal: bool, wanted: str,
-) -> tuple[Any, ...]:  # fmt: skip
-    """Gradients of ``<grad, hsic(...)>`` by x, y and both parameters, those that are `wanted` ("0123").
-
-    The offsets are constants: only the first three of `grad` count.
+    grad: Array, values: Array, x: Array, y: Array, parameters_x: Array, parameters_y: Array, *config: Any
+) -> tuple[Any, ...]:
+    """Gradients of ``<grad[:3], the sums of hsic>`` by x, y and both parameters, those `wanted` ("0123"), the last of
+    `config`. To them a and b are constants.
     """
-    arrays = x, y, parameters_x, parameters_y
-    gradients = [empty(own, tuple(own.shape), zero=True) if str(k) in wanted else None for k, own in enumerate(arrays)]
-    kernel(x, "hsic_grad")(*arrays, program_x, program_y, diagonal, values, _contiguous(grad[:3]), *gradients)
-    return tuple(gradients)
+    arrays, (*programs, wanted) = (x, y, parameters_x, parameters_y), config
+    out = [empty(own, tuple(own.shape), zero=True) if str(k) in wanted else None for k, own in enumerate(arrays)]
+    kernel(x, "hsic_grad")(*arrays, *programs, values, _contiguous(grad[:3]), *out)
+    return tuple(out)
 
 
 def select(x: Array, y: Array | None, map: str, normalize: bool, exclude_self: bool, k: int) -> tuple[Array, Array]:

@@ -44,7 +44,8 @@ from .base import Kernel, checkpointed
 from .families import Linear
 from .named import resolve
 
-# Rows and columns of a tile: two of 1 MB in float32 stay in the second-level cache, and a kernel call costs little.
+# Rows and columns of a tile where there is no fused pass: two of 1 MB in float32 stay in the second-level cache, and a
+# kernel call costs little.
 TILE = 512
 # Relabellings in one fused product: at 128 columns the kernel is a small part of it, and memory stays O(128 N).
 COLUMNS = 128
@@ -255,8 +256,8 @@ def hsic(x: Array, y: Array, kernel_x: Any = "gaussian", kernel_y: Any = "gaussi
     Returns
     -------
     0-d array
-        Differentiable for tensors, where the kernels are: tiles are computed again in the backward pass, not stored
-        (under ``torch.func`` they are: O(N^2) memory).
+        Differentiable for tensors, where the kernels are: matrices are computed again in the backward pass, not stored
+        (on the GPU and for `Custom` kernels they are under ``torch.func``: O(N^2) memory).
 
     Raises
     ------
@@ -310,7 +311,7 @@ def cka(x: Array, y: Array, kernel: Any = "linear", unbiased: bool = False) -> A
     Notes
     -----
     Kornblith, Norouzi, Lee and Hinton, Similarity of neural network representations revisited, 2019; unbiased: Nguyen,
-    Raghu and Kornblith, 2021. Memory and time as `hsic`, the tiles of both kernels serving all three sums.
+    Raghu and Kornblith, 2021. Memory and time as `hsic`, one pass serving all three sums.
 
     Examples
     --------
