@@ -92,6 +92,19 @@ def matmul_grad_samples():
             yield grad, *sample, wanted
 
 
+def hsic_samples():
+    x, y = torch.randn(6, 3), torch.randn(6, 2)
+    for dtype, diagonal in ((torch.float32, True), (torch.float64, False)):
+        yield x.to(dtype), y.to(dtype), PARAMETERS, PARAMETERS[:1], PROGRAM, "sqeuclidean 0 -1; gaussian 0 0", diagonal
+
+
+def hsic_grad_samples():
+    for sample in hsic_samples():
+        values = torch.ops.nearfar.hsic(*sample)
+        for wanted in ("0123", "0", "13"):
+            yield torch.randn_like(values), values, *sample, wanted
+
+
 def labelled_lse_samples():
     maps = torch.tensor([[-1.0, 0.0, 2.0, 0.5], [1.0, 3.0, 0.5, -0.5]], dtype=torch.float64)
     for dtype, scale in ((torch.float32, 1.0), (torch.float64, 90.0), (torch.float16, 2.0)):
@@ -177,6 +190,8 @@ SAMPLES = {
     "gram_grad": gram_grad_samples,
     "matmul": matmul_samples,
     "matmul_grad": matmul_grad_samples,
+    "hsic": hsic_samples,
+    "hsic_grad": hsic_grad_samples,
 }  # fmt: skip
 
 

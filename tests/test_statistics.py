@@ -5,7 +5,7 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from generators import layouts, numpy_of, of_kind, points, rng
+from generators import assert_gradient, layouts, numpy_of, of_kind, points, rng
 from references import KINDS, same_bits
 
 import nearfar as nf
@@ -143,6 +143,14 @@ def test_permutation_test_level_and_power():
 # ---- HSIC and CKA ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["fused", "tiles"])
+def path(request, monkeypatch):
+    """The tiles are for the GPU and for kernels that are no program, and work on the CPU as well."""
+    if request.param == "tiles":
+        monkeypatch.setattr(statistics, "on_cuda", lambda array: True)
+
+
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
 @pytest.mark.parametrize("unbiased", [False, True])
 def test_hsic_and_cka(kind, dtype, unbiased, monkeypatch):
@@ -185,6 +193,7 @@ def test_linear_statistics_of_float32_far_from_the_origin(unbiased, shape):
     assert radial[0] == pytest.approx(radial[1], rel=1e-3, abs=1e-4)
 
 
+@pytest.mark.usefixtures("path")
 def test_cka_invariances():
     x, y = points(80, 6), points(80, 4, seed=1)
     rotation = np.linalg.qr(rng(2).standard_normal((6, 6)))[0]
@@ -211,6 +220,7 @@ def test_unbiased_is_unbiased():
     assert (values[:, 0] < 0).any()
 
 
+@pytest.mark.usefixtures("path")
 def test_constant_representations_and_few_rows():
     x, constant = points(10, 3), np.ones((10, 2))
     for unbiased in (False, True):
@@ -222,6 +232,7 @@ def test_constant_representations_and_few_rows():
         nf.cka(x[:1], x[:1])
 
 
+@pytest.mark.usefixtures("path")
 def test_nan_and_layouts():
     x, y = points(40, 3), points(40, 2, seed=1)
     one = nf.cka(x, y, "gaussian"), nf.hsic(x, y), nf.mmd(x, y[:, :1] * np.ones(3))
@@ -235,8 +246,9 @@ def test_nan_and_layouts():
     assert np.isnan(nf.mmd_permutation_test(bad, x, permutations=3).p_value)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("unbiased", [False, True])
-def test_derivatives_through_tiles(unbiased, monkeypatch):
+def test_derivatives(unbiased, monkeypatch):
     monkeypatch.setattr(statistics, "TILE", 3)
     x, y = (torch.from_numpy(points(5, d, seed=d)).requires_grad_() for d in (3, 2))
     scale = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
@@ -250,6 +262,69 @@ def test_derivatives_through_tiles(unbiased, monkeypatch):
     assert torch.autograd.gradcheck(lambda x, y: nf.cka(x, y, "linear", unbiased), (x, y))
 
 
+COMPOSED = nf.kernels.Gaussian([1.0, 2.0, 0.5]) * nf.kernels.Polynomial(2) + 0.3 * nf.kernels.Laplacian(4.0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 31, 127, 128, 129, 241, 307])
+def test_gradients_at_all_sizes(n, unbiased, dtype):
+    """Against torch's own of the dense formula in float64; a kernel of several scores, one side constant or both not."""
+    n = max(n, 4) if unbiased else n
+    x, y = (torch.from_numpy(points(n, d, seed=d)).requires_grad_() for d in (3, 21))
+    scale = torch.tensor(4.0, dtype=torch.float64, requires_grad=True)
+    center = torch.eye(n, dtype=torch.float64) - 1 / n
+
+    def centred(matrix):
+        if not unbiased:
+            return center @ matrix @ center
+        matrix = matrix - torch.diag(matrix.diagonal())
+        offsets = matrix.sum(1) / (n - 2) - matrix.sum() / (2 * (n - 1) * (n - 2))
+        matrix = matrix - offsets[:, None] - offsets
+        return matrix - torch.diag(matrix.diagonal())
+
+    def dense(x, y, scale):
+        k, L = centred(COMPOSED(x)), centred(nf.kernels.Gaussian(scale)(y))
+        total = (k * L).sum() / (n * (n - 3) if unbiased else (n - 1) ** 2)
+        return total + (k * L).sum() / ((k * k).sum() * (L * L).sum()).sqrt() if n > 5 else total
+
+    def own(x, y, scale):
+        kernels = COMPOSED, nf.kernels.Gaussian(scale)
+        total = nf.hsic(x, y, *kernels, unbiased)
+        return total + nf.cka(x, y, kernels, unbiased) if n > 5 else total
+
+    narrow = [z.detach().to(getattr(torch, dtype)).requires_grad_() for z in (x, y)]
+    expected = torch.autograd.grad(dense(x, y, scale), (x, y, scale))
+    found = torch.autograd.grad(own(*narrow, scale), (*narrow, scale))
+    for grad, other in zip(found, expected, strict=True):
+        assert_gradient(grad, other, 2e-4 if dtype == "float32" else 1e-9, floor=0.1 if n < 6 else 0.0)
+    constant = torch.autograd.grad(own(narrow[0], narrow[1].detach(), 4.0), narrow[0])[0]
+    assert torch.equal(constant, found[0])
+
+
+def test_structured_rows_keep_digits():
+    """The few columns that a first centring looks at are all of one class, or of a far cluster, or equal."""
+    for group in (np.arange(640) % 3, np.arange(640) // 320, np.arange(640) % 9 > 0, np.zeros(640)):
+        x = 0.1 * points(640, 20) + 0.5 * group[:, None]
+        y = x[:, :4] + points(640, 4, seed=1)
+        for kernel in (nf.kernels.Gaussian(5.0), nf.kernels.Polynomial(3)):
+            for unbiased in (False, True):
+                expected = dense_cka(kernel(x), kernel(y), unbiased)
+                assert nf.cka(x.astype("f"), y.astype("f"), kernel, unbiased) == pytest.approx(expected, abs=2e-5)
+                assert nf.cka(x, y, kernel, unbiased) == pytest.approx(expected, abs=1e-11)
+
+
+def test_tiles_of_kernels_that_are_no_program(monkeypatch):
+    """The fused pass and the tiles agree."""
+    monkeypatch.setattr(statistics, "TILE", 16)
+    custom = nf.kernels.Custom(lambda r: np.exp(-r / 8), lambda r: -np.exp(-r / 8) / 8)
+    x, y = points(50, 3), points(50, 2, seed=1)
+    for unbiased in (False, True):
+        fused = nf.cka(x, y, nf.kernels.Gaussian(2.0), unbiased)
+        assert nf.cka(x, y, (custom, nf.kernels.Gaussian(2.0)), unbiased) == pytest.approx(fused, rel=1e-10)
+
+
+@pytest.mark.usefixtures("path")
 def test_gradients_do_not_store_the_tiles():
     """The backward pass of 3000 points in the memory of some tiles: the matrices are 72 MB each."""
     x = torch.from_numpy(points(3000, 4)).requires_grad_()
@@ -261,6 +336,7 @@ def test_gradients_do_not_store_the_tiles():
     assert max(stored) <= 4 * 3000
 
 
+@pytest.mark.usefixtures("path")
 def test_memory_is_linear():
     x, y = points(6000, 4, "float32"), points(6000, 4, "float32", seed=1)
     for function in (
@@ -277,6 +353,7 @@ def test_memory_is_linear():
         assert peak < 10e6  # one Gram matrix: 144 MB
 
 
+@pytest.mark.usefixtures("path")
 def test_bits_do_not_depend_on_threads(threads):
     x, y = points(1100, 3, "float32"), points(1100, 2, "float32", seed=1)
     results = []

@@ -37,6 +37,18 @@ def matmul_grad(threads):
     return dx, dy, dp
 
 
+def hsic_grad(threads):
+    programs, parameters = (
+        ("sqeuclidean 0 -1; dot 0 20; gaussian 0 0; add 1 2", "absolute 0 -1; laplacian 0 0"),
+        np.array([0.5]),
+    )
+    values, dx, dy = np.empty(3 + 2 * len(X)), np.zeros_like(X), np.zeros_like(Y)
+    dp, dq = np.zeros((2, 1))
+    _core.hsic(X, Y, parameters, parameters, *programs, True, values, threads)
+    _core.hsic_grad(X, Y, parameters, parameters, *programs, True, values, np.ones(3), dx, dy, dp, dq, threads)
+    return values, dx, dy, dp, dq
+
+
 def store_grad(threads):
     value = np.empty((1, len(X), len(Y)), np.float32)
     _core.store(X[None], Y[None], "euclidean", 2.0, False, False, False, value, threads)
@@ -84,6 +96,7 @@ OPERATIONS = {
     "gram matmul": with_threads(lambda: nf.kernels.Gaussian(3.0).matmul(X, Y, V)),
     "k-means": with_threads(lambda: nf.KMeans(30, random_state=0, max_iter=5).fit(X).cluster_centers_),
     "matmul_grad": matmul_grad,
+    "hsic_grad": hsic_grad,
     "store_grad": store_grad,
     "select": lambda threads: select(X, Y, threads),
     "one neighbour": lambda threads: select(X, Y, threads, k=1),

@@ -106,6 +106,59 @@ void matmul_grad(py::handle x, py::handle y, py::handle v, py::handle grad, cons
   });
 }
 
+/// The points of both sides, (n, d) and (n, e) of one dtype, and their kernels.
+struct HsicInputs {
+  const Array x, y;
+  const Program program_x, program_y;
+  HsicInputs(py::handle x_, py::handle y_, py::handle parameters_x, py::handle parameters_y, const std::string& text_x,
+             const std::string& text_y)
+      : x(input(x_, "x", 2)),
+        y(input(y_, "y", 2)),
+        program_x(parse_program(text_x, parameters_x, x.shape[1])),
+        program_y(parse_program(text_y, parameters_y, y.shape[1])) {
+    require_dtype(y, "y", x.dtype);
+    require_shape(y, "y", {n(), y.shape[1]});
+  }
+  int64_t n() const { return x.shape[0]; }
+  double work() const { return work_of(x, x) + work_of(y, y); }
+};
+
+void hsic(py::handle x, py::handle y, py::handle parameters_x, py::handle parameters_y, const std::string& program_x,
+          const std::string& program_y, bool diagonal, py::handle values, int threads) {
+  const HsicInputs in(x, y, parameters_x, parameters_y, program_x, program_y);
+  double* out = output<double>(values, "values", {3 + 2 * in.n()});
+  with_compute_type(in.x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const Team team(threads, in.work());
+    of<T>(ops()).hsic({{rows_of(in.x), rows_of(in.y)}, {&in.program_x, &in.program_y}, diagonal, out, team.threads});
+  });
+}
+
+void hsic_grad(py::handle x, py::handle y, py::handle parameters_x, py::handle parameters_y,
+               const std::string& program_x, const std::string& program_y, bool diagonal, py::handle values,
+               py::handle grad, py::handle dx, py::handle dy, py::handle dparameters_x, py::handle dparameters_y,
+               int threads) {
+  const HsicInputs in(x, y, parameters_x, parameters_y, program_x, program_y);
+  const double* found = output<double>(values, "values", {3 + 2 * in.n()});
+  const double* upstream = output<double>(grad, "grad", {3});
+  with_compute_type(in.x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    T *to_x = optional_output<T>(dx, "dx", {in.n(), in.x.shape[1]}),
+      *to_y = optional_output<T>(dy, "dy", {in.n(), in.y.shape[1]});
+    double *to_px = optional_output<double>(dparameters_x, "dparameters_x", {in.program_x.parameters}),
+           *to_py = optional_output<double>(dparameters_y, "dparameters_y", {in.program_y.parameters});
+    const Team team(threads, in.work());
+    of<T>(ops()).hsic_grad({{rows_of(in.x), rows_of(in.y)},
+                            {&in.program_x, &in.program_y},
+                            diagonal,
+                            found,
+                            upstream,
+                            {to_x, to_y},
+                            {to_px, to_py},
+                            team.threads});
+  });
+}
+
 }  // namespace
 
 void register_kernels(py::module_& m) {
@@ -120,6 +173,13 @@ void register_kernels(py::module_& m) {
   m.def("matmul_grad", matmul_grad, arg("x"), arg("y"), arg("v"), arg("grad"), arg("program"), arg("parameters"),
         arg("dx"), arg("dy"), arg("dparameters"), arg("threads"),
         "Adds the gradient of <grad, K(x, y) v> to dx, dy and dparameters; None: not wanted.");
+  m.def("hsic", hsic, arg("x"), arg("y"), arg("parameters_x"), arg("parameters_y"), arg("program_x"), arg("program_y"),
+        arg("diagonal"), arg("values"), arg("threads"),
+        "values = sums of K' L', K'^2, L'^2 of two centred kernel matrices, and what centres each.");
+  m.def("hsic_grad", hsic_grad, arg("x"), arg("y"), arg("parameters_x"), arg("parameters_y"), arg("program_x"),
+        arg("program_y"), arg("diagonal"), arg("values"), arg("grad"), arg("dx"), arg("dy"), arg("dparameters_x"),
+        arg("dparameters_y"), arg("threads"),
+        "Adds the gradient of <grad, the sums of hsic> to dx, dy and the parameters'; None: not wanted.");
 }
 
 }  // namespace nearfar

@@ -248,6 +248,30 @@ struct MatmulGradParams {
   int threads;
 };
 
+/// sum_ij K'_ij L'_ij, sum_ij K'_ij^2, sum_ij L'_ij^2 of the centred matrices of two kernels given as programs, each on
+/// points of its own: K'_ij = k(x_i, x_j) - a_i - a_j with rows that sum to 0; with or without the diagonal.
+template <class T>
+struct HsicParams {
+  Rows points[2];  // of n rows
+  const Program* program[2];
+  bool diagonal;
+  double* values;  // (3 + 2 n): the sums, then a and b
+  int threads;
+};
+
+/// The gradient of <grad, the three sums>; each is added to, null if not wanted.
+template <class T>
+struct HsicGradParams {
+  Rows points[2];
+  const Program* program[2];
+  bool diagonal;
+  const double* values;  // of the forward pass
+  const double* grad;    // (3)
+  T* dpoints[2];
+  double* dparameters[2];
+  int threads;
+};
+
 /// Whether a search first scores its columns with 8-bit integers, which does not change what it finds: where that is
 /// faster, or as the tests want it.
 enum class Screening : int { automatic, always, never };
@@ -311,6 +335,8 @@ struct OpsOf {
   void (*gram_grad)(const GramGradParams<T>&);
   void (*matmul)(const MatmulParams<T>&);
   void (*matmul_grad)(const MatmulGradParams<T>&);
+  void (*hsic)(const HsicParams<T>&);
+  void (*hsic_grad)(const HsicGradParams<T>&);
   void (*select)(const SelectParams<T>&);
   void (*lloyd)(LloydParams<T>&);
   void (*seeding)(const SeedingParams<T>&);

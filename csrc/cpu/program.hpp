@@ -13,8 +13,8 @@
 namespace nearfar {
 namespace {
 
-/// An object for every score of a program, made one after the other.
-template <class Item>
+/// An object for every score of a program, or of the N / kScores programs of an operation, made one after the other.
+template <class Item, int N = Program::kScores>
 class PerScore {
  public:
   PerScore() = default;
@@ -36,7 +36,7 @@ class PerScore {
 
  private:
   int made_ = 0;
-  alignas(64) unsigned char memory_[Program::kScores * sizeof(Item)];
+  alignas(64) unsigned char memory_[N * sizeof(Item)];
 };
 
 /// The pairs of point sets that a program's scores read, packed. All have the same rows, so the same tiles and chunks.
@@ -111,66 +111,72 @@ class Evaluator {
     for (int k = 0; k < p_.parameters; ++k) parameter_[k] = parameter_of<T>(p_.parameter[k]);
   }
 
+  /// What a run needs: the values of the steps, and where their slopes and those of the scores are summed.
+  struct Sweep {
+    explicit Sweep(const Program& p) : memory(p.scores + 2 * p.steps), values(memory.get()), slopes(values + p.steps) {}
+    const Buffer<Run> memory;
+    Run *const values, *const slopes;
+    const T* registers[Program::kScores + Program::kSteps];
+  };
+  Sweep sweep() const { return Sweep(p_); }
+
   /// out[k] = the program's value for k < count, whole vectors; `out` may be one of the tiles.
   void forward(T* const* tiles, int64_t count, T* out) const {
     if (p_.steps == 1 && p_.scores == 1) return run_step(p_.step[0], tiles[0], tiles[0], count, out);
-    const Buffer<Run> values(p_.steps);
-    const T* registers[Program::kScores + Program::kSteps];
+    Sweep sweep(p_);
     for (int64_t k = 0; k < count; k += kRun) {
       const int64_t run = count - k < kRun ? count - k : kRun;
-      const T* last = evaluate(tiles, k, run, values.get(), registers);
+      const T* last = evaluate(tiles, k, run, sweep);
       if (last != out + k) __builtin_memcpy(out + k, last, run * sizeof(T));
     }
   }
 
-  /// tiles[s][k] becomes upstream[k] * d value / d score s, as a pull: twice that for squared distances. Adds
-  /// sum_k upstream[k] * d value / d parameter to `sums`, if that is not null. Inlined in the pass it took 3 % longer.
-  __attribute__((noinline)) void reverse(T* const* tiles, const T* upstream, int64_t count, double* sums) const {
-    const Buffer<Run> memory(p_.scores + 2 * p_.steps);
-    Run *const values = memory.get(), *const slopes = values + p_.steps;
-    const T* registers[Program::kScores + Program::kSteps];
-    for (int64_t k = 0; k < count; k += kRun) {
-      const int64_t run = count - k < kRun ? count - k : kRun;
-      evaluate(tiles, k, run, values, registers);
-      bool met[Program::kScores + Program::kSteps] = {};
-      // Where a register's slope is summed.
-      auto target = [&](int r) {
-        if (!met[r]) clear(slopes[r], run);
-        met[r] = true;
-        return slopes[r];
-      };
-      for (int s = p_.steps - 1; s >= 0; --s) {
-        const bool last = s == p_.steps - 1;
-        if (!last && !met[p_.scores + s]) continue;  // nothing reads it
-        const T* from = last ? upstream + k : slopes[p_.scores + s];
-        step_back(p_.step[s], from, registers, values[s], run, target, sums);
-      }
-      for (int s = 0; s < p_.scores; ++s) {
-        const T* slope = p_.steps == 0 ? upstream + k : target(s);
-        const T factor = p_.score[s].kind == ScoreKind::sqeuclidean ? T(2) : T(1);
-        // Where a tiny length scale lets the pull of coincident points overflow, the largest number stands for
-        // infinity: it meets the difference 0. NaN comes through.
-        constexpr T kMost = std::numeric_limits<T>::max();
-        for (int64_t i = 0; i < run; i += kLanes<T>)
-          store(tiles[s] + k + i, vmax(splat<T>(-kMost), vmin(splat<T>(kMost), load(slope + i) * splat<T>(factor))));
-      }
+  /// The values of one run, from k on, in a register of the sweep.
+  const T* evaluate(T* const* tiles, int64_t k, int64_t run, Sweep& sweep) const {
+    const T** registers = sweep.registers;
+    for (int s = 0; s < p_.scores; ++s) registers[s] = tiles[s] + k;
+    for (int s = 0; s < p_.steps; ++s) {
+      const ProgramStep& step = p_.step[s];
+      const bool two = step.kind == StepKind::add || step.kind == StepKind::multiply;
+      run_step(step, registers[step.left], two ? registers[step.right] : nullptr, run, sweep.values[s]);
+      registers[p_.scores + s] = sweep.values[s];
+    }
+    return registers[p_.scores + p_.steps - 1];
+  }
+
+  /// The same run after `evaluate`: tiles[s][k + i] becomes upstream[i] * d value / d score s, as a pull: twice that
+  /// for squared distances. Adds sum_i upstream[i] * d value / d parameter to `sums`, if that is not null. Inlined in
+  /// the pass it took 3 % longer.
+  __attribute__((noinline)) void pull(T* const* tiles, const T* upstream, int64_t k, int64_t run, const Sweep& sweep,
+                                      double* sums) const {
+    Run* const slopes = sweep.slopes;
+    bool met[Program::kScores + Program::kSteps] = {};
+    // Where a register's slope is summed.
+    auto target = [&](int r) {
+      if (!met[r]) clear(slopes[r], run);
+      met[r] = true;
+      return slopes[r];
+    };
+    for (int s = p_.steps - 1; s >= 0; --s) {
+      const bool last = s == p_.steps - 1;
+      if (!last && !met[p_.scores + s]) continue;  // nothing reads it
+      const T* from = last ? upstream : slopes[p_.scores + s];
+      step_back(p_.step[s], from, sweep.registers, sweep.values[s], run, target, sums);
+    }
+    for (int s = 0; s < p_.scores; ++s) {
+      const T* slope = p_.steps == 0 ? upstream : target(s);
+      const T factor = p_.score[s].kind == ScoreKind::sqeuclidean ? T(2) : T(1);
+      // Where a tiny length scale lets the pull of coincident points overflow, the largest number stands for
+      // infinity: it meets the difference 0. NaN comes through.
+      constexpr T kMost = std::numeric_limits<T>::max();
+      for (int64_t i = 0; i < run; i += kLanes<T>)
+        store(tiles[s] + k + i, vmax(splat<T>(-kMost), vmin(splat<T>(kMost), load(slope + i) * splat<T>(factor))));
     }
   }
 
  private:
   static void clear(T* out, int64_t run) {
     for (int64_t i = 0; i < run; ++i) out[i] = 0;
-  }
-
-  const T* evaluate(T* const* tiles, int64_t k, int64_t run, Run* values, const T** registers) const {
-    for (int s = 0; s < p_.scores; ++s) registers[s] = tiles[s] + k;
-    for (int s = 0; s < p_.steps; ++s) {
-      const ProgramStep& step = p_.step[s];
-      const bool two = step.kind == StepKind::add || step.kind == StepKind::multiply;
-      run_step(step, registers[step.left], two ? registers[step.right] : nullptr, run, values[s]);
-      registers[p_.scores + s] = values[s];
-    }
-    return registers[p_.scores + p_.steps - 1];
   }
 
   void run_step(const ProgramStep& step, const T* a, const T* b, int64_t run, T* out) const {
@@ -240,12 +246,18 @@ struct ProgramGradCell {
     Buffer<T> upstream(size);
     T* tiles[Program::kScores];
     double* sums = parameters_ ? chunk_sums_.get() + b.chunk * parameters_ : nullptr;
+    auto sweep = evaluator_.sweep();
     for (int64_t p = 0; p < b.panels; ++p) {
       for (int s = 0; s < count_; ++s) tiles[s] = blocks[s].panel(p);
       upstream_(b, p, upstream.get());
-      evaluator_.reverse(tiles, upstream.get(), size, sums);
+      for (int64_t k = 0; k < size; k += Evaluator<T>::kRun) {
+        const int64_t run = size - k < Evaluator<T>::kRun ? size - k : Evaluator<T>::kRun;
+        evaluator_.evaluate(tiles, k, run, sweep);
+        evaluator_.pull(tiles, upstream.get() + k, k, run, sweep, sums);
+      }
     }
   }
+  void close(int64_t, int64_t, int64_t) {}
 
   /// Chunks in order, so that the sums do not depend on the number of threads.
   void finish() {
@@ -266,31 +278,87 @@ struct ProgramGradCell {
 /// One-phase strip passes over the same rows and columns, one a score, in step: the cell sees the blocks of all scores
 /// side by side and leaves the weights of each, which has products of its own.
 struct InStep {
-  template <class T, class Cell>
-  static void run(const PerScore<StripPass<T, Cell>>& passes, int count, Cell& cell) {
+  template <class T, class Cell, int N>
+  static void run(const PerScore<StripPass<T, Cell>, N>& passes, int count, Cell& cell) {
     using P = Policy<T>;
     const StripPass<T, Cell>& first = passes[0];
     const int threads = first.plan_.threads;
-    const int64_t n = first.n_, chunks = first.o_.chunks.count, groups = first.groups_;
+    const int64_t n = first.n_;
     for (int64_t row = 0; row < n; row += P::kStripRows) {
       const int64_t rows = n - row < P::kStripRows ? n - row : P::kStripRows, panels = ceil_div(rows, P::NR);
+      const int64_t chunks = first.chunks_of(first.o_, first.plan_.triangle, row + rows);
+      const int64_t groups = ceil_div(chunks, first.chunks_each_);
       parallel_for(count * panels, threads,
                    [&](int64_t task, int) { passes[static_cast<int>(task / panels)].pack_rows(row, task % panels); });
       parallel_for(groups, threads, [&](int64_t group, int worker) {
         passes[0].for_chunks(group, chunks, [&](int64_t chunk) {
-          Block<T> blocks[Program::kScores];
+          Block<T> blocks[N];
           for (int s = 0; s < count; ++s) blocks[s] = passes[s].scores(row, panels, chunk, group, worker);
           cell.map(blocks);
-          for (int s = 0; first.products_ && s < count; ++s) passes[s].multiply_weights(blocks[s], nullptr, worker);
+          for (int s = 0; s < count; ++s)
+            if (passes[s].products_) passes[s].multiply_weights(blocks[s], nullptr, worker);
         });
       });
-      for (int s = 0; first.plan_.dx && groups > 0 && s < count; ++s)
-        parallel_for(panels, threads, [&](int64_t p, int) { passes[s].merge(row, rows, p, groups); });
+      cell.close(row, rows, chunks);
+      for (int s = 0; groups > 0 && s < count; ++s)
+        if (passes[s].plan_.dx)
+          parallel_for(panels, threads, [&](int64_t p, int) { passes[s].merge(row, rows, p, groups); });
     }
-    for (int s = 0; first.plan_.dy && s < count; ++s)
-      if (passes[s].o_.distance()) passes[s].finish_columns();
+    for (int s = 0; s < count; ++s)
+      if (passes[s].plan_.dy && passes[s].o_.distance()) passes[s].finish_columns();
   }
 };
+
+/// The passes of one program's scores, to go in step with those of others, and what they add to dx (n, d) and dy (m, d)
+/// of all columns, either of which may be null.
+template <class T, class Cell>
+class ScorePasses {
+ public:
+  template <int N>
+  ScorePasses(const Program& program, const Scores<T>& scores, int64_t d, T* dx, T* dy, Cell& cell, StripPlan<T> plan,
+              PerScore<StripPass<T, Cell>, N>& passes)
+      : program_(program), scores_(scores), d_(d), dx_(dx), dy_(dy), whole_(scores.count == 1 && scores[0].d == d) {
+    for (int s = 0; s < scores.count; ++s) {
+      plan.dx = room(dx, own_dx_[s], scores[s].x.n() * scores[s].d);
+      plan.dy = room(dy, own_dy_[s], scores[s].y.n() * scores[s].d);
+      passes.add(scores[s], cell, plan);
+    }
+  }
+
+  void finish() {
+    for (int s = 0; !whole_ && s < scores_.count; ++s) {
+      add(s, own_dx_[s].get(), dx_, scores_[s].x.n());
+      add(s, own_dy_[s].get(), dy_, scores_[s].y.n());
+    }
+  }
+
+ private:
+  /// One score of all columns adds to the results; several, or one of some columns, to memory of their own.
+  T* room(T* result, Buffer<T>& own, int64_t size) const {
+    if (!result || whole_) return result;
+    own = Buffer<T>(size);
+    for (int64_t k = 0; k < size; ++k) own[k] = 0;
+    return own.get();
+  }
+  void add(int s, const T* from, T* to, int64_t rows) const {
+    const int64_t width = scores_[s].d, begin = program_.score[s].begin;
+    for (int64_t i = 0; to && i < rows; ++i)
+      for (int64_t k = 0; k < width; ++k) to[i * d_ + begin + k] += from[i * width + k];
+  }
+
+  const Program& program_;
+  const Scores<T>& scores_;
+  const int64_t d_;
+  T *const dx_, *const dy_;
+  const bool whole_;
+  Buffer<T> own_dx_[Program::kScores], own_dy_[Program::kScores];
+};
+
+/// What `plan.depth` is for scores of at most so many columns.
+template <class T>
+int64_t depth_of(int64_t widest) {
+  return ceil_div(widest, Policy<T>::MR) * Policy<T>::MR;
+}
 
 /// Adds to dx (n, d) and dy (m, d), either of which may be null, the gradient of sum_ij u_ij k(x_i, y_j), and to sums
 /// that of the parameters, null if not wanted.
@@ -300,35 +368,14 @@ void program_gradient(const Program& program, const Rows& x, const Rows& y, cons
   using Cell = ProgramGradCell<T, Upstream>;
   const Scores<T> scores(program, x, y, false, true, threads);
   Cell cell(scores, program, upstream, sums);
-  Buffer<T> own_dx[Program::kScores], own_dy[Program::kScores];
-  // One score of all columns adds to the results; several, or one of some columns, to memory of their own.
-  const bool whole = scores.count == 1 && scores[0].d == x.d;
-  auto room = [&](T* result, Buffer<T>& own, int64_t size) {
-    if (!result || whole) return result;
-    own = Buffer<T>(size);
-    for (int64_t k = 0; k < size; ++k) own[k] = 0;
-    return own.get();
-  };
+  StripPlan<T> plan;
+  plan.threads = threads;
+  plan.depth = depth_of<T>(scores.widest());
   PerScore<StripPass<T, Cell>> passes;
-  for (int s = 0; s < scores.count; ++s) {
-    StripPlan<T> plan;
-    plan.threads = threads;
-    plan.depth = ceil_div(scores.widest(), Policy<T>::MR) * Policy<T>::MR;
-    plan.dx = room(dx, own_dx[s], x.n * scores[s].d);
-    plan.dy = room(dy, own_dy[s], y.n * scores[s].d);
-    passes.add(scores[s], cell, plan);
-  }
+  ScorePasses<T, Cell> own(program, scores, x.d, dx, dy, cell, plan, passes);
   InStep::run(passes, scores.count, cell);
   cell.finish();
-  for (int s = 0; !whole && s < scores.count; ++s) {
-    const int64_t d = scores[s].d, begin = program.score[s].begin;
-    auto add = [&](const T* from, T* to, int64_t rows, int64_t width) {
-      for (int64_t i = 0; to && i < rows; ++i)
-        for (int64_t k = 0; k < d; ++k) to[i * width + begin + k] += from[i * d + k];
-    };
-    add(own_dx[s].get(), dx, x.n, x.d);
-    add(own_dy[s].get(), dy, y.n, y.d);
-  }
+  own.finish();
 }
 
 }  // namespace

@@ -110,6 +110,37 @@ def matmul_grad(
 ) -> None:
     """Adds the gradient of <grad, K(x, y) v> to dx, dy and dparameters; None: not wanted."""
 
+def hsic(
+    x: object,
+    y: object,
+    parameters_x: object,
+    parameters_y: object,
+    program_x: str,
+    program_y: str,
+    diagonal: bool,
+    values: object,
+    threads: int,
+) -> None:
+    """values = sums of K' L', K'^2, L'^2 of two centred kernel matrices, and what centres each."""
+
+def hsic_grad(
+    x: object,
+    y: object,
+    parameters_x: object,
+    parameters_y: object,
+    program_x: str,
+    program_y: str,
+    diagonal: bool,
+    values: object,
+    grad: object,
+    dx: object,
+    dy: object,
+    dparameters_x: object,
+    dparameters_y: object,
+    threads: int,
+) -> None:
+    """Adds the gradient of <grad, the sums of hsic> to dx, dy and the parameters'; None: not wanted."""
+
 # ---- register_clusters.cpp ----
 
 def lloyd(

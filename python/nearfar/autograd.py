@@ -17,7 +17,7 @@ from torch.autograd import Function
 from . import formulas, operations, operators
 from .formulas import PLAIN
 from .operators import OPERATIONS
-from .second import potential_second, second
+from .second import hsic_second, potential_second, second
 
 
 def _split(args: tuple[Any, ...], count: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -163,7 +163,7 @@ class _Second(_Positional):
     def forward(name: str, count: int, g: Tensor, value: Tensor, *args: Any) -> Any:
         tensors, rest = _split(args, count)
         vectors, config = _split(rest, OPERATIONS[name].count)
-        derive = potential_second if name == "potential" else second
+        derive = {"potential": potential_second, "hsic": hsic_second}.get(name, second)
         with torch.autocast(g.device.type, enabled=False):
             g_grad, grads = derive(name, g, value, tensors, config, vectors)
         return (g_grad, *grads)

@@ -487,6 +487,27 @@ def matmul_grad(
     return *_both_roles(dx, dy, y), dv, dp
 
 
+def hsic(x: Array, y: Array, parameters_x: Array, parameters_y: Array, *config: Any) -> Array:
+    """Sums of K' L', K'^2, L'^2, then a and b, (3 + 2 n,), of the centred Gram matrices K'_ij = k(x_i, x_j) - a_i - a_j
+    and L' of y; `config`: the programs of both kernels, and whether pairs i = j count.
+    """
+    values = empty(x, (3 + 2 * x.shape[0],), "float64")
+    kernel(x, "hsic")(x, y, parameters_x, parameters_y, *config, values)
+    return values
+
+
+def hsic_grad(
+    grad: Array, values: Array, x: Array, y: Array, parameters_x: Array, parameters_y: Array, *config: Any
+) -> tuple[Any, ...]:
+    """Gradients of ``<grad[:3], the sums of hsic>`` by x, y and both parameters, those `wanted` ("0123"), the last of
+    `config`. To them a and b are constants.
+    """
+    arrays, (*programs, wanted) = (x, y, parameters_x, parameters_y), config
+    out = [empty(own, tuple(own.shape), zero=True) if str(k) in wanted else None for k, own in enumerate(arrays)]
+    kernel(x, "hsic_grad")(*arrays, *programs, values, _contiguous(grad[:3]), *out)
+    return tuple(out)
+
+
 def select(x: Array, y: Array | None, map: str, normalize: bool, exclude_self: bool, k: int) -> tuple[Array, Array]:
     """The k best columns of every row: values and int64 indices, (b, n, k)."""
     b, n, _ = x.shape

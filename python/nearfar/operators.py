@@ -265,6 +265,27 @@ _matmul_grad = _define(
     ),
 )
 
+_hsic = _define(
+    "hsic(Tensor x, Tensor y, Tensor parameters_x, Tensor parameters_y, str program_x, str program_y, bool diagonal) "
+    "-> Tensor",
+    operations.hsic,
+    lambda x, y, parameters_x, parameters_y, program_x, program_y, diagonal: x.new_empty(
+        (3 + 2 * x.shape[0],), dtype=torch.float64
+    ),
+)
+
+_hsic_grad = _define(
+    "hsic_grad(Tensor grad, Tensor values, Tensor x, Tensor y, Tensor parameters_x, Tensor parameters_y, "
+    "str program_x, str program_y, bool diagonal, str wanted) -> (Tensor, Tensor, Tensor, Tensor)",
+    operations.hsic_grad,
+    lambda grad, values, x, y, parameters_x, parameters_y, program_x, program_y, diagonal, wanted: (
+        _grad_like(x, "0" in wanted),
+        _grad_like(y, "1" in wanted),
+        _parameter_grad(x, parameters_x, "2" in wanted),
+        _parameter_grad(x, parameters_y, "3" in wanted),
+    ),
+)
+
 
 # ---- operations ------------------------------------------------------------------------------------------------------
 
@@ -288,7 +309,7 @@ class Operation:
 
 
 def _no_rows(*_: Any) -> Tensor:
-    raise AssertionError("potential has a second derivative of its own")
+    raise AssertionError("this operation has a second derivative of its own")
 
 
 def _weighted(name: str, operator: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -361,6 +382,13 @@ OPERATIONS = {
         lambda t, c, wanted: (_matmul(t, *c),),
         lambda g, value, t, c, wanted: _matmul_grad((g, *t), *c, wanted),
         formulas.matmul_rows,
+        4,
+        False,
+    ),
+    "hsic": Operation(
+        lambda t, c, wanted: (_hsic(t, *c),),
+        lambda g, value, t, c, wanted: _hsic_grad((g, value, *t), *c, wanted),
+        _no_rows,
         4,
         False,
     ),

@@ -99,3 +99,62 @@ def potential_second(
         second += bend
     along = (first * v).sum()
     return along.to(g.dtype), [(g * (second - first * along)).to(tensors[0].dtype)]
+
+
+def hsic_second(
+    name: str, g: Tensor, value: Tensor, tensors: tuple[Any, ...], config: tuple[Any, ...], vectors: tuple[Any, ...]
+) -> tuple[Tensor, list[Any]]:
+    """With K_v, L_v the derivatives of both matrices along the vectors and a prime for centred ones, <vectors,
+    gradients> is ``<K_v, W> + <L_v, V>``, ``W = g0 L' + 2 g1 K'``, ``V = g0 K' + 2 g2 L'``. Centring is a projection:
+    its derivative is ``<dK_v, W> + <dK, g0 L_v' + 2 g1 K_v'>`` and as much of L.
+    """
+    leaves, _ = _leaves(tensors, 4)
+    n, diagonal = tensors[0].shape[0], config[2]
+    offsets = value[3:].reshape(2, n)
+    own = [[leaves[side], leaves[2 + side]] for side in range(2)]
+    along = [[vectors[side], vectors[2 + side]] for side in range(2)]
+    index = torch.arange(n, device=value.device)
+
+    def matrices(side: int, rows: slice) -> tuple[Tensor, Tensor]:
+        """Rows of the matrix and of its derivative along the vectors, zero where a pair does not count."""
+        points, parameters = own[side]
+        matrix = formulas.apply_program(config[side], points[rows], points, parameters)
+        matrix = matrix if diagonal else matrix.masked_fill(index == index[rows, None], 0.0)
+        weights = torch.zeros_like(matrix, requires_grad=True)
+        slopes = torch.autograd.grad((matrix * weights).sum(), own[side], create_graph=True, materialize_grads=True)
+        total = (weights * 0).sum()
+        for slope, vector in zip(slopes, along[side], strict=True):
+            total = total if vector is None else total + (slope * vector.to(slope.dtype)).sum()
+        return matrix, torch.autograd.grad(total, weights, create_graph=True)[0]
+
+    def centred(matrix: Tensor, offsets: Tensor, rows: slice) -> Tensor:
+        matrix = matrix.detach() - offsets[rows, None] - offsets
+        return matrix if diagonal else matrix.masked_fill(index == index[rows, None], 0.0)
+
+    sums = torch.zeros_like(offsets)
+    for rows in _blocks(n):
+        with torch.enable_grad():
+            for side in range(2):
+                sums[side, rows] = matrices(side, rows)[1].detach().sum(1, dtype=sums.dtype)
+    p, q = (n, n * n) if diagonal else (n - 2, (n - 1) * (n - 2))
+    slope_offsets = sums / p - sums.sum(1, keepdim=True) / (2 * q)
+
+    g_grad = torch.zeros_like(g)
+    totals = [torch.zeros_like(leaf) for leaf in leaves]
+    weights = ((2 * g[1], g[0]), (g[0], 2 * g[2]))  # of K' and L', in what multiplies K and in what multiplies L
+    for rows in _blocks(n):
+        with torch.enable_grad():
+            pairs = [matrices(side, rows) for side in range(2)]
+            fixed = [centred(pairs[side][0], offsets[side], rows) for side in range(2)]
+            slopes = [centred(pairs[side][1], slope_offsets[side], rows) for side in range(2)]
+            total = value.new_zeros(())
+            for (by_k, by_l), (matrix, slope) in zip(weights, pairs, strict=True):
+                total = total + (slope * (by_k * fixed[0] + by_l * fixed[1])).sum()
+                total = total + (matrix * (by_k * slopes[0] + by_l * slopes[1])).sum()
+            pieces = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+        for whole, piece in zip(totals, pieces, strict=True):
+            whole += piece
+        g_grad[0] += (slopes[0] * fixed[1] + slopes[1] * fixed[0]).sum()
+        g_grad[1] += 2 * (slopes[0] * fixed[0]).sum()
+        g_grad[2] += 2 * (slopes[1] * fixed[1]).sum()
+    return g_grad, [total.to(tensor.dtype) for total, tensor in zip(totals, tensors, strict=True)]

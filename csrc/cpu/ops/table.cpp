@@ -57,6 +57,10 @@ void matmul(const MatmulParams<float>&);
 void matmul(const MatmulParams<double>&);
 void matmul_grad(const MatmulGradParams<float>&);
 void matmul_grad(const MatmulGradParams<double>&);
+void hsic(const HsicParams<float>&);
+void hsic(const HsicParams<double>&);
+void hsic_grad(const HsicGradParams<float>&);
+void hsic_grad(const HsicGradParams<double>&);
 void select(const SelectParams<float>&);
 void select(const SelectParams<double>&);
 void lloyd(LloydParams<float>&);
@@ -68,9 +72,9 @@ void vector_math(int, const double*, double*, int64_t);
 double fma_peak(int threads);
 
 template <class T>
-constexpr OpsOf<T> kOpsOf = {store,       store_grad, softmax, softmax_block, labelled_lse, potential,
-                             alignment,   sigmoid,    triplet, gram,          gram_grad,    matmul,
-                             matmul_grad, select,     lloyd,   seeding,       vector_math};
+constexpr OpsOf<T> kOpsOf = {store,     store_grad, softmax, softmax_block, labelled_lse, potential,   alignment,
+                             sigmoid,   triplet,    gram,    gram_grad,     matmul,       matmul_grad, hsic,
+                             hsic_grad, select,     lloyd,   seeding,       vector_math};
 
 const Ops& table() {
   static constexpr Ops kOps = {NEARFAR_NAME(NEARFAR_ISA), kVectorBytes, fma_peak, kOpsOf<float>, kOpsOf<double>};

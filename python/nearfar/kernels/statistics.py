@@ -3,11 +3,12 @@
 MMD is a quadratic form, ``w^T K w`` with weights +1/n on one sample and -1/m on the other: one fused product, and many
 relabellings of the points are many columns of it.
 
-HSIC and CKA need ``sum_ij K'_ij L'_ij`` of two centred Gram matrices, which is no product with a vector. With the row
-sums (one fused product with ones) the centred entries are ``K'_ij = K_ij - a_i - a_j``, so square tiles of both
-matrices are made, centred and multiplied while they are in cache, on and above the diagonal only. Centring before
-multiplying costs nothing there and keeps the digits that ``tr(K L) - 2/n ... + ...`` of nearly constant Gram matrices
-cancels. Linear kernels need no tile where the D x D cross products are smaller.
+HSIC and CKA need ``sum_ij K'_ij L'_ij`` of two centred Gram matrices, which is no product with a vector: one fused pass
+over a triangle of pairs (csrc/cpu/ops/hsic.cpp), and one more for gradients. On the GPU, and for kernels that are no
+program, square tiles of both matrices are made, centred and multiplied, on and above the diagonal only: with the row
+sums (one product with ones) the centred entries are ``K'_ij = K_ij - a_i - a_j``. Centring before multiplying keeps the
+digits that ``tr(K L) - 2/n ... + ...`` of nearly constant Gram matrices cancels. Linear kernels need no pairs where the
+D x D cross products are smaller.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import operations
 from ..arrays import (
     Array,
+    autograd,
     cast,
     check_matrix,
     check_points,
@@ -36,11 +39,13 @@ from ..arrays import (
     of_kind,
     to_numpy,
 )
+from ..backend import on_cuda
 from .base import Kernel, checkpointed
 from .families import Linear
 from .named import resolve
 
-# Rows and columns of a tile: two of 1 MB in float32 stay in the second-level cache, and a kernel call costs little.
+# Rows and columns of a tile where there is no fused pass: two of 1 MB in float32 stay in the second-level cache, and a
+# kernel call costs little.
 TILE = 512
 # Relabellings in one fused product: at 128 columns the kernel is a small part of it, and memory stays O(128 N).
 COLUMNS = 128
@@ -251,8 +256,8 @@ def hsic(x: Array, y: Array, kernel_x: Any = "gaussian", kernel_y: Any = "gaussi
     Returns
     -------
     0-d array
-        Differentiable for tensors, where the kernels are: tiles are computed again in the backward pass, not stored
-        (under ``torch.func`` they are: O(N^2) memory).
+        Differentiable for tensors, where the kernels are: matrices are computed again in the backward pass, not stored
+        (on the GPU and for `Custom` kernels they are under ``torch.func``: O(N^2) memory).
 
     Raises
     ------
@@ -306,7 +311,7 @@ def cka(x: Array, y: Array, kernel: Any = "linear", unbiased: bool = False) -> A
     Notes
     -----
     Kornblith, Norouzi, Lee and Hinton, Similarity of neural network representations revisited, 2019; unbiased: Nguyen,
-    Raghu and Kornblith, 2021. Memory and time as `hsic`, the tiles of both kernels serving all three sums.
+    Raghu and Kornblith, 2021. Memory and time as `hsic`, one pass serving all three sums.
 
     Examples
     --------
@@ -353,7 +358,19 @@ def _centred_sums(
     if type(kernel_x) is type(kernel_y) is Linear and max(x.shape[1], y.shape[1]) <= x.shape[0]:
         sides = {"x": x, "y": y}
         return [_linear_sum(sides[pair[0]], sides[pair[1]], unbiased) for pair in wanted]
+    if kernel_x._compiles and kernel_y._compiles and not on_cuda(x):
+        values = _fused_sums(x, y, kernel_x, kernel_y, unbiased)
+        return [values[("xy", "xx", "yy").index(pair)] for pair in wanted]
     return _tiled_sums(x, y, kernel_x, kernel_y, unbiased, wanted)
+
+
+def _fused_sums(x: Array, y: Array, kernel_x: Kernel, kernel_y: Kernel, unbiased: bool) -> Array:
+    x, _, parameters_x, program_x = kernel_x._program(x[None], None)
+    y, _, parameters_y, program_y = kernel_y._program(y[None], None)
+    arrays, config = (x[0], y[0], parameters_x, parameters_y), (program_x, program_y, not unbiased)
+    if is_torch(x):
+        return autograd().apply("hsic", arrays, config)
+    return operations.hsic(*arrays, *config)
 
 
 def _centred(x: Array) -> Array:
