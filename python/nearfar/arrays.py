@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from . import _core
+
 Array = Any  # numpy.ndarray, torch.Tensor or cupy.ndarray
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -277,8 +279,12 @@ def concatenate(arrays: Sequence[Array]) -> Array:
 
 def codes_of(labels: Array) -> tuple[np.ndarray[Any, Any], int]:
     """Integer labels as dense int32 codes, and how many there are."""
-    values, codes = np.unique(np.asarray(labels), return_inverse=True)
-    return np.ascontiguousarray(codes.reshape(-1), np.int32), len(values)
+    values = np.asarray(labels)
+    if values.dtype == np.uint64:
+        values = values ^ np.uint64(1 << 63)  # as int64 in the same order
+    values = np.array(values, np.int64).reshape(-1)
+    codes = np.empty(values.size, np.int32)
+    return codes, _core.dense_codes(values, codes)  # `np.unique` takes as long as a loss of 64 rows
 
 
 def batched(array: Array, batch: tuple[int, ...]) -> Array:
