@@ -288,11 +288,11 @@ def codes_of(labels: Array) -> tuple[np.ndarray[Any, Any], int]:
 
 
 def batched(array: Array, batch: tuple[int, ...]) -> Array:
-    """(..., n, d) broadcast to `batch` and flattened to three dimensions."""
+    """(..., n, d) broadcast to `batch` and flattened to three dimensions; without a batch as it is."""
     if isinstance(array, np.ndarray):
         array = np.asarray(array)  # numpy.matrix keeps its two dimensions whatever one does
     if not batch:
-        return array[None]
+        return array
     shape = (*batch, *array.shape[-2:])
     if array.shape != shape:
         array = array.expand(shape) if is_torch(array) else namespace(array).broadcast_to(array, shape)
@@ -300,8 +300,8 @@ def batched(array: Array, batch: tuple[int, ...]) -> Array:
 
 
 def unbatched(array: Array, batch: tuple[int, ...]) -> Array:
-    """The first dimension as `batch` again."""
-    return array.reshape(*batch, *array.shape[1:]) if batch else array.squeeze(0)
+    """The first dimension of what was made of `batched` arrays as `batch` again."""
+    return array.reshape(*batch, *array.shape[1:]) if batch else array
 
 
 def common_center(x: Array) -> Array:

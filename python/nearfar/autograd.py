@@ -220,9 +220,8 @@ def _requires_grad(tensor: Tensor | None, transformed: bool) -> bool:
 def select(map: str, normalize: bool, x: Tensor, y: Tensor | None, exclude_self: bool, k: int) -> tuple[Tensor, Tensor]:
     """`operations.select` of matrices, (n, k); the values connected to the graph if any input requires a gradient."""
     transformed = _transformed()
-    tensors, config = (x.detach()[None], None if y is None else y.detach()[None]), (map, normalize, exclude_self, k)
+    tensors, config = (x.detach(), None if y is None else y.detach()), (map, normalize, exclude_self, k)
     value, index = _Select.apply(*tensors, *config) if transformed else operators.select(tensors, *config)
-    value, index = value[0], index[0]
     if not (torch.is_grad_enabled() and (_requires_grad(x, transformed) or _requires_grad(y, transformed))):
         return value, index
     # The kernel's values, which are the more accurate ones, with the formula's derivatives.

@@ -326,24 +326,24 @@ def store_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -
     map, normalize, condensed = config
     prepare = unit if normalize else (lambda z: z)
     columns = prepare(x if y is None else y)
-    value = apply_map(map, prepare(x)[:, rows], columns)
+    value = apply_map(map, prepare(x)[..., rows, :], columns)
     if not condensed:
         return value
-    n = x.shape[1]
+    n = x.shape[-2]
     index = torch.arange(n, device=x.device)
-    return value[:, index > index[rows, None]]
+    return value[..., index > index[rows, None]]
 
 
 def gram_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
     """Rows of `operations.gram`."""
     x, y, parameters = tensors
-    return apply_program(config[0], x[:, rows], x if y is None else y, parameters)
+    return apply_program(config[0], x[..., rows, :], x if y is None else y, parameters)
 
 
 def matmul_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
     """Rows of `operations.matmul`."""
     x, y, v, parameters = tensors
-    product: Tensor = apply_program(config[0], x[:, rows], x if y is None else y, parameters) @ v
+    product: Tensor = apply_program(config[0], x[..., rows, :], x if y is None else y, parameters) @ v
     return product
 
 
