@@ -20,8 +20,8 @@ Array = Any  # numpy.ndarray, torch.Tensor or cupy.ndarray
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
-# NumPy computes a dtype's name anew whenever it is asked, which takes longer than to compute on a few rows.
-_NAMES = {np.dtype(name): name for name in ("float16", "float32", "float64")}
+# The names of dtypes that were asked for: NumPy and torch make them anew each time, which takes as long as a few rows.
+_NAMES: dict[Any, str] = {}
 
 
 def kind_of(array: Array, name: str) -> str:
@@ -38,9 +38,11 @@ def kind_of(array: Array, name: str) -> str:
 def dtype_name(array: Array) -> str:
     """'float32', 'bfloat16', ... whatever the kind."""
     dtype = array.dtype
-    if isinstance(dtype, np.dtype):
-        return _NAMES.get(dtype) or str(dtype.name)
-    return str(dtype).removeprefix("torch.")
+    name = _NAMES.get(dtype)
+    if name is None:
+        name = dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
+        _NAMES[dtype] = name
+    return name
 
 
 def device_name(array: Array) -> str:
@@ -75,7 +77,7 @@ def check_points(**arrays: Array) -> str:
             raise ValueError(
                 f"{name}: expected device {device_name(first)} to match {first_name}, got {device_name(array)}"
             )
-    if kind == "torch" and first.device.type not in ("cpu", "cuda"):
+    if kind == "torch" and not (first.is_cpu or first.is_cuda):
         raise NotImplementedError(
             f"{first_name}: expected an array on the CPU or a CUDA device, got {device_name(first)}"
         )
@@ -222,7 +224,7 @@ def scalar(like: Array, value: Any, dtype: str) -> Array:
     if is_torch(like):
         torch = sys.modules["torch"]
         own = getattr(torch, dtype)
-        return value.to(own, copy=True) if is_torch(value) else torch.full((), value, dtype=own, device=like.device)
+        return value.to(own, copy=True) if is_torch(value) else like.new_full((), value, dtype=own)
     return namespace(like).asarray(value, dtype)
 
 

@@ -141,6 +141,8 @@ def common_batch(batch: tuple[int, ...], array: Array, name: str) -> tuple[int, 
     if array.ndim == 2:
         return batch
     own = tuple(array.shape[:-2])
+    if own == batch:
+        return batch
     try:
         return np.broadcast_shapes(batch, own)
     except ValueError as error:

@@ -21,17 +21,16 @@ def unit(x: Tensor, wide: bool = False) -> Tensor:
     They are scaled by their largest entry first, except where they come from a narrower dtype and no square overflows.
     """
     if not wide:
-        largest = x.detach().abs().amax(-1, keepdim=True)
-        x = x / torch.where(largest > 0, largest, 1.0)
+        x = x / x.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     square = (x * x).sum(-1, keepdim=True)
     some = square > 0
-    return x * (torch.where(some, square, 1.0).rsqrt() * some)
+    return x * ((square + ~some).rsqrt() * some)
 
 
 def _root(square: Tensor) -> Tensor:
     """The square root, with zero derivatives at 0; NaN stays NaN."""
     zero = square == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
+    return (square + zero).sqrt() * ~zero
 
 
 def apply_map(map: str, x: Tensor, y: Tensor) -> Tensor:
