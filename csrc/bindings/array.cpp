@@ -261,8 +261,25 @@ Array borrow(py::handle obj, const char* name, DTypes allowed) {
   return a;
 }
 
+static void add_axis(Array& a) {
+  std::copy_backward(a.shape, a.shape + a.ndim, a.shape + a.ndim + 1);
+  std::copy_backward(a.strides, a.strides + a.ndim, a.strides + a.ndim + 1);
+  a.shape[0] = 1;
+  a.strides[0] = 0;
+  ++a.ndim;
+}
+
+void add_batch(Array& a, int ndim) {
+  if (ndim == 3 && a.ndim == 2) add_axis(a);
+}
+
+void add_batch(Array& a, const int64_t* shape, int ndim) {
+  if (ndim > 1 && shape[0] == 1 && a.ndim == ndim - 1) add_axis(a);
+}
+
 Array input(py::handle obj, const char* name, int ndim, DTypes allowed) {
   Array a = borrow(obj, name, allowed);
+  add_batch(a, ndim);
   if (a.ndim != ndim)
     refuse_value(name, "expected " + std::to_string(ndim) + (ndim == 1 ? " dimension" : " dimensions") +
                            ", got shape " + shape_of(a));
@@ -271,7 +288,8 @@ Array input(py::handle obj, const char* name, int ndim, DTypes allowed) {
 }
 
 void* output(py::handle obj, const char* name, DType dtype, const int64_t* shape, int ndim) {
-  const Array a = borrow(obj, name, {dtype});
+  Array a = borrow(obj, name, {dtype});
+  add_batch(a, shape, ndim);
   if (a.ndim != ndim || !std::equal(shape, shape + ndim, a.shape))
     refuse_value(name, "expected shape " + text_of(shape, ndim) + ", got " + shape_of(a));
   if (!a.on_cpu()) refuse_value(name, "expected CPU memory, got an array on " + device_of(a));

@@ -43,6 +43,11 @@ struct Array {
 // Any device, any rank up to 4, any strides.
 Array borrow(py::handle obj, const char* name, DTypes allowed = kAllTypes);
 
+// Where a batch of matrices is read, or `shape` is to be filled, a batch of one may come without its axis: views that
+// add and remove it, and their derivatives, would take as long as a small matrix.
+void add_batch(Array& a, int ndim);
+void add_batch(Array& a, const int64_t* shape, int ndim);
+
 // An array that a CPU operation reads: any strides, also zero and negative ones.
 Array input(py::handle obj, const char* name, int ndim, DTypes allowed = kFloats);
 

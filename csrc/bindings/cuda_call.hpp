@@ -21,6 +21,7 @@ class Call {
  public:
   Array input(py::handle obj, const char* name, int ndim, DTypes allowed = kFloats) {
     Array a = borrow(obj, name, allowed);
+    add_batch(a, ndim);
     if (a.ndim != ndim)
       refuse_value(name, "expected " + std::to_string(ndim) + (ndim == 1 ? " dimension" : " dimensions") +
                              ", got shape " + shape_of(a));
@@ -34,7 +35,8 @@ class Call {
     return a;
   }
   void* output(py::handle obj, const char* name, DType dtype, const int64_t* shape, int ndim) {
-    const Array a = borrow(obj, name, {dtype});
+    Array a = borrow(obj, name, {dtype});
+    add_batch(a, shape, ndim);
     if (a.ndim != ndim || text_of(a.shape, a.ndim) != text_of(shape, ndim))
       refuse_value(name, "expected shape " + text_of(shape, ndim) + ", got " + shape_of(a));
     check_device(a, name);

@@ -1,7 +1,10 @@
 // A kernel's program from its text, checked: python/nearfar/kernels/program.py writes it.
 #pragma once
 
-#include <sstream>
+#include <algorithm>
+#include <cinttypes>
+#include <cstdio>
+#include <string_view>
 
 #include "bindings/array.hpp"
 #include "pairwise/program.hpp"
@@ -47,14 +50,16 @@ inline Program parse_program(const std::string& text, const Array& values, int64
   program.parameters = static_cast<int>(values.shape[0]);
   for (int k = 0; k < program.parameters && values.on_cpu(); ++k)
     program.parameter[k] = values.as<const double>()[k * values.strides[0]];
-  std::istringstream lines(text);
-  for (std::string line; std::getline(lines, line, ';');) {
-    std::istringstream words(line);
-    std::string name;
+  // Not by streams, which take as long as a small matrix.
+  for (size_t begin = 0, end = 0; begin < text.size(); begin = end + 1) {
+    end = std::min(text.find(';', begin), text.size());
+    const std::string line = text.substr(begin, end - begin);
+    char word[32];
     int64_t left = 0, right = 0;
     const int registers = program.scores + program.steps;
     auto refuse = [&] { refuse_value("program", "cannot use \"" + line + "\""); };
-    if (!(words >> name >> left >> right)) refuse();
+    if (std::sscanf(line.c_str(), "%31s %" SCNd64 " %" SCNd64, word, &left, &right) != 3) refuse();
+    const std::string_view name = word;
     bool known = false;
     for (const ScoreName& s : kScoreNames)
       if (name == s.name) {

@@ -1,6 +1,7 @@
 // Losses: value, and gradients into buffers the caller has allocated (and zeroed).
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "bindings/call.hpp"
@@ -22,6 +23,20 @@ const int32_t* codes(py::handle given, const char* name, int64_t rows) {
   require_shape(array, name, {rows});
   if (!array.contiguous()) refuse_value(name, "expected contiguous codes");
   return array.as<int32_t>();
+}
+
+int64_t dense_codes(py::handle labels, py::handle codes) {
+  const Array a = input(labels, "labels", 1, {DType::i64});
+  int32_t* out = output<int32_t>(codes, "codes", {a.shape[0]});
+  std::vector<int64_t> distinct(a.shape[0]);
+  for (int64_t i = 0; i < a.shape[0]; ++i) distinct[i] = a.as<int64_t>()[i * a.strides[0]];
+  std::sort(distinct.begin(), distinct.end());
+  distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
+  for (int64_t i = 0; i < a.shape[0]; ++i) {
+    const auto place = std::lower_bound(distinct.begin(), distinct.end(), a.as<int64_t>()[i * a.strides[0]]);
+    out[i] = static_cast<int32_t>(place - distinct.begin());
+  }
+  return static_cast<int64_t>(distinct.size());
 }
 
 py::tuple softmax(const std::string& mode, py::handle x_, py::handle y_, py::handle positive_, int64_t positive_shift,
@@ -325,6 +340,8 @@ py::tuple triplet(py::handle x_, py::handle codes_, int64_t classes, const std::
 
 void register_losses(py::module_& m) {
   using py::arg;
+  m.def("dense_codes", dense_codes, arg("labels"), arg("codes"),
+        "Labels as their places among the distinct ones, in order; returns how many those are.");
   m.def("softmax", softmax, arg("mode"), arg("x"), arg("y"), arg("positive"), arg("positive_shift"),
         arg("positive_is_column"), arg("positive_in_sum"), arg("paired"), arg("ids_x"), arg("ids_y"), arg("scale"),
         arg("normalize"), arg("weights"), arg("weight"), arg("loss"), arg("dx"), arg("dy"), arg("dpositive"),

@@ -19,6 +19,9 @@ def check_output(obj: object, shape: Sequence[int]) -> None:
 def build_info() -> dict[str, Any]:
     """Instruction set, compiler and CUDA of this build."""
 
+def dense_codes(labels: object, codes: object) -> int:
+    """Labels as their places among the distinct ones, in order; returns how many those are."""
+
 def vector_math(function: str, x: object, out: object) -> None:
     """exp, log, softplus and the like of a contiguous array, by the kernels' own code."""
 

@@ -14,12 +14,14 @@ from typing import Any
 
 import numpy as np
 
+from . import _core
+
 Array = Any  # numpy.ndarray, torch.Tensor or cupy.ndarray
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
-# NumPy computes a dtype's name anew whenever it is asked, which takes longer than to compute on a few rows.
-_NAMES = {np.dtype(name): name for name in ("float16", "float32", "float64")}
+# The names of dtypes that were asked for: NumPy and torch make them anew each time, which takes as long as a few rows.
+_NAMES: dict[Any, str] = {}
 
 
 def kind_of(array: Array, name: str) -> str:
@@ -36,9 +38,11 @@ def kind_of(array: Array, name: str) -> str:
 def dtype_name(array: Array) -> str:
     """'float32', 'bfloat16', ... whatever the kind."""
     dtype = array.dtype
-    if isinstance(dtype, np.dtype):
-        return _NAMES.get(dtype) or str(dtype.name)
-    return str(dtype).removeprefix("torch.")
+    name = _NAMES.get(dtype)
+    if name is None:
+        name = dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
+        _NAMES[dtype] = name
+    return name
 
 
 def device_name(array: Array) -> str:
@@ -73,7 +77,7 @@ def check_points(**arrays: Array) -> str:
             raise ValueError(
                 f"{name}: expected device {device_name(first)} to match {first_name}, got {device_name(array)}"
             )
-    if kind == "torch" and first.device.type not in ("cpu", "cuda"):
+    if kind == "torch" and not (first.is_cpu or first.is_cuda):
         raise NotImplementedError(
             f"{first_name}: expected an array on the CPU or a CUDA device, got {device_name(first)}"
         )
@@ -220,7 +224,7 @@ def scalar(like: Array, value: Any, dtype: str) -> Array:
     if is_torch(like):
         torch = sys.modules["torch"]
         own = getattr(torch, dtype)
-        return value.to(own, copy=True) if is_torch(value) else torch.full((), value, dtype=own, device=like.device)
+        return value.to(own, copy=True) if is_torch(value) else like.new_full((), value, dtype=own)
     return namespace(like).asarray(value, dtype)
 
 
@@ -277,16 +281,20 @@ def concatenate(arrays: Sequence[Array]) -> Array:
 
 def codes_of(labels: Array) -> tuple[np.ndarray[Any, Any], int]:
     """Integer labels as dense int32 codes, and how many there are."""
-    values, codes = np.unique(np.asarray(labels), return_inverse=True)
-    return np.ascontiguousarray(codes.reshape(-1), np.int32), len(values)
+    values = np.asarray(labels)
+    if values.dtype == np.uint64:
+        values = values ^ np.uint64(1 << 63)  # as int64 in the same order
+    values = np.array(values, np.int64).reshape(-1)
+    codes = np.empty(values.size, np.int32)
+    return codes, _core.dense_codes(values, codes)  # `np.unique` takes as long as a loss of 64 rows
 
 
 def batched(array: Array, batch: tuple[int, ...]) -> Array:
-    """(..., n, d) broadcast to `batch` and flattened to three dimensions."""
+    """(..., n, d) broadcast to `batch` and flattened to three dimensions; without a batch as it is."""
     if isinstance(array, np.ndarray):
         array = np.asarray(array)  # numpy.matrix keeps its two dimensions whatever one does
     if not batch:
-        return array[None]
+        return array
     shape = (*batch, *array.shape[-2:])
     if array.shape != shape:
         array = array.expand(shape) if is_torch(array) else namespace(array).broadcast_to(array, shape)
@@ -294,8 +302,8 @@ def batched(array: Array, batch: tuple[int, ...]) -> Array:
 
 
 def unbatched(array: Array, batch: tuple[int, ...]) -> Array:
-    """The first dimension as `batch` again."""
-    return array.reshape(*batch, *array.shape[1:]) if batch else array.squeeze(0)
+    """The first dimension of what was made of `batched` arrays as `batch` again."""
+    return array.reshape(*batch, *array.shape[1:]) if batch else array
 
 
 def common_center(x: Array) -> Array:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import unwrap_if_dead
 from torch.autograd import Function
 
 from . import formulas, operations, operators
@@ -46,9 +47,10 @@ class _Positional(Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or _transformed():
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return super().apply(*args)  # type: ignore[no-untyped-call]
-        return super(Function, cls).apply(*torch._functorch.utils.unwrap_dead_wrappers(args))  # type: ignore[misc]
+        alive = [unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args]  # what outlived its transform
+        return super(Function, cls).apply(*alive)  # type: ignore[misc]
 
 
 class _Forward(_Positional):
@@ -63,7 +65,8 @@ class _Forward(_Positional):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.name, _, ctx.count = inputs[:3]
         tensors, ctx.config = _split(inputs[3:], ctx.count)
-        ctx.mark_non_differentiable(*(grad for grad in output[1:] if grad is not None))
+        if len(output) > 1:
+            ctx.mark_non_differentiable(*(grad for grad in output[1:] if grad is not None))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output)
 
@@ -81,7 +84,7 @@ class _Forward(_Positional):
         grads = backward(ctx.name, operations.numbers(needed), ctx.count, g, value, *early, *tensors, *ctx.config)
         # A scale may be a number on the CPU beside points on the GPU.
         own = [
-            grad.to(tensor.device) if need and grad is not None else None
+            None if grad is None or not need else grad if grad.device == tensor.device else grad.to(tensor.device)
             for grad, need, tensor in zip(grads, needed, tensors, strict=False)
         ]
         return (None, None, None, *own, *rest)
@@ -127,7 +130,10 @@ class _Backward(_Positional):
             )
         else:
             grads = operation.grad(g, output[0], tensors, config, wanted)
-        return tuple(v if v is None else v.to(t.dtype) for v, t in zip(grads, tensors, strict=False))
+        # Asked first, because `to` takes microseconds to find that nothing is to be done.
+        return tuple(
+            v if v is None or v.dtype == t.dtype else v.to(t.dtype) for v, t in zip(grads, tensors, strict=False)
+        )
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -220,9 +226,8 @@ def _requires_grad(tensor: Tensor | None, transformed: bool) -> bool:
 def select(map: str, normalize: bool, x: Tensor, y: Tensor | None, exclude_self: bool, k: int) -> tuple[Tensor, Tensor]:
     """`operations.select` of matrices, (n, k); the values connected to the graph if any input requires a gradient."""
     transformed = _transformed()
-    tensors, config = (x.detach()[None], None if y is None else y.detach()[None]), (map, normalize, exclude_self, k)
+    tensors, config = (x.detach(), None if y is None else y.detach()), (map, normalize, exclude_self, k)
     value, index = _Select.apply(*tensors, *config) if transformed else operators.select(tensors, *config)
-    value, index = value[0], index[0]
     if not (torch.is_grad_enabled() and (_requires_grad(x, transformed) or _requires_grad(y, transformed))):
         return value, index
     # The kernel's values, which are the more accurate ones, with the formula's derivatives.

@@ -141,6 +141,8 @@ def common_batch(batch: tuple[int, ...], array: Array, name: str) -> tuple[int, 
     if array.ndim == 2:
         return batch
     own = tuple(array.shape[:-2])
+    if own == batch:
+        return batch
     try:
         return np.broadcast_shapes(batch, own)
     except ValueError as error:
@@ -148,7 +150,7 @@ def common_batch(batch: tuple[int, ...], array: Array, name: str) -> tuple[int, 
 
 
 def pair_shapes(x: Array, y: Array | None, **others: Array) -> tuple[tuple[int, ...], Array, Array | None]:
-    """The broadcast batch shape, and both sets as three-dimensional arrays (y None where it is x itself).
+    """The broadcast batch shape, and both sets with one dimension for it, or none (y None where it is x itself).
 
     Others must match in kind, device and dtype only.
     """
@@ -166,7 +168,7 @@ def pair_shapes(x: Array, y: Array | None, **others: Array) -> tuple[tuple[int, 
 
 
 def matrix(x: Array, y: Array | None, map: str, normalize: bool, condensed: bool, out: Array | None = None) -> Array:
-    """The matrix of a map for three-dimensional arrays; for torch connected to the graph."""
+    """The matrix of a map for `batched` arrays; for torch connected to the graph."""
     if is_torch(x) and out is None:
         return autograd().apply("store", (x, y), (map, normalize, condensed))
     return operations.store(x, y, map, normalize, condensed, out)
@@ -228,17 +230,17 @@ def cdist(
     >>> nf.cdist(np.array([[0.0, 0.0]]), np.array([[3.0, 4.0], [1.0, 0.0]]))
     array([[5., 1.]])
     """
-    batch, x3, y3 = pair_shapes(x, y)
+    batch, xs, ys = pair_shapes(x, y)
     chosen = metric_of(metric, p, M, x)
     map, normalize, factor = chosen
-    x3, y3 = chosen.points(x3, y3)
+    xs, ys = chosen.points(xs, ys)
     if out is None:
-        return unbatched(matrix(x3, y3, map, normalize, False), batch)
-    shape = (*batch, x3.shape[1], (x3 if y3 is None else y3).shape[1])
+        return unbatched(matrix(xs, ys, map, normalize, False), batch)
+    shape = (*batch, xs.shape[-2], (xs if ys is None else ys).shape[-2])
     check_out(out, shape, x)
     if any(t is not None and is_torch(t) and t.requires_grad for t in (x, y, factor)):
         raise ValueError("out: not for inputs that require a gradient")
-    matrix(x3, y3, map, normalize, False, out.reshape(x3.shape[0], *shape[-2:]))
+    matrix(xs, ys, map, normalize, False, batched(out, batch))
     return out
 
 
@@ -280,7 +282,7 @@ def pdist(x: Array, metric: str = "euclidean", *, p: float = 2.0, M: Any = None)
     >>> nf.pdist(np.array([[0.0], [1.0], [3.0]]))
     array([1., 3., 2.])
     """
-    batch, x3, _ = pair_shapes(x, None)
+    batch, xs, _ = pair_shapes(x, None)
     chosen = metric_of(metric, p, M, x)
-    x3, _ = chosen.points(x3, None)
-    return unbatched(matrix(x3, None, chosen.map, chosen.normalize, True), batch)
+    xs, _ = chosen.points(xs, None)
+    return unbatched(matrix(xs, None, chosen.map, chosen.normalize, True), batch)

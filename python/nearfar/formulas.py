@@ -21,17 +21,16 @@ def unit(x: Tensor, wide: bool = False) -> Tensor:
     They are scaled by their largest entry first, except where they come from a narrower dtype and no square overflows.
     """
     if not wide:
-        largest = x.detach().abs().amax(-1, keepdim=True)
-        x = x / torch.where(largest > 0, largest, 1.0)
+        x = x / x.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     square = (x * x).sum(-1, keepdim=True)
     some = square > 0
-    return x * (torch.where(some, square, 1.0).rsqrt() * some)
+    return x * ((square + ~some).rsqrt() * some)
 
 
 def _root(square: Tensor) -> Tensor:
     """The square root, with zero derivatives at 0; NaN stays NaN."""
     zero = square == 0
-    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
+    return (square + zero).sqrt() * ~zero
 
 
 def apply_map(map: str, x: Tensor, y: Tensor) -> Tensor:
@@ -326,24 +325,24 @@ def store_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -
     map, normalize, condensed = config
     prepare = unit if normalize else (lambda z: z)
     columns = prepare(x if y is None else y)
-    value = apply_map(map, prepare(x)[:, rows], columns)
+    value = apply_map(map, prepare(x)[..., rows, :], columns)
     if not condensed:
         return value
-    n = x.shape[1]
+    n = x.shape[-2]
     index = torch.arange(n, device=x.device)
-    return value[:, index > index[rows, None]]
+    return value[..., index > index[rows, None]]
 
 
 def gram_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
     """Rows of `operations.gram`."""
     x, y, parameters = tensors
-    return apply_program(config[0], x[:, rows], x if y is None else y, parameters)
+    return apply_program(config[0], x[..., rows, :], x if y is None else y, parameters)
 
 
 def matmul_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
     """Rows of `operations.matmul`."""
     x, y, v, parameters = tensors
-    product: Tensor = apply_program(config[0], x[:, rows], x if y is None else y, parameters) @ v
+    product: Tensor = apply_program(config[0], x[..., rows, :], x if y is None else y, parameters) @ v
     return product
 
 

@@ -88,5 +88,4 @@ def select(map: str, normalize: bool, x: Array, y: Array | None, exclude_self: b
     if is_torch(x):
         found: tuple[Array, Array] = autograd().select(map, normalize, x, y, exclude_self, k)
         return found
-    value, index = operations.select(x[None], None if y is None else y[None], map, normalize, exclude_self, k)
-    return value[0], index[0]
+    return operations.select(x, y, map, normalize, exclude_self, k)

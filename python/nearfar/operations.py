@@ -398,10 +398,13 @@ def _metric(map: str) -> tuple[str, float]:
 
 
 def store(x: Array, y: Array | None, map: str, normalize: bool, condensed: bool, out: Array | None = None) -> Array:
-    """The matrix of a map, (b, n, m) or condensed (b, n (n - 1) / 2); ``y=None`` is x itself."""
-    b, n, _ = x.shape
+    """The matrix of a map, (b, n, m) or condensed (b, n (n - 1) / 2); ``y=None`` is x itself.
+
+    As in all operations of pairs that follow, arrays may have no batch: (n, m) of (n, d) and (m, d).
+    """
+    *batch, n, _ = x.shape
     columns = x if y is None else y
-    shape = (b, n * (n - 1) // 2) if condensed else (b, n, columns.shape[1])
+    shape = (*batch, n * (n - 1) // 2) if condensed else (*batch, n, columns.shape[-2])
     if out is None:
         out = empty(x, shape)
     kernel(x, "store")(x, columns, *_metric(map), normalize, y is None, condensed, out)
@@ -446,8 +449,7 @@ def _both_roles(dx: Array | None, dy: Array | None, y: Array | None) -> tuple[An
 def gram(x: Array, y: Array | None, parameters: Array, program: str) -> Array:
     """k(x, y) of a kernel given as a program (`nearfar.kernels.program`), (b, n, m)."""
     columns = x if y is None else y
-    b, n, _ = x.shape
-    out = empty(x, (b, n, columns.shape[1]))
+    out = empty(x, (*x.shape[:-1], columns.shape[-2]))
     kernel(x, "gram")(x, columns, program, parameters, y is None, out)
     return out
 
@@ -464,8 +466,7 @@ def gram_grad(
 
 def matmul(x: Array, y: Array | None, v: Array, parameters: Array, program: str) -> Array:
     """K(x, y) v for (b, n, d), (b, m, d), (b, m, r) and a kernel given as a program."""
-    b, n, _ = x.shape
-    out = empty(x, (b, n, v.shape[2]))
+    out = empty(x, (*x.shape[:-1], v.shape[-1]))
     kernel(x, "matmul")(x, x if y is None else y, v, program, parameters, y is None, out)
     return out
 
@@ -510,8 +511,8 @@ def hsic_grad(
 
 def select(x: Array, y: Array | None, map: str, normalize: bool, exclude_self: bool, k: int) -> tuple[Array, Array]:
     """The k best columns of every row: values and int64 indices, (b, n, k)."""
-    b, n, _ = x.shape
-    value, index = empty(x, (b, n, k)), empty(x, (b, n, k), "int64")
+    shape = (*x.shape[:-1], k)
+    value, index = empty(x, shape), empty(x, shape, "int64")
     columns = x if y is None else y
     kernel(x, "select")(x, columns, *_metric(map), normalize, exclude_self, k, value, index, SCREENING)
     return value, index

@@ -202,9 +202,9 @@ _batch_triplet = _define(
 
 
 def _fake_store(x: Tensor, y: Tensor | None, map: str, normalize: bool, condensed: bool) -> Tensor:
-    b, n, _ = x.shape
-    m = n if y is None else y.shape[1]
-    return x.new_empty((b, n * (n - 1) // 2) if condensed else (b, n, m), dtype=_compute(x))
+    *batch, n, _ = x.shape
+    m = n if y is None else y.shape[-2]
+    return x.new_empty((*batch, n * (n - 1) // 2) if condensed else (*batch, n, m), dtype=_compute(x))
 
 
 _store = _define(
@@ -225,8 +225,8 @@ select = _define(
     "select(Tensor x, Tensor? y, str map, bool normalize, bool exclude_self, SymInt k) -> (Tensor, Tensor)",
     operations.select,
     lambda x, y, map, normalize, exclude_self, k: (
-        x.new_empty((x.shape[0], x.shape[1], k), dtype=_compute(x)),
-        x.new_empty((x.shape[0], x.shape[1], k), dtype=torch.int64),
+        x.new_empty((*x.shape[:-1], k), dtype=_compute(x)),
+        x.new_empty((*x.shape[:-1], k), dtype=torch.int64),
     ),
 )
 
@@ -250,7 +250,7 @@ _gram_grad = _define(
 _matmul = _define(
     "matmul(Tensor x, Tensor? y, Tensor v, Tensor parameters, str program) -> Tensor",
     operations.matmul,
-    lambda x, y, v, parameters, program: x.new_empty((x.shape[0], x.shape[1], v.shape[2]), dtype=_compute(x)),
+    lambda x, y, v, parameters, program: x.new_empty((*x.shape[:-1], v.shape[-1]), dtype=_compute(x)),
 )
 
 _matmul_grad = _define(

@@ -48,7 +48,7 @@ def second(
     """Derivatives of ``<vectors, gradients>`` by the upstream gradient and the tensors, a block of rows at a time."""
     operation = OPERATIONS[name]
     x = tensors[0]
-    rows_axis = 0 if operation.loss or x.dim() == 2 else 1
+    rows_axis = 0 if operation.loss else x.dim() - 2
     terms = n = x.shape[rows_axis]
     if operation.prepare:
         extra, terms = operation.prepare(tensors, config)
@@ -64,7 +64,7 @@ def second(
             part = operation.rows(tuple(leaves), config, rows)
             if not operation.loss:
                 if value.dim() < x.dim():  # condensed
-                    weights = upstream[:, offset : offset + part.shape[-1]]
+                    weights = upstream[..., offset : offset + part.shape[-1]]
                     offset += part.shape[-1]
                 else:
                     weights = upstream[:, rows] if rows_axis else upstream[rows]

@@ -71,7 +71,7 @@ class Kernel:
         raise NotImplementedError
 
     def _program(self, x: Array, y: Array | None) -> tuple[Array, Array | None, Array, str]:
-        """What evaluates it on three-dimensional arrays: points, parameters and text."""
+        """What evaluates it on `batched` arrays: points, parameters and text."""
         program = Builder(x, y)
         self._build(program)
         return program.finish()
@@ -92,18 +92,18 @@ class Kernel:
         """
         if not self._compiles:
             return self._dense(x, y)
-        batch, x3, y3 = pair_shapes(x, y)
-        x3, y3, parameters, text = self._program(x3, y3)
-        if is_torch(x3):
-            out = autograd().apply("gram", (x3, y3, parameters), (text,))
+        batch, xs, ys = pair_shapes(x, y)
+        xs, ys, parameters, text = self._program(xs, ys)
+        if is_torch(xs):
+            out = autograd().apply("gram", (xs, ys, parameters), (text,))
         else:
-            out = operations.gram(x3, y3, parameters, text)
+            out = operations.gram(xs, ys, parameters, text)
         return unbatched(out, batch)
 
     def diag(self, x: Array) -> Array:
         """``k(x_i, x_i)``, of shape (..., N), without the Gram matrix."""
-        batch, x3, _ = pair_shapes(x, None)
-        return unbatched(self._diag(cast(x3, compute_dtype(x3))), batch)
+        batch, xs, _ = pair_shapes(x, None)
+        return unbatched(self._diag(cast(xs, compute_dtype(xs))), batch)
 
     def matmul(self, x: Array, y: Array | None, v: Array) -> Array:
         """``k(x, y) @ v`` without the Gram matrix; memory O((N + M)(D + R)).
@@ -121,8 +121,8 @@ class Kernel:
             Differentiable in x, y, v and hyper-parameters, first and second order.
         """
         kind_of(v, "v")
-        batch, x3, y3 = pair_shapes(x, y, v=v)
-        m, given = x3.shape[1] if y3 is None else y3.shape[1], tuple(v.shape)
+        batch, xs, ys = pair_shapes(x, y, v=v)
+        m, given = (xs if ys is None else ys).shape[-2], tuple(v.shape)
         vector = v.ndim == 1
         if vector:
             v = v[:, None]
@@ -130,8 +130,8 @@ class Kernel:
             raise ValueError(f"v: expected {m} rows to match y, got shape {given}")
         if common_batch(batch, v, "v") != batch:
             raise ValueError(f"v: expected batch dimensions to match {batch}, got {given[:-2]}")
-        v3 = batched(v, batch)
-        out = (self._product if self._compiles else self._product_by_rows)(x3, y3, v3)
+        vs = batched(v, batch)
+        out = (self._product if self._compiles else self._product_by_rows)(xs, ys, vs)
         out = unbatched(out, batch)
         return out[..., 0] if vector else out
 
@@ -146,7 +146,7 @@ class Kernel:
         """The same where the kernel is no program: blocks of the matrix, made once more for gradients."""
         columns = x if y is None else y
         v = cast(v, compute_dtype(v))
-        rows = max(1, _BLOCK // max(1, columns.shape[1]))
+        rows = max(1, _BLOCK // max(1, columns.shape[-2]))
 
         def block(x: Array, columns: Array, v: Array) -> Array:
             return matrix_product(self(x, columns), v)
@@ -231,13 +231,13 @@ def _is_scalar(value: Any) -> bool:
 
 
 def by_rows(function: Callable[[Array], Array], x: Array, rows: int) -> Array:
-    """A function of rows x (batch, n, d), so many at a time, along the second dimension."""
+    """A function of rows x (..., n, d), so many at a time."""
     if is_torch(x):
         import torch
 
-        return torch.cat([function(own) for own in x.split(rows, 1)], 1)
-    starts = range(0, max(1, x.shape[1]), rows)
-    return np.concatenate([function(x[:, begin : begin + rows]) for begin in starts], 1)
+        return torch.cat([function(own) for own in x.split(rows, -2)], -2)
+    starts = range(0, max(1, x.shape[-2]), rows)
+    return np.concatenate([function(x[..., begin : begin + rows, :]) for begin in starts], -2)
 
 
 def checkpointed(function: Callable[..., Any], *arrays: Array) -> Callable[..., Any]:

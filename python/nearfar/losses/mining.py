@@ -183,7 +183,7 @@ def _rows(x: Array, wanted: _Index, normalize: bool) -> Iterator[tuple[int, NDAr
     for begin in range(0, len(wanted), _BLOCK):
         block = wanted[begin : begin + _BLOCK]
         part = x[block if not is_torch(x) else block.tolist()]
-        square = to_numpy(operations.store(part[None], x[None], "sqeuclidean", normalize, False)[0]).astype(np.float64)
+        square = to_numpy(operations.store(part, x, "sqeuclidean", normalize, False)).astype(np.float64)
         yield from zip(block.tolist(), np.sqrt(square), strict=True)
 
 
