@@ -397,7 +397,8 @@ def test_gradients_of_pdist(metric):
         for few in (x[..., :1, :], x[..., :0, :], x[:0]):  # no pairs
             leaf = few.clone().requires_grad_()
             nf.pdist(leaf, metric).sum().backward()
-            assert leaf.grad.shape == few.shape and not leaf.grad.any()
+            assert leaf.grad.shape == few.shape
+            assert not leaf.grad.any()
 
 
 @pytest.mark.parametrize("metric", METRICS)
