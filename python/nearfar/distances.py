@@ -200,7 +200,8 @@ def cdist(
         matrix where it is positive definite: its gradient is ``sum_ij g_ij z z^T / (2 d_ij)``, ``z = x_i - y_j``,
         symmetric; first and second order.
     out : array (..., N, M), optional
-        C-contiguous, of the result's dtype; is filled and returned. Not for inputs that require a gradient.
+        C-contiguous, of the result's dtype, and not overlapping the inputs; is filled and returned. Not for inputs that
+        require a gradient.
 
     Returns
     -------
