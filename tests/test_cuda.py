@@ -411,6 +411,11 @@ def test_empty():
     assert nf.info_nce_loss(x, x).item() == 0
     assert nf.cdist(x, x).shape == (0, 0)
     assert nf.kmeans_assign(x, torch.ones(2, 4, device=DEVICE))[0].shape == (0,)
+    few = torch.ones(2, 4, device=DEVICE)
+    for result in (lambda x: nf.pdist(x), lambda x: nf.cdist(x, few), lambda x: nf.cdist(few, x)):
+        leaf = x.clone().requires_grad_()
+        result(leaf).sum().backward()
+        assert leaf.grad.shape == x.shape
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

@@ -394,7 +394,11 @@ def test_gradients_of_pdist(metric):
         (actual,) = gradients(lambda a: nf.pdist(a, metric), [x], weights)
         (expected,) = gradients(lambda a: torch_distances(a, a, metric)[..., i, j], [x.double()], weights)  # noqa: B023
         assert_gradient(actual, expected, GRADIENT["float32"])
-        assert nf.pdist(x[..., :1, :].requires_grad_(), metric).sum().backward() is None
+        for few in (x[..., :1, :], x[..., :0, :], x[:0]):  # no pairs
+            leaf = few.clone().requires_grad_()
+            nf.pdist(leaf, metric).sum().backward()
+            assert leaf.grad.shape == few.shape
+            assert not leaf.grad.any()
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -421,3 +421,20 @@ def test_distances_of_neighbours_are_differentiable():
     bad.requires_grad_()
     nf.knn(bad, y.detach(), 2)[0].nansum().backward()
     assert torch.isfinite(bad.grad[[0, 1, 3, 4, 5]]).all()
+
+
+@pytest.mark.parametrize("n", [127, 129])
+@pytest.mark.parametrize("rank", [1, 15, 17])
+def test_mahalanobis_distance_of_equal_rows_is_0(n, rank):
+    """Whatever rows are computed beside them: a matrix product of a library rounds its last rows otherwise."""
+    random = np.random.default_rng(0)
+    x = torch.from_numpy(random.standard_normal((10, 17))[random.integers(0, 10, n)])
+    factor = torch.from_numpy(random.standard_normal((rank, 17)))
+    leaf = x.clone().requires_grad_()
+    equal = (x[:, None] == x[None]).all(-1)
+    distances = nf.cdist(leaf, x.clone(), "mahalanobis", M=("factor", factor))
+    assert not distances[equal].any()
+    (distances * equal).sum().backward()
+    assert not leaf.grad.any()
+    _, index = nf.knn(x, x.clone(), 2, metric="mahalanobis", M=("factor", factor))
+    assert (index[:, 0] < index[:, 1]).all()

@@ -54,7 +54,7 @@ void store_grad(py::handle x, py::handle y, const std::string& map, double power
     using T = decltype(zero);
     const T *values = in.result<T>(value, "value", condensed), *grads = in.result<T>(grad, "grad", condensed);
     T *x_out = in.call.gradient<T>(dx, "dx", in.x), *y_out = in.call.gradient<T>(dy, "dy", in.y);
-    if (!x_out || (condensed && !y_out)) refuse_value("dx", "expected with that of y");
+    if (dx.is_none() || (condensed && dy.is_none())) refuse_value("dx", "expected with that of y");
     const PairMap pair_map = map_of(map);
     for (int64_t b = 0; b < in.batches() && in.results(condensed) > 0; ++b)
       in.call.run(where, [&](cuda::Context& c) {

@@ -35,7 +35,7 @@ void store_grad(py::handle x, py::handle y, const std::string& map, double power
     const T *values = result<T>(value, "value", in, condensed), *grads = result<T>(grad, "grad", in, condensed);
     T* x_out = dx.is_none() ? nullptr : output<T>(dx, "dx", {in.batches(), in.n(), in.d()});
     T* y_out = dy.is_none() ? nullptr : output<T>(dy, "dy", {in.batches(), in.m(), in.d()});
-    if (condensed && !(x_out && y_out)) refuse_value("dx", "expected both gradients of condensed pairs");
+    if (condensed && (dx.is_none() || dy.is_none())) refuse_value("dx", "expected both gradients of condensed pairs");
     const PairMap pair_map = map_of(map);
     const Team team(threads, in.batches() * in.work());
     for_batches(in.batches(), in.work(), team.threads, [&](int64_t b, int t) {

@@ -19,7 +19,6 @@ from .arrays import (
     dtype_name,
     is_torch,
     kind_of,
-    matrix_product,
     number,
     of_kind,
     to_numpy,
@@ -42,8 +41,15 @@ class Metric(NamedTuple):
             return x, y
         dtype = compute_dtype(x)
         center = common_center(x)
-        images = [None if a is None else matrix_product(cast(a, dtype) - center, self.factor.T) for a in (x, y)]
+        images = [None if a is None else _image(cast(a, dtype) - center, self.factor) for a in (x, y)]
         return images[0], images[1]
+
+
+def _image(x: Array, factor: Array) -> Array:
+    """``x @ factor.T`` by the engine: equal rows have equal images, which BLAS does not promise, so distance 0."""
+    rows = x if x.ndim == 3 else x[None]
+    image = matrix(rows, batched(factor, tuple(rows.shape[:1])), "dot", False, False)
+    return image if x.ndim == 3 else image[0]
 
 
 # The metrics by their names; a Mahalanobis metric has a factor besides.
@@ -202,7 +208,8 @@ def cdist(
         matrix where it is positive definite: its gradient is ``sum_ij g_ij z z^T / (2 d_ij)``, ``z = x_i - y_j``,
         symmetric; first and second order.
     out : array (..., N, M), optional
-        C-contiguous, of the result's dtype; is filled and returned. Not for inputs that require a gradient.
+        C-contiguous, of the result's dtype, and not overlapping the inputs; is filled and returned. Not for inputs that
+        require a gradient.
 
     Returns
     -------

@@ -32,7 +32,7 @@ from .losses.sphere import alignment, uniformity, uniformity_of_sphere
 from .mutual_information import mi_lower_bound
 from .neighbors import knn
 
-__all__ = ["Report", "evaluate", "mi_lower_bound"]
+__all__ = ["Report", "evaluate"]
 
 NEIGHBORS = 5
 HELD_OUT = 0.3  # part of every class that tests the linear probe

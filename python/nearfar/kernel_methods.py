@@ -86,6 +86,12 @@ class _WeightedGram:
         return matrix
 
 
+def _largest(residual: Numbers, targets: Numbers) -> float:
+    """The largest norm of a column, as a part of its target's; where that is 0, the norm itself."""
+    scale = np.linalg.norm(targets, axis=0)
+    return float((np.linalg.norm(residual, axis=0) / np.where(scale > 0, scale, 1)).max(initial=0.0))
+
+
 class KernelRidge(_KernelEstimator):
     r"""Kernel ridge regression.
 
@@ -253,15 +259,10 @@ class KernelRidge(_KernelEstimator):
         self.n_iter_ = 1
         return beta
 
-    def _note(
-        self, gram: _WeightedGram, beta: Numbers, targets: Numbers, alpha: float, history: list[float]
-    ) -> NDArray[np.float64]:
+    def _note(self, gram: _WeightedGram, beta: Numbers, targets: Numbers, alpha: float, history: list[float]) -> None:
         """Close the history with the residual itself."""
-        residual: NDArray[np.float64] = targets - gram.matmul(beta).astype(np.float64) - alpha * beta
-        scale = np.linalg.norm(targets, axis=0)
-        ratio = np.linalg.norm(residual, axis=0) / np.where(scale > 0, scale, 1)
-        self.residuals_ = [*history, float(ratio.max(initial=0.0))]
-        return residual
+        residual = targets - gram.matmul(beta).astype(np.float64) - alpha * beta
+        self.residuals_ = [*history, _largest(residual, targets)]
 
     def _preconditioner(self, gram: _WeightedGram, alpha: float) -> Any:
         """``(L L^T + alpha I)^-1`` by Woodbury's formula, in float64 but for products with L."""
@@ -295,12 +296,10 @@ class KernelRidge(_KernelEstimator):
         """All targets at once, each with its own coefficients of the recursion."""
         most = integer(self.max_iter, "max_iter")
         apply = self._preconditioner(gram, alpha)
-        scale = np.linalg.norm(targets, axis=0)
-        scale[scale == 0] = 1
         beta, residual = np.zeros_like(targets), targets.copy()
         direction = conditioned = apply(residual)
         product = (residual * conditioned).sum(0)
-        history: list[float] = [float((np.linalg.norm(residual, axis=0) / scale).max(initial=0.0))]
+        history = [_largest(residual, targets)]
         best = history[0], 0
         curved = True
         while history[-1] > tol and len(history) <= most and len(history) - best[1] <= PATIENCE:
@@ -316,7 +315,7 @@ class KernelRidge(_KernelEstimator):
             conditioned = apply(residual)
             before, product = product, (residual * conditioned).sum(0)
             direction = conditioned + np.where(active, product / np.where(active, before, 1), 0) * direction
-            history.append(float((np.linalg.norm(residual, axis=0) / scale).max()))
+            history.append(_largest(residual, targets))
             best = (history[-1], len(history)) if history[-1] < best[0] / 2 else best
             if self.verbose:
                 print(f"\rstep {len(history) - 1:4d}  residual {history[-1]:.3e}", end="", file=sys.stderr, flush=True)

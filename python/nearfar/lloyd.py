@@ -66,9 +66,6 @@ class Data:
         """Rows drawn with probabilities that are their weights, which the result no longer has."""
         return Data(rows_at(self.x, generator.choice(self.n, count, p=self.probabilities())), None, self.normalize)
 
-    def total_weight(self) -> float:
-        return float(self.n) if self.weights is None else float(self.weights.sum(dtype=np.float64))
-
     @property
     def total(self) -> int:
         """How many rows there are; `n` of them are here, which is not all where processes share them."""

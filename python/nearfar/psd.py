@@ -72,8 +72,8 @@ class PSDReport:
         Number of eigenvalues above `noise_floor`; with a method other than ``"eigh"`` a lower bound.
     jitter : float
         The least shift t for which Cholesky factorisation of ``K + t I`` succeeds in the dtype of K (float32 for
-        half precisions); 0 if it does without. Found by attempts with `numpy.linalg.cholesky`; NaN where K is not
-        stored.
+        half precisions); 0 if it does without. Found by attempts with `numpy.linalg.cholesky`; another library's rounds
+        otherwise and may need ``eps(dtype) max |eigenvalue|`` more. NaN where K is not stored.
     witness : array or None
         For ``"not_psd"``: a unit vector c (float64, of the kind of K) with ``c^T K c = witness_value``.
     witness_value : float or None
