@@ -365,9 +365,9 @@ def _centred_sums(
 
 
 def _fused_sums(x: Array, y: Array, kernel_x: Kernel, kernel_y: Kernel, unbiased: bool) -> Array:
-    x, _, parameters_x, program_x = kernel_x._program(x[None], None)
-    y, _, parameters_y, program_y = kernel_y._program(y[None], None)
-    arrays, config = (x[0], y[0], parameters_x, parameters_y), (program_x, program_y, not unbiased)
+    x, _, parameters_x, program_x = kernel_x._program(x, None)
+    y, _, parameters_y, program_y = kernel_y._program(y, None)
+    arrays, config = (x, y, parameters_x, parameters_y), (program_x, program_y, not unbiased)
     if is_torch(x):
         return autograd().apply("hsic", arrays, config)
     return operations.hsic(*arrays, *config)
