@@ -47,9 +47,7 @@ class Metric(NamedTuple):
 
 def _image(x: Array, factor: Array) -> Array:
     """``x @ factor.T`` by the engine: equal rows have equal images, which BLAS does not promise, so distance 0."""
-    rows = x if x.ndim == 3 else x[None]
-    image = matrix(rows, batched(factor, tuple(rows.shape[:1])), "dot", False, False)
-    return image if x.ndim == 3 else image[0]
+    return matrix(x, batched(factor, tuple(x.shape[:-2])), "dot", False, False)
 
 
 # The metrics by their names; a Mahalanobis metric has a factor besides.
