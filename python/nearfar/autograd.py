@@ -47,7 +47,7 @@ class _Positional(Function):
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or _transformed():
             return super().apply(*args)  # type: ignore[no-untyped-call]
         alive = [unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args]  # what outlived its transform
         return super(Function, cls).apply(*alive)  # type: ignore[misc]
