@@ -18,6 +18,18 @@ struct Lists {
   T* kept;  // [lane][room], -infinity from the k-th on
   int64_t* index;
 
+  /// Lists of some rows with nothing in them.
+  static void clear(T* kept, int64_t* index, int64_t rows, int64_t room) {
+    for (int64_t at = 0; at < rows * room; ++at) kept[at] = static_cast<T>(-kInfinity), index[at] = -1;
+  }
+  /// Bars and counts of the first lanes; those from `rows` on have no row and look for nothing.
+  void open(int64_t lanes, int64_t rows) const {
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      worst[lane] = static_cast<T>(lane < rows ? kInfinity : -kInfinity);
+      count[lane] = 0;
+    }
+  }
+
   Lists from(int64_t lane) const {
     return {k, room, worst + lane, count + lane, place + lane, kept + lane * room, index + lane * room};
   }

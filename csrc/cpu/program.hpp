@@ -221,6 +221,28 @@ class Evaluator {
   T parameter_[Program::kParameters];
 };
 
+/// Gradients of a program's parameters while chunks of columns go by in any order; null if they are not wanted.
+class ParameterSums {
+ public:
+  ParameterSums(double* totals, const Program& program, int64_t chunks)
+      : totals_(totals), size_(totals ? program.parameters : 0), chunks_(chunks), sums_(chunks * size_) {
+    for (int64_t k = 0; k < chunks * size_; ++k) sums_[k] = 0;
+  }
+  explicit operator bool() const { return size_ > 0; }
+  double* of(int64_t chunk) const { return size_ ? sums_.get() + chunk * size_ : nullptr; }
+  /// Chunks in order, so that the totals do not depend on the number of threads.
+  void finish() const {
+    for (int64_t chunk = 0; chunk < chunks_; ++chunk)
+      for (int k = 0; k < size_; ++k) totals_[k] += sums_[chunk * size_ + k];
+  }
+
+ private:
+  double* const totals_;
+  const int size_;
+  const int64_t chunks_;
+  const Buffer<double> sums_;
+};
+
 /// Weights of every score: upstream * pull. `upstream(block, panel, out)` fills a tile of the upstream gradient of the
 /// kernel's values, 0 where there is no pair.
 template <class T, class Upstream>
@@ -229,15 +251,7 @@ struct ProgramGradCell {
   static constexpr bool kScores = true;
 
   ProgramGradCell(const Scores<T>& scores, const Program& program, const Upstream& upstream, double* sums)
-      : count_(scores.count),
-        evaluator_(program),
-        parameters_(sums ? program.parameters : 0),
-        upstream_(upstream),
-        sums_(sums),
-        chunks_(scores.chunks().count),
-        chunk_sums_(chunks_ * parameters_) {
-    for (int64_t k = 0; k < chunks_ * parameters_; ++k) chunk_sums_[k] = 0;
-  }
+      : count_(scores.count), evaluator_(program), upstream_(upstream), sums_(sums, program, scores.chunks().count) {}
 
   /// blocks[s]: score s of the same pairs.
   void map(const Block<T>* blocks) {
@@ -245,7 +259,6 @@ struct ProgramGradCell {
     const int64_t size = b.columns * P::NR;
     Buffer<T> upstream(size);
     T* tiles[Program::kScores];
-    double* sums = parameters_ ? chunk_sums_.get() + b.chunk * parameters_ : nullptr;
     auto sweep = evaluator_.sweep();
     for (int64_t p = 0; p < b.panels; ++p) {
       for (int s = 0; s < count_; ++s) tiles[s] = blocks[s].panel(p);
@@ -253,26 +266,19 @@ struct ProgramGradCell {
       for (int64_t k = 0; k < size; k += Evaluator<T>::kRun) {
         const int64_t run = size - k < Evaluator<T>::kRun ? size - k : Evaluator<T>::kRun;
         evaluator_.evaluate(tiles, k, run, sweep);
-        evaluator_.pull(tiles, upstream.get() + k, k, run, sweep, sums);
+        evaluator_.pull(tiles, upstream.get() + k, k, run, sweep, sums_.of(b.chunk));
       }
     }
   }
   void close(int64_t, int64_t, int64_t) {}
 
-  /// Chunks in order, so that the sums do not depend on the number of threads.
-  void finish() {
-    for (int64_t c = 0; c < chunks_; ++c)
-      for (int k = 0; k < parameters_; ++k) sums_[k] += chunk_sums_[c * parameters_ + k];
-  }
+  void finish() const { sums_.finish(); }
 
  private:
   const int count_;
   const Evaluator<T> evaluator_;
-  const int parameters_;
   const Upstream& upstream_;
-  double* sums_;
-  const int64_t chunks_;
-  Buffer<double> chunk_sums_;
+  const ParameterSums sums_;
 };
 
 /// One-phase strip passes over the same rows and columns, one a score, in step: the cell sees the blocks of all scores

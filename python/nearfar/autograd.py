@@ -18,7 +18,6 @@ from torch.autograd import Function
 from . import formulas, operations, operators
 from .formulas import PLAIN
 from .operators import OPERATIONS
-from .second import hsic_second, potential_second, second
 
 
 def _split(args: tuple[Any, ...], count: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -168,10 +167,10 @@ class _Second(_Positional):
     @staticmethod
     def forward(name: str, count: int, g: Tensor, value: Tensor, *args: Any) -> Any:
         tensors, rest = _split(args, count)
-        vectors, config = _split(rest, OPERATIONS[name].count)
-        derive = {"potential": potential_second, "hsic": hsic_second}.get(name, second)
+        operation = OPERATIONS[name]
+        vectors, config = _split(rest, operation.count)
         with torch.autocast(g.device.type, enabled=False):
-            g_grad, grads = derive(name, g, value, tensors, config, vectors)
+            g_grad, grads = operation.second(operation.count, g, value, tensors, config, vectors)
         return (g_grad, *grads)
 
     @staticmethod

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import formulas, operations, triplets
 from .backend import on_cuda
+from .second import Second, by_rows, hsic_second, potential_second
 
 _library = torch.library.Library("nearfar", "DEF")
 
@@ -295,101 +296,72 @@ class Operation:
     """One operation: ``forward(tensors, config, wanted) -> (value, *gradients)`` and what differentiates it.
 
     `wanted` are the numbers of the tensors whose gradients are, as "02"; others may come with them. ``grad(g, value,
-    tensors, config, wanted)`` computes gradients from the upstream one where the forward pass did not; `rows` is the
-    plain formula, which is also given the tensors that `prepare` made, beside what a mean divides by where that is not
-    the number of rows.
+    tensors, config, wanted)`` computes gradients from the upstream one where the forward pass did not, and `second` the
+    derivatives of gradients.
     """
 
     forward: Callable[..., Any]
     grad: Callable[..., Any]
-    rows: Callable[..., Tensor]
+    second: Second
     count: int  # tensors that may require a gradient: the first `count` inputs
-    loss: bool
-    prepare: Callable[..., tuple[tuple[Tensor, ...], int]] | None = None
+    loss: bool = False
 
 
-def _no_rows(*_: Any) -> Tensor:
-    raise AssertionError("this operation has a second derivative of its own")
-
-
-def _weighted(name: str, operator: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """`forward` and `grad` of a loss whose operator takes the weights of its rows first and answers both."""
-    return (
+def _loss(
+    name: str, operator: Any, rows: Callable[..., Tensor], count: int, prepare: Callable[..., Any] | None = None
+) -> Operation:
+    """A loss whose operator takes the weights of its rows first and answers value and gradients."""
+    return Operation(
         lambda tensors, config, wanted: operator((None, *tensors), *config, operations.told(name, wanted)),
         lambda g, value, tensors, config, wanted: operator((g, *tensors), *config, operations.told(name, wanted))[1:],
+        by_rows(rows, True, prepare),
+        count,
+        True,
     )
 
 
+def _computed_before(*_: Any) -> Any:
+    raise AssertionError("the gradient of a number is computed in the forward pass")
+
+
 OPERATIONS = {
-    "softmax": Operation(*_weighted("softmax", _softmax), formulas.softmax_rows, 5, True),
+    "softmax": _loss("softmax", _softmax, formulas.softmax_rows, 5),
     "labelled_lse": Operation(
         lambda t, c, wanted: (_labelled_lse(t, *c),),
         lambda g, value, t, c, wanted: _labelled_lse_grad((g, value, *t), *c),
-        formulas.labelled_lse_rows,
+        by_rows(formulas.labelled_lse_rows, False),
         3,
-        False,
     ),
-    "n_pairs": Operation(
-        *_weighted("n_pairs", _n_pairs),
-        formulas.n_pairs_rows,
-        2,
-        True,
-    ),
-    "sup_con": Operation(
-        *_weighted("sup_con", _sup_con),
-        formulas.sup_con_rows,
-        2,
-        True,
-        lambda tensors, config: ((), formulas.sup_con_anchors(tensors, config)),
-    ),
-    "sigmoid": Operation(
-        *_weighted("sigmoid", _sigmoid),
-        formulas.sigmoid_rows,
-        4,
-        True,
-    ),
+    "n_pairs": _loss("n_pairs", _n_pairs, formulas.n_pairs_rows, 2),
+    "sup_con": _loss("sup_con", _sup_con, formulas.sup_con_rows, 2, lambda t, c: ((), formulas.sup_con_anchors(t, c))),
+    "sigmoid": _loss("sigmoid", _sigmoid, formulas.sigmoid_rows, 4),
     "potential": Operation(
-        lambda t, c, wanted: _potential(t, *c, bool(wanted)), _no_rows, formulas.potential_rows, 1, True
+        lambda t, c, wanted: _potential(t, *c, bool(wanted)), _computed_before, potential_second, 1, True
     ),
-    "alignment": Operation(
-        *_weighted("alignment", _alignment),
-        formulas.alignment_rows,
-        2,
-        True,
-    ),
-    "batch_triplet": Operation(
-        *_weighted("batch_triplet", _batch_triplet),
-        formulas.batch_triplet_rows,
-        1,
-        True,
-        triplets.prepare,
-    ),
+    "alignment": _loss("alignment", _alignment, formulas.alignment_rows, 2),
+    "batch_triplet": _loss("batch_triplet", _batch_triplet, formulas.batch_triplet_rows, 1, triplets.prepare),
     "store": Operation(
         lambda t, c, wanted: (_store(t, *c),),
         lambda g, value, t, c, wanted: _store_grad((g, value, *t), *c, wanted),
-        formulas.store_rows,
+        by_rows(formulas.store_rows, False),
         2,
-        False,
     ),
     "gram": Operation(
         lambda t, c, wanted: (_gram(t, *c),),
         lambda g, value, t, c, wanted: _gram_grad((g, *t), *c, wanted),
-        formulas.gram_rows,
+        by_rows(formulas.gram_rows, False),
         3,
-        False,
     ),
     "matmul": Operation(
         lambda t, c, wanted: (_matmul(t, *c),),
         lambda g, value, t, c, wanted: _matmul_grad((g, *t), *c, wanted),
-        formulas.matmul_rows,
+        by_rows(formulas.matmul_rows, False),
         4,
-        False,
     ),
     "hsic": Operation(
         lambda t, c, wanted: (_hsic(t, *c),),
         lambda g, value, t, c, wanted: _hsic_grad((g, value, *t), *c, wanted),
-        _no_rows,
+        hsic_second,
         4,
-        False,
     ),
 }

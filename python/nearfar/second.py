@@ -5,14 +5,17 @@ They are rare, so they get no kernel; memory is O(block * M), never O(N * M).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import formulas
-from .operators import OPERATIONS
+
+# Derivatives of ``<vectors, gradients>`` by the upstream gradient and the tensors that may require one, of (number of
+# those, upstream gradient, value, tensors, config, vectors).
+Second = Callable[[int, Tensor, Tensor, tuple[Any, ...], tuple[Any, ...], tuple[Any, ...]], tuple[Tensor, list[Any]]]
 
 _BLOCK = 512  # rows at a time
 
@@ -42,50 +45,62 @@ def _leaves(tensors: tuple[Any, ...], count: int) -> tuple[list[Any], list[int]]
     return made, where
 
 
-def second(
-    name: str, g: Tensor, value: Tensor, tensors: tuple[Any, ...], config: tuple[Any, ...], vectors: tuple[Any, ...]
-) -> tuple[Tensor, list[Any]]:
-    """Derivatives of ``<vectors, gradients>`` by the upstream gradient and the tensors, a block of rows at a time."""
-    operation = OPERATIONS[name]
-    x = tensors[0]
-    rows_axis = 0 if operation.loss else x.dim() - 2
-    terms = n = x.shape[rows_axis]
-    if operation.prepare:
-        extra, terms = operation.prepare(tensors, config)
-        tensors = (*tensors, *extra)
-    leaves, where = _leaves(tensors, operation.count)
-    upstream = g.detach().to(torch.promote_types(g.dtype, torch.float32)).requires_grad_()
-    own = [leaves[k] for k in where]
-    along = [vectors[k] for k in where]
-    totals = [torch.zeros_like(leaf) for leaf in own] + [torch.zeros_like(upstream)]
-    offset = 0
-    for rows in _blocks(n):
-        with torch.enable_grad():
-            part = operation.rows(tuple(leaves), config, rows)
-            if not operation.loss:
-                if value.dim() < x.dim():  # condensed
-                    weights = upstream[..., offset : offset + part.shape[-1]]
-                    offset += part.shape[-1]
+def by_rows(rows: Callable[..., Tensor], loss: bool, prepare: Callable[..., Any] | None = None) -> Second:
+    """That of a plain formula, ``rows(tensors, config, slice of rows)``, a block of rows at a time.
+
+    The formula is also given the tensors that `prepare` made, beside what a mean divides by where that is not the
+    number of rows.
+    """
+
+    def second(
+        count: int,
+        g: Tensor,
+        value: Tensor,
+        tensors: tuple[Any, ...],
+        config: tuple[Any, ...],
+        vectors: tuple[Any, ...],
+    ) -> tuple[Tensor, list[Any]]:
+        x = tensors[0]
+        rows_axis = 0 if loss else x.dim() - 2
+        terms = n = x.shape[rows_axis]
+        if prepare:
+            extra, terms = prepare(tensors, config)
+            tensors = (*tensors, *extra)
+        leaves, where = _leaves(tensors, count)
+        upstream = g.detach().to(torch.promote_types(g.dtype, torch.float32)).requires_grad_()
+        own = [leaves[k] for k in where]
+        along = [vectors[k] for k in where]
+        totals = [torch.zeros_like(leaf) for leaf in own] + [torch.zeros_like(upstream)]
+        offset = 0
+        for block in _blocks(n):
+            with torch.enable_grad():
+                part = rows(tuple(leaves), config, block)
+                if not loss:
+                    if value.dim() < x.dim():  # condensed
+                        weights = upstream[..., offset : offset + part.shape[-1]]
+                        offset += part.shape[-1]
+                    else:
+                        weights = upstream[:, block] if rows_axis else upstream[block]
+                elif "none" in config:
+                    weights = upstream[block]
                 else:
-                    weights = upstream[:, rows] if rows_axis else upstream[rows]
-            elif "none" in config:
-                weights = upstream[rows]
-            else:
-                weights = upstream / max(terms, 1) if "mean" in config else upstream
-            pieces = _twice((part * weights).sum(), own, [upstream], along)
-        for total, piece in zip(totals, pieces, strict=True):
-            total += piece
-    grads: list[Any] = [None] * operation.count
-    for k, total in zip(where, totals, strict=False):
-        grads[k] = total.to(tensors[k].dtype)
-    return totals[-1].to(g.dtype), grads
+                    weights = upstream / max(terms, 1) if "mean" in config else upstream
+                pieces = _twice((part * weights).sum(), own, [upstream], along)
+            for total, piece in zip(totals, pieces, strict=True):
+                total += piece
+        grads: list[Any] = [None] * count
+        for k, total in zip(where, totals, strict=False):
+            grads[k] = total.to(tensors[k].dtype)
+        return totals[-1].to(g.dtype), grads
+
+    return second
 
 
 def potential_second(
-    name: str, g: Tensor, value: Tensor, tensors: tuple[Any, ...], config: tuple[Any, ...], vectors: tuple[Any, ...]
+    count: int, g: Tensor, value: Tensor, tensors: tuple[Any, ...], config: tuple[Any, ...], vectors: tuple[Any, ...]
 ) -> tuple[Tensor, list[Any]]:
     """log Z: the second derivative is that of Z over Z, less the product of the first ones."""
-    leaves, _ = _leaves(tensors, 1)
+    leaves, _ = _leaves(tensors, count)
     x, v = leaves[0], vectors[0]
     n = x.shape[0]
     log_z = value.detach() + torch.log(torch.tensor(n * (n - 1) / 2, dtype=value.dtype))
@@ -102,13 +117,13 @@ def potential_second(
 
 
 def hsic_second(
-    name: str, g: Tensor, value: Tensor, tensors: tuple[Any, ...], config: tuple[Any, ...], vectors: tuple[Any, ...]
+    count: int, g: Tensor, value: Tensor, tensors: tuple[Any, ...], config: tuple[Any, ...], vectors: tuple[Any, ...]
 ) -> tuple[Tensor, list[Any]]:
     """With K_v, L_v the derivatives of both matrices along the vectors and a prime for centred ones, <vectors,
     gradients> is ``<K_v, W> + <L_v, V>``, ``W = g0 L' + 2 g1 K'``, ``V = g0 K' + 2 g2 L'``. Centring is a projection:
     its derivative is ``<dK_v, W> + <dK, g0 L_v' + 2 g1 K_v'>`` and as much of L.
     """
-    leaves, _ = _leaves(tensors, 4)
+    leaves, _ = _leaves(tensors, count)
     n, diagonal = tensors[0].shape[0], config[2]
     offsets = value[3:].reshape(2, n)
     own = [[leaves[side], leaves[2 + side]] for side in range(2)]

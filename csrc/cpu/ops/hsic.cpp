@@ -282,7 +282,11 @@ class GradCell {
  public:
   static constexpr bool kScores = true;
 
-  GradCell(const Sides<T>& sides, const HsicGradParams<T>& p) : sides_(sides), p_(p) {
+  GradCell(const Sides<T>& sides, const HsicGradParams<T>& p)
+      : sides_(sides),
+        p_(p),
+        sums_{ParameterSums(p.dparameters[0], *p.program[0], sides.chunks().count),
+              ParameterSums(p.dparameters[1], *p.program[1], sides.chunks().count)} {
     // Every pair of the triangle stands for two.
     by_other_ = static_cast<T>(2 * p.grad[0]);
     // What is cut from an offset is the same error in a whole row of weights.
@@ -294,9 +298,6 @@ class GradCell {
       sides.fill(rest_[side], [&](int64_t i) {
         return -static_cast<double>(by_own_[side]) * cut(side, i) - static_cast<double>(by_other_) * cut(1 - side, i);
       });
-      parameters_[side] = p.dparameters[side] ? p.program[side]->parameters : 0;
-      sums_[side] = Buffer<double>(sides.chunks().count * parameters_[side]);
-      for (int64_t k = 0; k < sides.chunks().count * parameters_[side]; ++k) sums_[side][k] = 0;
     }
   }
 
@@ -320,9 +321,8 @@ class GradCell {
         else
           weigh<false>(first, column, run, values, upstream);
         for (int side = 0; side < kSides; ++side)
-          if (p_.dpoints[side] || parameters_[side])
-            sides_.evaluators[side].pull(tiles[side], upstream[side], k, run, sweeps[side],
-                                         parameters_[side] ? sums_[side].get() + b.chunk * parameters_[side] : nullptr);
+          if (p_.dpoints[side] || sums_[side])
+            sides_.evaluators[side].pull(tiles[side], upstream[side], k, run, sweeps[side], sums_[side].of(b.chunk));
       }
       for (int side = 0; side < kSides; ++side)
         for (int s = 0; s < sides_.scores[side].count; ++s)
@@ -331,12 +331,8 @@ class GradCell {
   }
   void close(int64_t, int64_t, int64_t) {}
 
-  /// Chunks in order.
   void finish() const {
-    for (int side = 0; side < kSides; ++side)
-      for (int64_t chunk = 0; chunk < sides_.chunks().count; ++chunk)
-        for (int k = 0; k < parameters_[side]; ++k)
-          p_.dparameters[side][k] += sums_[side][chunk * parameters_[side] + k];
+    for (const ParameterSums& sums : sums_) sums.finish();
   }
 
  private:
@@ -370,9 +366,8 @@ class GradCell {
   const Sides<T>& sides_;
   const HsicGradParams<T>& p_;
   T by_own_[kSides], by_other_;
-  int parameters_[kSides];
   Buffer<T> rest_[kSides];  // of the weights, by row or column
-  Buffer<double> sums_[kSides];
+  const ParameterSums sums_[kSides];
 };
 
 template <class T>

@@ -72,11 +72,7 @@ class Select {
       Buffer<T> rows(o.row_buffer());
       for (int64_t q = 0; q < panels; ++q)
         o.pack_panel(row + q * NR, T(1), rows.get(), packed.get() + q * NR * o.d, squares.get() + q * NR);
-      for (int64_t i = 0; i < panels * NR; ++i) {
-        // Lanes without a row look for nothing.
-        worst[i] = static_cast<T>(row + i < o.x.n() ? kInfinity : -kInfinity);
-        count[i] = 0;
-      }
+      lists_.open(panels * NR, o.x.n() - row);
     }
 
     Panel panel(int64_t q, int64_t d, const T* columns) const {
@@ -88,11 +84,6 @@ class Select {
     const int64_t row_;
     const Lists<T> lists_;
   };
-
-  /// Lists of some rows, with nothing in them.
-  void clear(T* kept, int64_t* index, int64_t rows) const {
-    for (int64_t at = 0; at < rows * room_; ++at) kept[at] = static_cast<T>(-kInfinity), index[at] = -1;
-  }
 
   int64_t column_begin(int64_t chunk) const { return o.chunks.tile_begin(chunk) * P::MR; }
   int64_t column_end(int64_t chunk) const {
@@ -117,7 +108,7 @@ class Select {
     const int64_t row = s * P::kStripRows;
     T* kept = kept_.get() + row * room_;
     int64_t* index = index_.get() + row * room_;
-    clear(kept, index, P::kStripRows);
+    Lists<T>::clear(kept, index, P::kStripRows, room_);
     if constexpr (KEY != Key::coordinate)
       if (k == 1 && !p.exclude_self && !(screen_ && KEY == Key::negative_dot)) {
         int64_t nearest[P::kStripRows];
@@ -260,7 +251,7 @@ class Select {
     const int64_t panels = ceil_div(n, NR), first = part * strips_ * P::kStripRows * room_, each = o.chunks.tiles_each;
     T* kept = kept_.get() + first;
     int64_t* index = index_.get() + first;
-    clear(kept, index, panels * NR);
+    Lists<T>::clear(kept, index, panels * NR, room_);
     const Opened r(o, 0, panels, k, kept, index);
     Buffer<T> rows(P::MR * padded<T>(o.d)), tiles(each * o.tile_stride), squares(each * P::MR),
         block(each * P::MR * NR);
