@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from generators import assert_gradient, assert_value, compare, pairs, points, reference
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -374,12 +374,78 @@ def test_third_derivatives_raise(f, arguments):
         torch.autograd.grad(second.square().sum(), arguments[:1])
 
 
+# ---- forward mode ----------------------------------------------------------------------------------------------------
+
+MORE = {
+    "hsic": (lambda q, k: nf.hsic(q, k, nf.kernels.Gaussian(), nf.kernels.Linear()), (Q, K)),
+    "cka": (lambda q, k: nf.cka(q, k, nf.kernels.Gaussian(), unbiased=True), (Q, K)),
+    "mmd": (lambda q, n: nf.mmd(q, n), (Q, NEG)),
+    "batch_triplet": (lambda q: nf.batch_triplet_loss(q, IDS), (Q,)),
+    "batch_triplet none": (lambda q: nf.batch_triplet_loss(q, IDS, mining="all", reduction="none"), (Q,)),
+    "triplet_margin": (lambda q, k: nf.triplet_margin_loss(q, k, k.flip(0)), (Q, K)),
+    "contrastive": (lambda q, k: nf.contrastive_loss(q, k, torch.arange(5) % 2), (Q, K)),
+    "cdist cityblock": (lambda q, n: nf.cdist(q, n, "cityblock"), (Q, NEG)),
+    "knn": (lambda q, n: nf.knn(q, n, 2)[0], (Q, NEG)),
+}
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on the first jvp
+@pytest.mark.parametrize("name", [*CASES, *MORE])
+def test_forward_mode(name):
+    """Along some vectors, those of dual tensors and of torch.func, against finite differences and the gradient."""
+    f, arguments = {**CASES, **MORE}[name]
+    assert gradcheck(f, arguments, check_forward_ad=True, check_backward_ad=False)
+    vectors = tuple(torch.linspace(-1, 2, a.numel(), dtype=a.dtype).reshape(a.shape) for a in arguments)
+    value, along = torch.func.jvp(f, tuple(a.detach() for a in arguments), vectors)
+    torch.testing.assert_close(value, f(*arguments).detach(), rtol=0, atol=0)
+    grads = torch.autograd.grad(f(*arguments).sum(), arguments)
+    expected = sum((g * v).sum() for g, v in zip(grads, vectors, strict=True))
+    torch.testing.assert_close(along.sum(), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @cases
-def test_forward_mode_raises(f, arguments):
+def test_forward_over_reverse(f, arguments):
+    assert gradgradcheck(f, arguments, check_fwd_over_rev=True, check_rev_over_rev=False, check_undefined_grad=False)
+
+
+@pytest.mark.parametrize("name", ["info_nce", "own", "nt_xent none", "siglip", "uniformity", "cdist", "matmul", "hsic"])
+def test_hessian_of_torch_func(name):
+    f, arguments = {**CASES, **MORE}[name]
+
+    def number(*own):
+        return f(*own).square().sum()
+
     detached = tuple(a.detach() for a in arguments)
-    with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
-        torch.func.jvp(f, detached, tuple(torch.ones_like(a) for a in detached))
+    expected = torch.autograd.functional.hessian(number, detached)
+    ours = torch.func.hessian(number, argnums=tuple(range(len(arguments))))(*detached)
+    for row, other in zip(ours, expected, strict=True):
+        for own, block in zip(row, other, strict=True):
+            assert torch.linalg.norm(own - block) <= 1e-10 * torch.linalg.norm(block) + 1e-13
+
+
+@pytest.mark.parametrize("name", ["info_nce", "sup_con", "uniformity"])
+def test_hessian_by_forward_mode_alone(name):
+    """Of a number; that of an array would be a third derivative to us, and raises."""
+    f, arguments = CASES[name]
+    x, rest = arguments[0].detach(), [a.detach() for a in arguments[1:]]
+    one = torch.func.jacfwd(torch.func.jacfwd(lambda z: f(z, *rest)))(x)
+    other = torch.autograd.functional.hessian(lambda z: f(z, *rest), x)
+    torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    with pytest.raises(NotImplementedError, match="of an array has no derivative"):
+        torch.func.jacfwd(torch.func.jacfwd(lambda z: nf.cdist(z, x)))(x)
+
+
+def test_forward_mode_of_some_rows():
+    """Without tangents nothing is recorded; half precision keeps its dtype."""
+    x, v = torch.randn(6, 4).bfloat16(), torch.randn(6, 4).bfloat16()
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(nf.uniformity(x)).tangent is None
+        along = forward_ad.unpack_dual(nf.cdist(forward_ad.make_dual(x, v), x)).tangent
+        number = forward_ad.unpack_dual(nf.uniformity(forward_ad.make_dual(x, v))).tangent
+    for f, own in ((lambda z: nf.cdist(z, x.double()), along), (nf.uniformity, number)):
+        _, expected = torch.func.jvp(f, (x.double(),), (v.double(),))
+        assert torch.linalg.norm(own - expected) <= 2e-2 * torch.linalg.norm(expected)
 
 
 def test_third_derivative_along_a_constant():

@@ -3,6 +3,10 @@
 Imported only when a torch tensor arrives. `_Forward` has `_Backward` for its backward, whose own backward is the second
 derivative (`nearfar.second`). A loss computes its gradient in the forward pass when an input requires one, because for
 a scalar the upstream gradient only scales it. Third derivatives raise.
+
+Forward mode needs nothing more. Along vectors v the derivative of a number is <gradients, v>; of an array it is the
+derivative of <gradients, v>, which is linear in the upstream gradient, by that gradient; of gradients, whose Jacobians
+are symmetric, it is the derivative of <gradients, v>. The last two are second derivatives.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import unwrap_if_dead
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
 from . import formulas, operations, operators
 from .formulas import PLAIN
@@ -22,23 +26,6 @@ from .operators import OPERATIONS
 
 def _split(args: tuple[Any, ...], count: int) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     return args[:count], args[count:]
-
-
-def _loop_vmap(function: type[Function]) -> Callable[..., Any]:
-    """vmap as a loop: an operation fills the machine by itself."""
-
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        results = []
-        for i in range(info.batch_size):
-            own = [a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)]
-            results.append(function.apply(*own))
-        single = isinstance(results[0], Tensor)
-        columns = [[r] for r in zip(*([(r,) for r in results] if single else results), strict=True)]
-        stacked = tuple(None if c[0][0] is None else torch.stack(c[0]) for c in columns)
-        dims = tuple(None if s is None else 0 for s in stacked)
-        return (stacked[0], 0) if single else (stacked, dims)
-
-    return vmap
 
 
 class _Positional(Function):
@@ -50,6 +37,19 @@ class _Positional(Function):
             return super().apply(*args)  # type: ignore[no-untyped-call]
         alive = [unwrap_if_dead(a) if isinstance(a, Tensor) else a for a in args]  # what outlived its transform
         return super(Function, cls).apply(*alive)  # type: ignore[misc]
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        """A loop: an operation fills the machine by itself."""
+        results = []
+        for i in range(info.batch_size):
+            own = [a if dim is None else a.select(dim, i) for a, dim in zip(args, in_dims, strict=True)]
+            results.append(cls.apply(*own))
+        single = isinstance(results[0], Tensor)
+        columns = [[r] for r in zip(*([(r,) for r in results] if single else results), strict=True)]
+        stacked = tuple(None if c[0][0] is None else torch.stack(c[0]) for c in columns)
+        dims = tuple(None if s is None else 0 for s in stacked)
+        return (stacked[0], 0) if single else (stacked, dims)
 
 
 class _Forward(_Positional):
@@ -79,18 +79,17 @@ class _Forward(_Positional):
         needed = ctx.needs_input_grad[3 : 3 + operation.count]
         early = [grad if need else None for grad, need in zip(early, needed, strict=False)]
         # The graph of the gradient is built only for whoever differentiates it.
-        backward = _Backward.apply if torch.is_grad_enabled() or _transformed() else _Backward.forward
-        grads = backward(ctx.name, operations.numbers(needed), ctx.count, g, value, *early, *tensors, *ctx.config)
+        recorded = torch.is_grad_enabled() or _transformed() or _forward_mode()
+        function = _DualBackward if _forward_mode() else _Backward
+        grads = (function.apply if recorded else function.forward)(
+            ctx.name, operations.numbers(needed), ctx.count, g, value, *early, *tensors, *ctx.config
+        )
         # A scale may be a number on the CPU beside points on the GPU.
         own = [
             None if grad is None or not need else grad if grad.device == tensor.device else grad.to(tensor.device)
             for grad, need, tensor in zip(grads, needed, tensors, strict=False)
         ]
         return (None, None, None, *own, *rest)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _loop_vmap(_Forward)(info, in_dims, *args)
 
 
 def _is_scalar_loss(name: str, config: tuple[Any, ...]) -> bool:
@@ -122,7 +121,8 @@ class _Backward(_Positional):
         operation, output, tensors, config = _Backward._parts(name, count, args)
         # Rounded to the inputs' dtype only at last: a loss scaler's factor in g keeps float16 gradients from vanishing.
         if _is_scalar_loss(name, config):
-            once = g.is_cuda and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed())
+            seen = torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed() or _forward_mode()
+            once = g.is_cuda and not seen
             grads = tuple(
                 grad if grad is None else _scale(grad, g, t.dtype) if once and grad.is_cuda else grad * g
                 for grad, t in zip(output[1:], tensors, strict=False)
@@ -153,10 +153,6 @@ class _Backward(_Positional):
         rest = (None,) * (ctx.count - count + len(ctx.config))
         return (None, None, None, g_grad, *(None,) * ctx.skip, *grads, *rest)
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _loop_vmap(_Backward)(info, in_dims, *args)
-
 
 class _Second(_Positional):
     """apply(name, number of tensors, upstream, value, *tensors, *vectors, *config) -> gradients of upstream, tensors.
@@ -179,11 +175,75 @@ class _Second(_Positional):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        raise NotImplementedError(f"nearfar: {ctx.name} has no third derivative")
+        raise NotImplementedError(
+            f"nearfar: {ctx.name} has no third derivative, and one in forward mode of an array has no derivative"
+        )
+
+    jvp = backward
+
+
+def _forward_mode_again(jvp: Callable[..., Any]) -> Callable[..., Any]:
+    """Torch calls `jvp` with forward mode off, also that of the transforms around the one at work: it is for these that
+    it goes on here, with what was saved stripped of this one's tangents.
+    """
+
+    def strip(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else forward_ad.unpack_dual(tensor).primal
+
+    def run(ctx: Any, *tangents: Any) -> Any:
+        with forward_ad._set_fwd_grad_enabled(True):
+            return jvp(ctx, tuple(map(strip, ctx.saved_tensors)), *tangents)
+
+    return run
+
+
+class _DualForward(_Forward):
+    """`_Forward` with a derivative in forward mode, a class of its own because the compiler refuses who has one."""
 
     @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _loop_vmap(_Second)(info, in_dims, *args)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _Forward.setup_context(ctx, inputs, output)
+        ctx.save_for_forward(*inputs[3 : 3 + ctx.count], *output)
+
+    @staticmethod
+    @_forward_mode_again
+    def jvp(ctx: Any, saved: tuple[Any, ...], *tangents: Any) -> Any:
+        operation = OPERATIONS[ctx.name]
+        tensors, (value, *early) = _split(saved, ctx.count)
+        vectors = tangents[3 : 3 + operation.count]
+        if _is_scalar_loss(ctx.name, ctx.config):
+            wanted, one = operations.numbers(v is not None for v in vectors), torch.ones_like(value)
+            grads = _DualBackward.apply(ctx.name, wanted, ctx.count, one, value, *early, *tensors, *ctx.config)
+            along = sum((g * v).sum() for g, v in zip(grads, vectors, strict=True) if v is not None)
+        else:
+            g = torch.zeros_like(value)  # any, as what is asked for is a derivative by it
+            along = _Second.apply(ctx.name, ctx.count, g, value, *tensors, *vectors, *ctx.config)[0]
+        return (along.to(value), *(None for _ in early))
+
+
+class _DualBackward(_Backward):
+    """`_Backward` with a derivative in forward mode."""
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        _Backward.setup_context(ctx, inputs, output)
+        ctx.wanted = inputs[1]
+        ctx.save_for_forward(*inputs[3 : 4 + ctx.skip + ctx.count])
+
+    @staticmethod
+    @_forward_mode_again
+    def jvp(ctx: Any, saved: tuple[Any, ...], *tangents: Any) -> Any:
+        operation = OPERATIONS[ctx.name]
+        g, *rest = saved
+        grads = (None,) * operation.count
+        if tangents[3] is not None:  # they are linear in the upstream gradient
+            grads = _DualBackward.apply(ctx.name, ctx.wanted, ctx.count, tangents[3], *rest, *ctx.config)
+        value, tensors = rest[0], rest[ctx.skip :]
+        vectors = tangents[4 + ctx.skip :][: operation.count]
+        if any(v is not None for v in vectors):
+            _, *bends = _Second.apply(ctx.name, ctx.count, g, value, *tensors, *vectors, *ctx.config)
+            grads = tuple(b if a is None else a + b for a, b in zip(grads, bends, strict=True))
+        return grads
 
 
 class _Select(_Positional):
@@ -202,12 +262,13 @@ class _Select(_Positional):
     def backward(ctx: Any, *upstream: Any) -> Any:
         return (None,) * ctx.count
 
-    @staticmethod
-    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:
-        return _loop_vmap(_Select)(info, in_dims, *args)
-
 
 # ---- what the public functions call ----------------------------------------------------------------------------------
+
+
+def _forward_mode() -> bool:
+    """Whether tensors may be dual ones. The compiler has its own way with those."""
+    return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 def _transformed() -> bool:
@@ -227,7 +288,8 @@ def select(map: str, normalize: bool, x: Tensor, y: Tensor | None, exclude_self:
     transformed = _transformed()
     tensors, config = (x.detach(), None if y is None else y.detach()), (map, normalize, exclude_self, k)
     value, index = _Select.apply(*tensors, *config) if transformed else operators.select(tensors, *config)
-    if not (torch.is_grad_enabled() and (_requires_grad(x, transformed) or _requires_grad(y, transformed))):
+    recorded = torch.is_grad_enabled() and (_requires_grad(x, transformed) or _requires_grad(y, transformed))
+    if not recorded and not _forward_mode():
         return value, index
     # The kernel's values, which are the more accurate ones, with the formula's derivatives.
     slope = formulas.chosen_pairs(map, normalize, x, x if y is None else y, index)
@@ -239,16 +301,16 @@ def apply(name: str, tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tenso
     if name in PLAIN:
         return PLAIN[name](tensors, config)
     operation = OPERATIONS[name]
-    transformed = _transformed()
+    transformed, dual = _transformed(), _forward_mode()
     recorded = torch.is_grad_enabled()
     needed = [recorded and _requires_grad(t, transformed) for t in tensors[: operation.count]]
-    if not any(needed) and not transformed:
+    if not any(needed) and not transformed and not dual:
         result: Tensor = operation.forward(tensors, config, "")[0]
         return result
     if torch.compiler.is_compiling():  # which refuses one tensor in two places
         tensors = tuple(None if t is None else t.view_as(t) for t in tensors)
-    if transformed:  # a tensor may require a gradient at another level of the transforms than this one
-        needed = [any(needed)] * len(needed)
+    if transformed or dual:  # a tensor may require a gradient at another level of the transforms than this one
+        needed = [dual or any(needed)] * len(needed)
     wanted = operations.numbers(needed) if _is_scalar_loss(name, config) else ""
-    value: Tensor = _Forward.apply(name, wanted, len(tensors), *tensors, *config)[0]
+    value: Tensor = (_DualForward if dual else _Forward).apply(name, wanted, len(tensors), *tensors, *config)[0]
     return value
