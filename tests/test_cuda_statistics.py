@@ -10,7 +10,7 @@ import pytest
 import test_cuda
 import test_statistics
 import torch
-from test_cuda import DEVICE, tensor
+from test_cuda import DEVICE, gpu_only, tensor
 from test_cuda_points import assert_repeats, device_memory, on_cpu
 
 import nearfar as nf
@@ -19,7 +19,7 @@ from nearfar.kernels import statistics
 
 k = nf.kernels
 pytestmark = [test_cuda.pytestmark, pytest.mark.usefixtures("device_memory")]
-on_device = test_cuda.on_device
+on_device, small_strips = test_cuda.on_device, test_cuda.small_strips
 __all__ = ["device_memory"]
 
 KERNELS = (k.Gaussian(2.0), k.Laplacian(5.0), k.Linear(0.5), 0.5 * k.Matern(3.0) + k.Polynomial(2))
@@ -85,27 +85,55 @@ def test_permutation_test(dtype, monkeypatch):
 
 @by_dtype
 @pytest.mark.parametrize("unbiased", [False, True])
-def test_hsic_and_cka(dtype, unbiased, dense, monkeypatch):
-    monkeypatch.setattr(statistics, "TILE", 32)
-    for n in (4, 37):
-        x = tensor(g.points(n, 6), dtype)
-        y = tensor(g.points(n, 6)[:, :3] ** 2 + g.points(n, 3, seed=1), dtype)
-        for pair in zip(KERNELS, (*KERNELS[1:], KERNELS[0]), strict=True):
-            own, other = dense(pair[0], x), dense(pair[1], y)
-            scale = np.abs(own).max() * np.abs(other).max()
-            expected = test_statistics.dense_hsic(own, other, unbiased)
-            check_scalar(nf.hsic(x, y, *pair, unbiased), expected, dtype, 3 * TOLERANCE[dtype] * scale)
-            expected = test_statistics.dense_cka(own, other, unbiased)
-            check_scalar(nf.cka(x, y, pair, unbiased), expected, dtype, 10 * TOLERANCE[dtype])
+@pytest.mark.parametrize("n", [4, 37, 64, 65, 129])
+def test_hsic_and_cka(n, dtype, unbiased, dense):
+    x = tensor(g.points(n, 6), dtype)
+    y = tensor(g.points(n, 6)[:, :3] ** 2 + g.points(n, 3, seed=1), dtype)
+    for pair in zip(KERNELS, (*KERNELS[1:], KERNELS[0]), strict=True):
+        own, other = dense(pair[0], x), dense(pair[1], y)
+        scale = np.abs(own).max() * np.abs(other).max() / min(n / 4, 8)
+        expected = test_statistics.dense_hsic(own, other, unbiased)
+        check_scalar(nf.hsic(x, y, *pair, unbiased), expected, dtype, 3 * TOLERANCE[dtype] * scale)
+        expected = test_statistics.dense_cka(own, other, unbiased)
+        check_scalar(nf.cka(x, y, pair, unbiased), expected, dtype, 10 * TOLERANCE[dtype])
     own, other = (dense(k.Linear(), z) for z in (x, y))
     expected = test_statistics.dense_cka(own, other, unbiased)
     check_scalar(nf.cka(x, y, unbiased=unbiased), expected, dtype, 10 * TOLERANCE[dtype])
     check_scalar(nf.cka(x, torch.ones_like(y), unbiased=unbiased), 0, dtype, 0)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("unbiased", [False, True])
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 63, 64, 65, 128, 129])
+def test_gradients_at_all_sizes(n, unbiased, dtype):
+    test_statistics.check_gradients(max(n, 4) if unbiased else n, unbiased, dtype, DEVICE)
+
+
+@pytest.mark.usefixtures("small_strips")
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_several_blocks(unbiased, dense):
+    x, y = tensor(g.points(259, 20), "float32"), tensor(g.points(259, 2, seed=1), "float32")
+    kernels = k.Gaussian(6.0), k.Laplacian(2.0) + k.Polynomial(2)
+    expected = test_statistics.dense_cka(dense(kernels[0], x), dense(kernels[1], y), unbiased)
+    check_scalar(nf.cka(x, y, kernels, unbiased), expected, "float32", 1e-5)
+    test_statistics.check_gradients(130, unbiased, "float32", DEVICE)
+
+
+def test_nearly_constant_kernels_keep_digits(dense):
+    """Every entry is 1 to some digits, and the few columns that are looked at first are of one class, or of each."""
+    for group in (np.arange(300) % 3, np.arange(300) // 150):
+        x, y = (g.points(300, d, seed=d) + group[:, None] for d in (5, 2))
+        for scale, tolerance in ((1e3, 1e-9), (30.0, 1e-11)):
+            for unbiased in (False, True):
+                own, other = (tensor(z, "float64") for z in (x, y))
+                kernel = k.Gaussian(scale)
+                expected = test_statistics.dense_cka(*(1 - dense(kernel, z) for z in (own, other)), unbiased)
+                value = nf.cka(own, other, kernel, unbiased)
+                check_scalar(value, expected, "float64", tolerance)
+
+
 @pytest.mark.parametrize("unbiased", [False, True])
 def test_gradients(unbiased, monkeypatch):
-    monkeypatch.setattr(statistics, "TILE", 8)
     leaves = [tensor(z, "float64").requires_grad_() for z in (g.points(13, 3), g.points(13, 2, seed=1), 1.3)]
 
     def gradients(x, y, scale):
@@ -120,14 +148,68 @@ def test_gradients(unbiased, monkeypatch):
         g.assert_gradient(grad, other, 1e-9)
 
 
-def test_statistics_repeat_bit_for_bit(monkeypatch):
-    monkeypatch.setattr(statistics, "TILE", 32)
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_second_derivatives(unbiased):
+    leaves = [tensor(z, "float64").requires_grad_() for z in (g.points(6, 3), g.points(6, 2, seed=1), 1.3)]
 
+    def value(x, y, scale):
+        kernels = k.Gaussian(scale), k.Matern(2.0)
+        return nf.cka(x, y, kernels, unbiased) + nf.hsic(x, y, *kernels, unbiased)
+
+    assert torch.autograd.gradcheck(value, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(value, leaves, fast_mode=True)
+
+
+def test_kernels_that_are_no_program(monkeypatch):
+    """They take tiles, which agree with the fused pass."""
+    monkeypatch.setattr(statistics, "TILE", 16)
+    custom = k.Custom(lambda r: torch.exp(-r / 8), lambda r: -torch.exp(-r / 8) / 8)
+    x, y = tensor(g.points(50, 3), "float64"), tensor(g.points(50, 2, seed=1), "float64")
+    for unbiased in (False, True):
+        fused = nf.cka(x, y, k.Gaussian(2.0), unbiased)
+        close(nf.cka(x, y, (custom, k.Gaussian(2.0)), unbiased), float(fused), 1e-10)
+
+
+def test_statistics_repeat_bit_for_bit(monkeypatch):
     def run():
-        x, y = tensor(g.points(70, 3), "float32"), tensor(g.points(70, 3, seed=1), "float32")
-        return [nf.mmd(x, y, k.Gaussian(2.0)), nf.hsic(x, y), nf.cka(x, y, "gaussian", True), nf.cka(x, y)]
+        x, y = (tensor(g.points(70, 3, seed=s), "float32").requires_grad_() for s in range(2))
+        values = [
+            nf.mmd(x, y, k.Gaussian(2.0)),
+            nf.hsic(x, y, "laplacian"),
+            nf.cka(x, y, "gaussian", True),
+            nf.cka(x, y),
+        ]
+        return [z.detach() for z in (*values, *torch.autograd.grad(sum(values), (x, y)))]
 
     assert_repeats(monkeypatch, run)
+
+
+@gpu_only
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node")
+def test_no_hidden_synchronisation_and_graph_capture():
+    x, y = (tensor(g.points(300, 20, seed=s), "float32").requires_grad_() for s in range(2))
+    scale = torch.tensor(3.0, device="cuda", requires_grad=True)
+
+    def both():
+        value = nf.cka(x, y, (k.Gaussian(scale), k.Matern(2.0) * k.Polynomial(2))) + nf.hsic(x, y, unbiased=True)
+        return [value, *torch.autograd.grad(value, [x, y, scale])]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        both()
+    torch.cuda.current_stream().wait_stream(stream)
+    with test_cuda.no_synchronisation():
+        both()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = both()
+    with torch.no_grad():
+        scale.fill_(1.5)
+        x.mul_(0.9)
+    graph.replay()
+    for one, other in zip(captured, both(), strict=True):
+        assert torch.equal(one, other)
 
 
 def test_bad_rows_and_bad_input():
@@ -139,6 +221,9 @@ def test_bad_rows_and_bad_input():
     with pytest.raises(ValueError, match="^x: expected at least 4 rows with unbiased=True, got 3"):
         nf.cka(x[:3], y[:3], unbiased=True)
     x[2, 1] = torch.nan
+    leaf = x.clone().requires_grad_()
+    nf.cka(leaf, y, "gaussian").backward()
+    assert leaf.grad.isnan().all()
     for value in (nf.mmd(x, y), nf.hsic(x, y), nf.cka(x, y), nf.cka(x, y, "gaussian", True)):
         assert value.isnan()
     assert np.isnan(nf.mmd_permutation_test(x, y, permutations=2).p_value)

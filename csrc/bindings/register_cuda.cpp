@@ -187,6 +187,62 @@ void matmul_grad(py::handle x, py::handle y, py::handle v, py::handle grad, cons
   });
 }
 
+/// As HsicInputs, of one device.
+struct DeviceSides {
+  Call call;
+  const Array x, y;
+  const DeviceProgram program_x, program_y;
+  DeviceSides(py::handle x_, py::handle y_, py::handle parameters_x, py::handle parameters_y, const std::string& text_x,
+              const std::string& text_y)
+      : x(call.input(x_, "x", 2)),
+        y(call.points(y_, "y", 2, x)),
+        program_x(call, text_x, parameters_x, x.shape[1]),
+        program_y(call, text_y, parameters_y, y.shape[1]) {
+    require_shape(y, "y", {n(), y.shape[1]});
+  }
+  int64_t n() const { return x.shape[0]; }
+  template <class Params>
+  Params params(bool diagonal) const {
+    Params p{};
+    p.points[0] = rows_of(x), p.points[1] = rows_of(y);
+    p.program[0] = &program_x.program, p.program[1] = &program_y.program;
+    p.parameters_at[0] = program_x.at, p.parameters_at[1] = program_y.at;
+    p.diagonal = diagonal;
+    return p;
+  }
+};
+
+void hsic(py::handle x, py::handle y, py::handle parameters_x, py::handle parameters_y, const std::string& program_x,
+          const std::string& program_y, bool diagonal, py::handle values, const py::tuple& where) {
+  DeviceSides in(x, y, parameters_x, parameters_y, program_x, program_y);
+  with_compute_type(in.x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    auto p = in.params<cuda::HsicDevice<T>>(diagonal);
+    p.values = in.call.output<double>(values, "values", {3 + 2 * in.n()});
+    in.call.run(where, [&](cuda::Context& c) { cuda::hsic<T>(c, p); });
+  });
+}
+
+void hsic_grad(py::handle x, py::handle y, py::handle parameters_x, py::handle parameters_y,
+               const std::string& program_x, const std::string& program_y, bool diagonal, py::handle values,
+               py::handle grad, py::handle dx, py::handle dy, py::handle dparameters_x, py::handle dparameters_y,
+               const py::tuple& where) {
+  DeviceSides in(x, y, parameters_x, parameters_y, program_x, program_y);
+  with_compute_type(in.x.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const auto parameters = [&](py::handle out, const char* name, const DeviceProgram& own) {
+      return out.is_none() ? nullptr : in.call.output<double>(out, name, {own.program.parameters});
+    };
+    auto p = in.params<cuda::HsicGradDevice<T>>(diagonal);
+    p.values = in.call.output<double>(values, "values", {3 + 2 * in.n()});
+    p.grad = in.call.output<double>(grad, "grad", {3});
+    p.dpoints[0] = in.call.gradient<T>(dx, "dx", in.x), p.dpoints[1] = in.call.gradient<T>(dy, "dy", in.y);
+    p.dparameters[0] = parameters(dparameters_x, "dparameters_x", in.program_x);
+    p.dparameters[1] = parameters(dparameters_y, "dparameters_y", in.program_y);
+    in.call.run(where, [&](cuda::Context& c) { cuda::hsic_grad<T>(c, p); });
+  });
+}
+
 void select(py::handle x, py::handle y, const std::string& map, double power, bool normalize, bool exclude_self,
             int64_t k, py::handle value, py::handle index, const std::string&, const py::tuple& where) {
   DevicePairs in(x, y);
@@ -228,6 +284,11 @@ void register_cuda(py::module_& module) {
         arg("out"), arg("where"));
   m.def("matmul_grad", cuda_bindings::matmul_grad, arg("x"), arg("y"), arg("v"), arg("grad"), arg("program"),
         arg("parameters"), arg("dx"), arg("dy"), arg("dparameters"), arg("where"));
+  m.def("hsic", cuda_bindings::hsic, arg("x"), arg("y"), arg("parameters_x"), arg("parameters_y"), arg("program_x"),
+        arg("program_y"), arg("diagonal"), arg("values"), arg("where"));
+  m.def("hsic_grad", cuda_bindings::hsic_grad, arg("x"), arg("y"), arg("parameters_x"), arg("parameters_y"),
+        arg("program_x"), arg("program_y"), arg("diagonal"), arg("values"), arg("grad"), arg("dx"), arg("dy"),
+        arg("dparameters_x"), arg("dparameters_y"), arg("where"));
   m.def("select", cuda_bindings::select, arg("x"), arg("y"), arg("map"), arg("power"), arg("normalize"),
         arg("exclude_self"), arg("k"), arg("value"), arg("index"), arg("screening"), arg("where"));
   register_cuda_losses(m);

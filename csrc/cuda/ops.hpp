@@ -87,6 +87,16 @@ struct MatmulGradDevice : MatmulGradParams<T> {
   const double* parameters_at = nullptr;
 };
 
+template <class T>
+struct HsicDevice : HsicParams<T> {
+  const double* parameters_at[2] = {};
+};
+
+template <class T>
+struct HsicGradDevice : HsicGradParams<T> {
+  const double* parameters_at[2] = {};
+};
+
 // Instantiated for float and double; see cuda/ops/*.cu.
 template <class T>
 void store(Context& c, const StoreParams<T>& p);
@@ -116,6 +126,10 @@ template <class T>
 void matmul(Context& c, const MatmulDevice<T>& p);
 template <class T>
 void matmul_grad(Context& c, const MatmulGradDevice<T>& p);
+template <class T>
+void hsic(Context& c, const HsicDevice<T>& p);
+template <class T>
+void hsic_grad(Context& c, const HsicGradDevice<T>& p);
 template <class T>
 void select(Context& c, const SelectParams<T>& p);
 template <class T>

@@ -124,21 +124,6 @@ struct PutGaussian {
   NEARFAR_DEVICE Put begin() const { return {GaussianStep<T>(parameter)}; }
 };
 
-/// Upstream gradients times the pull of the Gaussian. They may lie where the result goes.
-template <class T>
-struct PutGaussianPull {
-  const T* parameter;
-  Weights<T> upstream;
-  struct Put {
-    GaussianStep<T> step;
-    const Weights<T>& upstream;
-    NEARFAR_DEVICE T operator()(int64_t i, int64_t j, T score) const {
-      return finite(upstream.at(i, j) * (2 * step.slope(score, step.value(score))));
-    }
-  };
-  NEARFAR_DEVICE Put begin() const { return {GaussianStep<T>(parameter), upstream}; }
-};
-
 /// Leaves something of every pair in `out`, 0 outside if that has room there, and marks near pairs where it has bits.
 template <class T, class Put>
 struct ProgramEpilogue {
@@ -184,69 +169,44 @@ NEARFAR_DEVICE void for_pairs(const Block& b, F f) {
     f(i, j);
 }
 
+/// The scores of a block of pairs, each in a buffer of its own, and the program that they enter.
+template <class T>
+struct PairScores {
+  static constexpr int kRegisters = DeviceProgram<T>::kRegisters;
+  DeviceProgram<T> program;
+  Weights<T> score[Program::kScores];
+
+  /// The value of a pair. `pull` needs the registers.
+  NEARFAR_DEVICE T value(int64_t i, int64_t j, T* registers) const {
+    for (int s = 0; s < program.scores; ++s) registers[s] = score[s].at(i, j);
+    return program.evaluate(registers);
+  }
+  /// Upstream gradient times the pull of every score, in the place of the score; `sums`: as for `reverse`.
+  NEARFAR_DEVICE void pull(int64_t i, int64_t j, const T* registers, T upstream, double* sums) const {
+    T slopes[kRegisters];
+    program.reverse(registers, upstream, slopes, sums);
+    for (int s = 0; s < program.scores; ++s) score[s].at(i, j) = finite(program.square[s] ? 2 * slopes[s] : slopes[s]);
+  }
+  /// The pull of a pair that does not count.
+  NEARFAR_DEVICE void clear(int64_t i, int64_t j) const {
+    for (int s = 0; s < program.scores; ++s) score[s].at(i, j) = 0;
+  }
+};
+
 /// The program's values from its scores, in the place of the first; 0 outside if that has room there.
 template <class T>
 struct EvaluatePairs {
-  DeviceProgram<T> program;
-  Weights<T> score[Program::kScores];
+  PairScores<T> pairs;
   int64_t n, m;
   bool outside;
 
   NEARFAR_DEVICE void operator()() const {
-    for_pairs(score[0].block, [&](int64_t i, int64_t j) {
+    for_pairs(pairs.score[0].block, [&](int64_t i, int64_t j) {
       const bool inside = i < n && j < m;
       if (!inside && !outside) return;
-      T value = 0;
-      if (inside) {
-        T registers[DeviceProgram<T>::kRegisters];
-        for (int s = 0; s < program.scores; ++s) registers[s] = score[s].at(i, j);
-        value = program.evaluate(registers);
-      }
-      score[0].at(i, j) = value;
+      T registers[PairScores<T>::kRegisters];
+      pairs.score[0].at(i, j) = inside ? pairs.value(i, j, registers) : T(0);
     });
-  }
-};
-
-/// Upstream gradients times the pull of every score, in the place of the score. parts (parameter, block of threads):
-/// sums for the gradients of the parameters, null if not wanted.
-template <class T>
-struct ReversePairs {
-  DeviceProgram<T> program;
-  Weights<T> score[Program::kScores];
-  Weights<T> upstream;
-  int64_t n, m;
-  double* parts;
-
-  NEARFAR_DEVICE void operator()() const {
-    double sums[Program::kParameters];
-    for (int p = 0; parts && p < program.parameters; ++p) sums[p] = 0;
-    for_pairs(score[0].block, [&](int64_t i, int64_t j) {
-      T registers[DeviceProgram<T>::kRegisters], slopes[DeviceProgram<T>::kRegisters];
-      const bool inside = i < n && j < m;
-      if (inside) {
-        for (int s = 0; s < program.scores; ++s) registers[s] = score[s].at(i, j);
-        program.evaluate(registers);
-        program.reverse(registers, upstream.at(i, j), slopes, parts ? sums : nullptr);
-      }
-      for (int s = 0; s < program.scores; ++s)
-        score[s].at(i, j) = !inside ? T(0) : finite(program.square[s] ? 2 * slopes[s] : slopes[s]);
-    });
-    for (int p = 0; parts && p < program.parameters; ++p) {
-      const double sum = block_sum(sums[p]);
-      if (cuda::thread_index() == 0) parts[p * cuda::block_count() + cuda::block_index()] = sum;
-    }
-  }
-};
-
-/// A block a parameter.
-struct AddParameterSums {
-  const double* parts;
-  int64_t count;
-  double* out;
-  NEARFAR_DEVICE void operator()() const {
-    const int64_t p = cuda::block_index();
-    const double sum = OrderedSum{parts + p * count, count}();
-    if (cuda::thread_index() == 0) out[p] += sum;
   }
 };
 
@@ -258,19 +218,6 @@ struct OwnWeights {
   NEARFAR_DEVICE void operator()(int64_t own, int64_t other, T& grad, T& value) const {
     grad = ROWS ? weights.at(own, other) : weights.at(other, own);
     value = 0;
-  }
-};
-
-/// Columns of a gradient, which a score reads, into the whole.
-template <class T>
-struct AddColumns {
-  const T* from;
-  int64_t count, d;
-  T* to;
-  int64_t width;
-  NEARFAR_DEVICE void operator()() const {
-    const int64_t at = cuda::global_thread();
-    if (at < count) to[at / d * width + at % d] += from[at];
   }
 };
 
@@ -341,11 +288,12 @@ class PackedProgram {
   /// The program's values in a block.
   void values(const Weights<T>& out, bool outside) const {
     if (program.is_gaussian()) return put(0, out, outside, PutGaussian<T>{program.parameter});
-    EvaluatePairs<T> evaluate{program, {out}, n, m, outside};
+    EvaluatePairs<T> evaluate{{program, {out}}, n, m, outside};
     for (int s = 0; s < program.scores; ++s) {
-      if (s > 0) evaluate.score[s] = others_[s];
-      evaluate.score[s].block = out.block;
-      put_scores(s, evaluate.score[s]);
+      Weights<T>& score = evaluate.pairs.score[s];
+      if (s > 0) score = others_[s];
+      score.block = out.block;
+      put_scores(s, score);
     }
     if (program.steps > 0 || outside) c_.launch(pair_blocks(out.block), evaluate);
   }
@@ -360,70 +308,6 @@ class PackedProgram {
   bool mend_[Program::kScores]{};
   ScoreKind kind_[Program::kScores]{};
 };
-
-/// Adds the gradient of sum_ij u_ij k(x_i, y_j) to dx, dy and dparameters, null if not wanted. upstream(room) are the u
-/// of the block of `room`, which they may be put into.
-template <class T, class Upstream>
-void program_gradient(cuda::Context& c, const Program& text, const double* parameters_at, const Rows& x, const Rows& y,
-                      T* dx, T* dy, double* dparameters, bool needs_room, Upstream upstream) {
-  const PackedProgram<T> packed(c, text, parameters_at, x, y, false, true);
-  const DeviceProgram<T>& program = packed.program;
-  const bool points = dx || dy, gaussian = program.is_gaussian() && !dparameters;
-  struct Part {
-    T *dx = nullptr, *dy = nullptr;
-    std::optional<Strip<T, T>> strip;
-  };
-  Part parts[Program::kScores];
-  // dX is computed in any case; where it is not wanted, or not all of it, aside.
-  auto room = [&](T* whole, const Rows& rows, int64_t d) {
-    if (whole && d == rows.d) return whole;
-    T* own = c.take<T>(rows.n * d);
-    c.launch_threads(rows.n * d, Fill<T>{own, rows.n * d, T(0)});
-    return own;
-  };
-  for (int s = 0; s < program.scores; ++s) {
-    const Pairs<T, T>& pairs = packed[s];
-    if (points) parts[s].dx = room(dx, x, pairs.x.d);
-    if (dy) parts[s].dy = room(dy, y, pairs.y.d);
-    const bool multiplies = !packed.by_coordinates(s);
-    parts[s].strip.emplace(c, pairs, false, true, multiplies ? parts[s].dx : nullptr,
-                           multiplies ? parts[s].dy : nullptr);
-  }
-  const StripShape shape = parts[0].strip->shape;
-  Weights<T> aside{nullptr, nullptr, shape.columns, {}};
-  if (needs_room && !gaussian) aside.w = c.take<T>(shape.rows * shape.columns);
-  double* sums = nullptr;
-  if (dparameters) sums = c.take<double>(pair_blocks({0, shape.rows, 0, shape.columns}) * program.parameters);
-
-  parts[0].strip->for_blocks([&](const Weights<T>& first) {
-    const Block& block = first.block;
-    ReversePairs<T> reverse{program, {}, {}, packed.n, packed.m, sums};
-    for (int s = 0; s < program.scores; ++s) {
-      reverse.score[s] = parts[s].strip->open(block);
-      parts[s].strip->clear_near(reverse.score[s]);
-    }
-    if (gaussian) {
-      packed.put(0, first, true, PutGaussianPull<T>{program.parameter, upstream(first)});
-    } else {
-      aside.block = block;
-      reverse.upstream = upstream(aside);
-      for (int s = 0; s < program.scores; ++s) packed.put_scores(s, reverse.score[s]);
-      c.launch(pair_blocks(block), reverse);
-      if (sums) c.launch(program.parameters, AddParameterSums{sums, pair_blocks(block), dparameters});
-    }
-    for (int s = 0; points && s < program.scores; ++s)
-      packed.products(s, *parts[s].strip, reverse.score[s], parts[s].dx, parts[s].dy);
-  });
-
-  for (int s = 0; s < program.scores; ++s) {
-    const int64_t d = packed[s].x.d, begin = text.score[s].begin;
-    auto add = [&](const T* from, T* to, const Rows& rows) {
-      if (to && from != to) c.launch_threads(rows.n * d, AddColumns<T>{from, rows.n * d, d, to + begin, rows.d});
-    };
-    add(parts[s].dx, dx, x);
-    add(parts[s].dy, dy, y);
-  }
-}
 
 }  // namespace device
 }  // namespace nearfar

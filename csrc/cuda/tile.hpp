@@ -309,7 +309,7 @@ NEARFAR_DEVICE void reduce_lse(const Fragment<P>& f, Place place) {
   cuda::sync_block();
 }
 
-/// The sum of one double of every thread, in a fixed order; thread 0 has it.
+/// The sum of one double of every thread, in a fixed order; all have it.
 NEARFAR_DEVICE double block_sum(double value) {
   NEARFAR_SHARED double sums[cuda::kWarps];
   value = cuda::warp_sum(value);

@@ -1,6 +1,6 @@
 // Gram matrices of kernels given as programs, and the gradient through them. As in store.cu, the matrix is the result.
 #include "cuda/ops.hpp"
-#include "cuda/program.hpp"
+#include "cuda/program_gradient.hpp"
 
 namespace nearfar {
 namespace cuda {

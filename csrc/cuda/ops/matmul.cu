@@ -3,7 +3,7 @@
 //   out_i  = sum_j k(x_i, y_j) v_j
 //   dx_i   = sum_j <g_i, v_j> pull_ij (x_i - y_j)     (of <g, K v>; v's own gradient is K(y, x) g: the same operation)
 #include "cuda/loss.hpp"
-#include "cuda/program.hpp"
+#include "cuda/program_gradient.hpp"
 
 namespace nearfar {
 namespace {

@@ -4,11 +4,11 @@ MMD is a quadratic form, ``w^T K w`` with weights +1/n on one sample and -1/m on
 relabellings of the points are many columns of it.
 
 HSIC and CKA need ``sum_ij K'_ij L'_ij`` of two centred Gram matrices, which is no product with a vector: one fused pass
-over a triangle of pairs (csrc/cpu/ops/hsic.cpp), and one more for gradients. On the GPU, and for kernels that are no
-program, square tiles of both matrices are made, centred and multiplied, on and above the diagonal only: with the row
-sums (one product with ones) the centred entries are ``K'_ij = K_ij - a_i - a_j``. Centring before multiplying keeps the
-digits that ``tr(K L) - 2/n ... + ...`` of nearly constant Gram matrices cancels. Linear kernels need no pairs where the
-D x D cross products are smaller.
+over pairs (csrc/cpu/ops/hsic.cpp, csrc/cuda/ops/hsic.cu), and one more for gradients. For kernels that are no program,
+square tiles of both matrices are made, centred and multiplied, on and above the diagonal only: with the row sums (one
+product with ones) the centred entries are ``K'_ij = K_ij - a_i - a_j``. Centring before multiplying keeps the digits
+that ``tr(K L) - 2/n ... + ...`` of nearly constant Gram matrices cancels. Linear kernels need no pairs where the D x D
+cross products are smaller.
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from ..arrays import (
     of_kind,
     to_numpy,
 )
-from ..backend import on_cuda
 from .base import Kernel, checkpointed
 from .families import Linear
 from .named import resolve
@@ -257,7 +256,7 @@ def hsic(x: Array, y: Array, kernel_x: Any = "gaussian", kernel_y: Any = "gaussi
     -------
     0-d array
         Differentiable for tensors, where the kernels are: matrices are computed again in the backward pass, not stored
-        (on the GPU and for `Custom` kernels they are under ``torch.func``: O(N^2) memory).
+        (for `Custom` kernels they are under ``torch.func``: O(N^2) memory).
 
     Raises
     ------
@@ -358,7 +357,7 @@ def _centred_sums(
     if type(kernel_x) is type(kernel_y) is Linear and max(x.shape[1], y.shape[1]) <= x.shape[0]:
         sides = {"x": x, "y": y}
         return [_linear_sum(sides[pair[0]], sides[pair[1]], unbiased) for pair in wanted]
-    if kernel_x._compiles and kernel_y._compiles and not on_cuda(x):
+    if kernel_x._compiles and kernel_y._compiles:
         values = _fused_sums(x, y, kernel_x, kernel_y, unbiased)
         return [values[("xy", "xx", "yy").index(pair)] for pair in wanted]
     return _tiled_sums(x, y, kernel_x, kernel_y, unbiased, wanted)
