@@ -7,21 +7,6 @@
 namespace nearfar {
 inline namespace device {
 
-/// Upstream gradients times the pull of the Gaussian. They may lie where the result goes.
-template <class T>
-struct PutGaussianPull {
-  const T* parameter;
-  Weights<T> upstream;
-  struct Put {
-    GaussianStep<T> step;
-    const Weights<T>& upstream;
-    NEARFAR_DEVICE T operator()(int64_t i, int64_t j, T score) const {
-      return finite(upstream.at(i, j) * (2 * step.slope(score, step.value(score))));
-    }
-  };
-  NEARFAR_DEVICE Put begin() const { return {GaussianStep<T>(parameter), upstream}; }
-};
-
 /// What pairs add to the gradients of parameters: the sums of a thread, then one of every block of threads, at
 /// (parameter, block). parts null: not wanted.
 struct ParameterSums {
@@ -190,7 +175,7 @@ void program_gradient(cuda::Context& c, const Program& text, const double* param
   gradient.for_blocks([&](const Block& block) {
     const PairScores<T> pairs = gradient.open(block);
     if (gaussian) {
-      kernel.put(0, pairs.score[0], true, PutGaussianPull<T>{kernel.program.parameter, upstream(pairs.score[0])});
+      kernel.gaussian_pulls(pairs.score[0], upstream(pairs.score[0]));
     } else {
       aside.block = block;
       const Weights<T> given = upstream(aside);

@@ -504,12 +504,9 @@ def hsic_grad(
     `config`. To them a and b are constants.
     """
     arrays, (*programs, wanted) = (x, y, parameters_x, parameters_y), config
-    # All beside the points, as those of `_pair_gradients`.
-    dtypes = (None, None, "float64", "float64")
-    out = [
-        empty(x, tuple(own.shape), dtype, zero=True) if str(k) in wanted else None
-        for k, (own, dtype) in enumerate(zip(arrays, dtypes, strict=True))
-    ]
+    # All beside the points, as in `_pair_gradients`.
+    kinds = zip("0123", arrays, (None, None, "float64", "float64"), strict=True)
+    out = [empty(x, tuple(own.shape), dtype, zero=True) if k in wanted else None for k, own, dtype in kinds]
     kernel(x, "hsic_grad")(*arrays, *programs, values, _contiguous(grad[:3]), *out)
     return tuple(out)
 

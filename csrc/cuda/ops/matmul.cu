@@ -182,8 +182,7 @@ void matmul_grad(Context& c, const MatmulGradDevice<T>& p) {
   const Pairs<T, T> coefficients(c, p.grad, p.v, false, false, false);
   program_gradient<T>(c, *p.program, p.parameters_at, p.x, p.y, p.dx, p.dy, p.dparameters, true, [&](Weights<T> room) {
     room.near = nullptr;
-    launch_scores(c, plan_scores(c, "coefficients", coefficients, room.block), coefficients, room.block,
-                  ProgramEpilogue<T, PutScore<T>>{coefficients.scores, room, p.x.n, p.y.n, false, PutScore<T>{false}});
+    put_scores(c, "coefficients", coefficients, room);
     return room;
   });
 }
