@@ -41,6 +41,10 @@ Numbers = NDArray[Any]
 # A pivot, or an eigenvalue of the landmarks' Gram matrix, below this many eps of the largest is round-off.
 NOISE = 10.0
 
+# Rows of a kernel matrix that greedy elimination asks for together: of the next pivots, most are now among so many with
+# the largest diagonal, and a dozen rows take little longer than one. 20000 x 32, rank 200: 30 calls in place of 200.
+AHEAD = 12
+
 # Angles of random features at a time: they and their float64 stay in the cache.
 ANGLES = 1 << 16
 
@@ -100,12 +104,17 @@ def greedy(gram: ImplicitGram, rank: int, tol: float) -> Greedy:
     total, largest = residual.sum(), float(np.abs(residual).max(initial=0.0))
     noise = NOISE * float(np.finfo(gram.dtype).eps) * largest
     factor, pivots = np.empty((rank, gram.n), gram.dtype), np.empty(rank, np.int64)
+    rows: dict[int, Numbers] = {}
     k = 0
     while k < rank:
         p = int(residual.argmax())
         if residual.min() < -noise or residual[p] <= noise or residual.sum() <= tol * total:
             break
-        row = gram.block(slice(p, p + 1))[0] - factor[:k, p] @ factor[:k]
+        if p not in rows:
+            likely = np.argpartition(residual, -min(AHEAD, rank - k))[-min(AHEAD, rank - k) :]
+            wanted = np.union1d(likely, p)
+            rows = dict(zip(wanted.tolist(), gram.block(wanted), strict=True))
+        row = rows[p] - factor[:k, p] @ factor[:k]
         row /= math.sqrt(residual[p])
         row[pivots[:k]] = 0  # exactly so in exact arithmetic
         row[p] = math.sqrt(residual[p])
@@ -144,10 +153,10 @@ def pivoted_cholesky(kernel: Any, x: Array, rank: int, tol: float = 1e-6) -> Low
 
     Notes
     -----
-    ``(rank + 1) N`` entries of the kernel, O(N rank^2) arithmetic, O(N rank) memory. Every step eliminates the point
-    whose diagonal is left largest, so the pivots are far apart. Harbrecht, Peters and Schneider, On the low-rank
-    approximation by the pivoted Cholesky decomposition, 2012: the trace decays as fast as the eigenvalues, if these
-    decay exponentially.
+    Two to six times ``rank N`` entries of the kernel, O(N rank^2) arithmetic, O(N rank) memory. Every step eliminates
+    the point whose diagonal is left largest, so the pivots are far apart. Harbrecht, Peters and Schneider, On the
+    low-rank approximation by the pivoted Cholesky decomposition, 2012: the trace decays as fast as the eigenvalues, if
+    these decay exponentially.
 
     Examples
     --------
