@@ -49,6 +49,24 @@ def test_depths(kind, dtype, metric):
 
 
 @pytest.mark.isa
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("few", [1, 3, 15, 48])
+def test_few_rows_or_columns(few, dtype):
+    """They are the tiles, the others the lanes, and of these no copy is kept."""
+    for d in (3, 20):
+        x, y = points(few, d, dtype), points(2100, d, dtype, seed=1)
+        for metric in METRICS:
+            assert_distances(nf.cdist(x, y, metric), x, y, metric)
+            assert_distances(nf.cdist(y, x, metric), y, x, metric)
+        leaves, doubles = ([torch.from_numpy(a.astype(t)).requires_grad_() for a in (x, y)] for t in (dtype, "float64"))
+        weights = torch.from_numpy(rng(few).standard_normal((2100, few)))
+        expected = torch.autograd.grad((torch_distances(*doubles[::-1], "euclidean") * weights).sum(), doubles)
+        for own in (nf.cdist(*leaves[::-1]), nf.cdist(*leaves).T):
+            for actual, wanted in zip(torch.autograd.grad((own * weights).sum(), leaves), expected, strict=True):
+                assert_gradient(actual, wanted, GRADIENT[dtype], STEP[dtype])
+
+
+@pytest.mark.isa
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("d", [3, 16, 17, 20])
 def test_shapes(shape, d):

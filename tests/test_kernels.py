@@ -52,6 +52,23 @@ def test_dense_and_product(kind, dtype, d):
             )
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("n", "m", "r"), [(1, 3000, 1), (6, 2100, 2), (12, 1025, 1), (12, 1025, 2), (5, 6, 3)])
+def test_gradient_of_few_rows(n, m, r, dtype):
+    """They change places with the columns."""
+    kernel = nf.kernels.Gaussian(3.0) + 0.5 * nf.kernels.Linear(1.0) * nf.kernels.Matern(4.0)
+    arrays = points(n, 5), points(m, 5, seed=1), rng(2).standard_normal((m, r))
+    leaves, doubles = ([torch.from_numpy(a.astype(t)).requires_grad_() for a in arrays] for t in (dtype, "float64"))
+    upstream = torch.from_numpy(rng(3).standard_normal((n, r)))
+    product, dense = kernel.matmul(*leaves), kernel(*doubles[:2]) @ doubles[2]
+    sums = (kernel(*doubles[:2]).abs() @ doubles[2].abs()).detach()
+    assert ((product - dense).abs() <= 20 * EPS[dtype] * sums).all()
+    expected = torch.autograd.grad((dense * upstream).sum(), doubles)
+    for actual, wanted in zip(torch.autograd.grad((product * upstream).sum(), leaves), expected, strict=True):
+        assert_gradient(actual, wanted, GRADIENT[dtype], STEP[dtype])
+
+
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)
 def test_shapes(kind, dtype):
     x = of_kind(kind, rng(1).standard_normal((2, 3, 6, 4)), dtype)

@@ -11,6 +11,7 @@ inline namespace device {
 
 NEARFAR_DEVICE float absolute(float x) { return fabsf(x); }
 NEARFAR_DEVICE double absolute(double x) { return fabs(x); }
+using std::sqrt;
 template <class T>
 NEARFAR_DEVICE T select(bool condition, T yes, T no) {
   return condition ? yes : no;
@@ -91,7 +92,6 @@ using std::expm1;
 using std::fma;
 using std::log;
 using std::log1p;
-using std::sqrt;
 NEARFAR_DEVICE float largest(float a, float b) { return fmaxf(a, b); }
 NEARFAR_DEVICE double largest(double a, double b) { return fmax(a, b); }
 NEARFAR_DEVICE float smallest(float a, float b) { return fminf(a, b); }

@@ -120,22 +120,24 @@ struct ChebyshevMap : CoordinateMap {
   }
 };
 
-/// (|x_k - y_k| / value)^(p - 1), through logarithms: neither power overflows.
+/// (|x_k - y_k| / value)^(p - 1), of the ratio or through logarithms: neither power overflows.
 struct MinkowskiMap : CoordinateMap {
   PowerDifference score;
+  explicit MinkowskiMap(double p) : score(p) {}
   template <class V>
   NEARFAR_FN V value(V s) const {
     return power(s, 1 / score.p);
   }
   template <class V>
-  static NEARFAR_FN V aside(V value) {
-    return log(value);
+  NEARFAR_FN V aside(V value) const {
+    return score.halves ? V(1.0f / value) : log(value);
   }
   template <class V>
-  NEARFAR_FN V pull(V x, V y, V grad, V log_value) const {
-    const V difference = x - y;
-    const V slope = grad * exp(scaled(V(log(absolute(difference)) - log_value), score.p - 1));
-    return signed_by(difference, V(select(log_value == log_value, slope, V{})));  // a NaN row is its own affair
+  NEARFAR_FN V pull(V x, V y, V grad, V aside) const {
+    const V difference = x - y, size = absolute(difference);
+    const V part = score.halves ? score.by_products(V(size * aside), score.halves - 2)
+                                : exp(scaled(V(log(size) - aside), score.p - 1));
+    return signed_by(difference, V(select(aside == aside, V(grad * part), V{})));  // a NaN row is its own affair
   }
 };
 
@@ -143,7 +145,7 @@ template <class F>
 inline void with_coordinate_map(PairMap name, double p, F f) {
   if (name == PairMap::cityblock) return f(CityblockMap{});
   if (name == PairMap::chebyshev) return f(ChebyshevMap{});
-  f(MinkowskiMap{{}, {p}});
+  f(MinkowskiMap(p));
 }
 
 /// f(the score) where no matrix product gives it, else nothing.
@@ -389,19 +391,12 @@ struct PowerStep {
   static constexpr int kParameters = 0;
   NEARFAR_FN explicit PowerStep(int n) : n(n) {}
   template <class V>
-  static NEARFAR_FN V power(V s, int n) {
-    V result = V{} + T(1);
-    for (; n > 0; n >>= 1, s *= s)
-      if (n & 1) result *= s;
-    return result;
-  }
-  template <class V>
   NEARFAR_FN V value(V s) const {
-    return power(s, n);
+    return whole_power(s, n);
   }
   template <class V>
   NEARFAR_FN V slope(V s, V) const {
-    return power(s, n - 1) * T(n);
+    return whole_power(s, n - 1) * T(n);
   }
   template <class V>
   NEARFAR_FN V by(int, V, V) const {

@@ -29,7 +29,8 @@ Numbers = NDArray[Any]
 
 # A residual that has not halved in so many steps is down to the round-off of the products.
 PATIENCE = 200
-# Up to here components come from the stored matrix: Krylov spaces would be most of the space.
+# Up to here, but no further than 20 rows a column of the block, components come from the stored matrix: there Krylov
+# spaces, which end after some 6 products, take as long. 500 x 16, 2 components: 20 ms in place of 59.
 DENSE_COMPONENTS = 512
 
 
@@ -409,7 +410,7 @@ class KernelPCA(_KernelEstimator):
         self._center = common_center(gram.x) if type(self.kernel_) is Linear else None
         if self._center is not None:
             gram = ImplicitGram(self.kernel_, gram.x - self._center)
-        if gram.n <= max(DENSE_COMPONENTS, 8 * (wanted + 8)):
+        if gram.n <= max(min(DENSE_COMPONENTS, 20 * (wanted + 8)), 8 * (wanted + 8)):
             values, vectors = self._dense(gram, wanted)
         else:
             values, vectors = self._lanczos(gram, wanted)

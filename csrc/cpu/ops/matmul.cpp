@@ -2,6 +2,8 @@
 //
 //   out_i  = sum_j k(x_i, y_j) v_j
 //   dx_i   = sum_j <g_i, v_j> pull_ij (x_i - y_j)     (of <g, K v>; v's own gradient is K(y, x) g: the same operation)
+#include <utility>
+
 #include "cpu/program.hpp"
 
 namespace nearfar {
@@ -225,10 +227,67 @@ class Matmul {
   Buffer<T> v_, parts_;
 };
 
-/// The upstream gradient of k(x_i, y_j) is <g_i, v_j>: scores too.
+/// Rows so few that they would leave lanes empty.
 template <class T>
-void gradient(const MatmulGradParams<T>& p) {
+bool few(int64_t n, int64_t m) {
+  return n < m && n <= 3 * Policy<T>::NR / 4;
+}
+
+/// The product for them: columns run along the lanes. A task is a run of columns, whose sums are added in order.
+template <class T>
+void few_rows(const MatmulParams<T>& p) {
   using P = Policy<T>;
+  constexpr int64_t NR = P::NR, kEach = 1024 / NR;
+  const Scores<T> scores(*p.program, p.y, p.x, false, false, p.threads);
+  const Evaluator<T> evaluator(*p.program);
+  const Source<T> v(p.v);
+  const int64_t m = p.y.n, r = p.v.d, results = p.x.n * r, tiles = scores.chunks().tiles, size = tiles * P::MR * NR;
+  const int64_t panels = ceil_div(m, NR), tasks = ceil_div(panels, kEach);
+  Buffer<T> parts(tasks * results);
+  parallel_for(tasks, p.threads, [&](int64_t task, int) {
+    Buffer<T> rows(scores.row_buffer()), packed(scores.packed()), squares(scores.squares());
+    Buffer<T> blocks(scores.count * size), row(r), weights(r * NR), sums(results * NR);
+    T* values[Program::kScores];
+    for (int s = 0; s < scores.count; ++s) values[s] = blocks.get() + s * size;
+    for (int64_t k = 0; k < results * NR; ++k) sums[k] = 0;
+    for (int64_t panel = task * kEach; panel < (task + 1) * kEach && panel < panels; ++panel) {
+      const int64_t j0 = panel * NR, lanes = m - j0 < NR ? m - j0 : NR;
+      scores.pack(j0, rows.get(), packed.get(), squares.get());
+      scores.block(0, tiles, j0, packed.get(), squares.get(), values);
+      evaluator.forward(values, size, values[0]);
+      for (int64_t lane = 0; lane < NR; ++lane) {
+        if (lane < lanes) v.read(j0 + lane, row.get());
+        for (int64_t c = 0; c < r; ++c) weights[c * NR + lane] = lane < lanes ? row[c] : T(0);
+        for (int64_t i = 0; lane >= lanes && i < p.x.n; ++i) values[0][i * NR + lane] = 0;
+      }
+      for (int64_t k = 0; k < results; ++k)
+        for (int64_t at = 0; at < NR; at += kLanes<T>)
+          store(sums.get() + k * NR + at, load(sums.get() + k * NR + at) + load(values[0] + k / r * NR + at) *
+                                                                               load(weights.get() + k % r * NR + at));
+    }
+    for (int64_t k = 0; k < results; ++k) {
+      Vec<T> sum = Vec<T>{};
+      for (int64_t at = 0; at < NR; at += kLanes<T>) sum += load(sums.get() + k * NR + at);
+      parts[task * results + k] = hsum<T>(sum);
+    }
+  });
+  for (int64_t k = 0; k < results; ++k) {
+    T sum = 0;
+    for (int64_t task = 0; task < tasks; ++task) sum += parts[task * results + k];
+    p.out[k] = sum;
+  }
+}
+
+/// The upstream gradient of k(x_i, y_j) is <g_i, v_j>: scores too. Few rows change places with the columns.
+template <class T>
+void gradient(const MatmulGradParams<T>& given) {
+  using P = Policy<T>;
+  MatmulGradParams<T> p = given;
+  if (few<T>(p.x.n, p.y.n)) {
+    std::swap(p.x, p.y);
+    std::swap(p.grad, p.v);
+    std::swap(p.dx, p.dy);
+  }
   const Operands<T> coefficients(p.grad, p.v, false, false, false, p.threads);
   auto upstream = [&](const Block<T>& b, int64_t panel, T* out) {
     Buffer<T> rows(coefficients.row_buffer()), packed(P::NR * p.v.d);
@@ -240,6 +299,8 @@ void gradient(const MatmulGradParams<T>& p) {
 
 template <class T>
 void product(const MatmulParams<T>& p) {
+  // Of many columns of v the other form multiplies several at a time.
+  if (few<T>(p.x.n, p.y.n) && !p.same && p.x.n * p.v.d <= 16) return few_rows(p);
   Matmul<T>(p).run();
 }
 

@@ -1,9 +1,10 @@
 // Store: the whole matrix of a map or of a kernel's program, and the gradient through it. Here, and only here, the
 // matrix exists: it is the result.
 //
-// The second index runs along the lanes, so that rows of the result are written in order. Where y is x, tiles on and
-// above the diagonal are computed and mirrored.
+// The second index runs along the lanes, so that rows of the result are written in order; the first, where there are
+// too few columns to fill them. Where y is x, tiles on and above the diagonal are computed and mirrored.
 #include <type_traits>
+#include <utility>
 
 #include "cpu/coordinate.hpp"
 #include "cpu/mask.hpp"
@@ -89,14 +90,32 @@ struct ProgramTiles {
   const Evaluator<T> evaluator;
 };
 
-/// Where the result lies.
+/// Where the result lies; turned: its rows are columns there.
 template <class T>
 struct Matrix {
   int64_t n, m;
-  bool same, condensed;
+  bool same, condensed, turned;
   T* out;
   int threads;
 };
+
+/// Whether x and y change places: the columns would leave lanes empty.
+template <class T, class Params>
+bool turns(const Params& p) {
+  return !p.same && p.y.n < Policy<T>::NR && p.y.n < p.x.n;
+}
+template <class Params>
+Params turned(Params p) {
+  std::swap(p.x, p.y);
+  return p;
+}
+/// The same of a gradient. A single column lies in memory as a row does.
+template <class Params>
+Params turned_gradient(Params p) {
+  std::swap(p.x, p.y);
+  std::swap(p.dx, p.dy);
+  return p;
+}
 
 template <class T, class Tiles>
 class Store {
@@ -107,36 +126,57 @@ class Store {
   Store(const Matrix<T>& matrix, const Tiles& tiles) : p(matrix), n(p.n), m(p.m), o(tiles) {}
 
   void run() {
-    const int64_t strips = ceil_div(m, P::kStripRows), packed = o.packed(), squares = o.squares();
+    const int64_t panels = ceil_div(m, NR), packed = o.packed(), squares = o.squares();
     const int64_t all_tiles = o.chunks().tiles;
     // A large result passes the caches by, where its rows keep the alignment of a vector.
     constexpr int64_t kLarge = int64_t(8) << 20;
-    stream_ = !p.condensed && n * m * static_cast<int64_t>(sizeof(T)) >= kLarge && m % kLanes<T> == 0 &&
+    stream_ = !p.condensed && !p.turned && n * m * static_cast<int64_t>(sizeof(T)) >= kLarge && m % kLanes<T> == 0 &&
               reinterpret_cast<uintptr_t>(p.out) % kVectorBytes == 0;
-    panels_ = Buffer<T>(strips * P::kPanels * packed);
-    squares_ = Buffer<T>(strips * P::kPanels * squares);
-    parallel_for(strips * P::kPanels, p.threads, [&](int64_t panel, int) {
+    if (all_tiles <= kTiles) return run_few(panels);
+    panels_ = Buffer<T>(panels * packed);
+    squares_ = Buffer<T>(panels * squares);
+    parallel_for(panels, p.threads, [&](int64_t panel, int) {
       Buffer<T> rows(o.row_buffer());
       o.pack(panel * NR, rows.get(), panels_.get() + panel * packed, squares_.get() + panel * squares);
     });
-    // A task is a run of rows of the result: short enough to balance, long enough to reuse a panel.
-    constexpr int64_t kTiles = 48 / P::MR;
-    const int64_t tasks = ceil_div(all_tiles, kTiles);
-    parallel_for(tasks, p.threads, [&](int64_t task, int) {
+    parallel_for(ceil_div(all_tiles, kTiles), p.threads, [&](int64_t task, int) {
       const int64_t t0 = task * kTiles, t1 = t0 + kTiles < all_tiles ? t0 + kTiles : all_tiles;
-      alignas(64) T block[48 * NR];
-      const int64_t first = p.same ? t0 * P::MR / NR : 0;
-      for (int64_t panel = first; panel * NR < m; ++panel) {
-        o.block(t0, t1, panel * NR, panels_.get() + panel * packed, squares_.get() + panel * squares, block);
-        write(t0 * P::MR, t1 * P::MR < n ? t1 * P::MR : n, panel * NR, block);
-      }
+      for (int64_t panel = p.same ? t0 * P::MR / NR : 0; panel < panels; ++panel)
+        compute(t0, t1, panel * NR, panels_.get() + panel * packed, squares_.get() + panel * squares);
       if (stream_) fence();
     });
   }
 
  private:
+  // A task is a run of rows of the result: short enough to balance, long enough to reuse a panel.
+  static constexpr int64_t kTiles = 48 / P::MR;
+
+  /// One such run: every panel is needed once, as soon as it is packed, and nothing of y is kept.
+  void run_few(int64_t panels) const {
+    constexpr int64_t kEach = 1024 / NR;
+    parallel_for(ceil_div(panels, kEach), p.threads, [&](int64_t task, int) {
+      Buffer<T> rows(o.row_buffer()), packed(o.packed()), squares(o.squares());
+      for (int64_t panel = task * kEach; panel < (task + 1) * kEach && panel < panels; ++panel) {
+        o.pack(panel * NR, rows.get(), packed.get(), squares.get());
+        compute(0, o.chunks().tiles, panel * NR, packed.get(), squares.get());
+      }
+      if (stream_) fence();
+    });
+  }
+
+  void compute(int64_t t0, int64_t t1, int64_t j0, const T* packed, const T* squares) const {
+    alignas(64) T block[48 * NR];
+    o.block(t0, t1, j0, packed, squares, block);
+    write(t0 * P::MR, t1 * P::MR < n ? t1 * P::MR : n, j0, block);
+  }
+
   void write(int64_t row0, int64_t row1, int64_t j0, const T* block) const {
     const int64_t lanes = m - j0 < NR ? m - j0 : NR;
+    if (p.turned) {
+      for (int64_t lane = 0; lane < lanes; ++lane)
+        for (int64_t i = row0; i < row1; ++i) p.out[(j0 + lane) * n + i] = block[(i - row0) * NR + lane];
+      return;
+    }
     for (int64_t i = row0; i < row1; ++i) {
       const T* s = block + (i - row0) * NR;
       T* out = row_of(p.out, i, m, p.condensed) + j0;
@@ -272,24 +312,29 @@ void gradient(const StoreGradParams<T>& p) {
 }
 
 template <class T>
-void store_all(const StoreParams<T>& p) {
+void store_all(const StoreParams<T>& given) {
+  const bool turn = turns<T>(given);
+  const StoreParams<T> p = turn ? turned(given) : given;
   const auto run = [&](auto map) {
     const MapTiles<T, decltype(map)> tiles(p, map);
-    Store<T, MapTiles<T, decltype(map)>>({p.x.n, p.y.n, p.same, p.condensed, p.out, p.threads}, tiles).run();
+    Store<T, MapTiles<T, decltype(map)>>({p.x.n, p.y.n, p.same, p.condensed, turn, p.out, p.threads}, tiles).run();
   };
   by_coordinate(p.map) ? with_coordinate_map(p.map, p.power, run) : with_map(p.map, run);
 }
 
 template <class T>
-void gram_all(const GramParams<T>& p) {
+void gram_all(const GramParams<T>& given) {
+  const bool turn = turns<T>(given);
+  const GramParams<T> p = turn ? turned(given) : given;
   const ProgramTiles<T> tiles(p);
-  Store<T, ProgramTiles<T>>({p.x.n, p.y.n, p.same, false, p.out, p.threads}, tiles).run();
+  Store<T, ProgramTiles<T>>({p.x.n, p.y.n, p.same, false, turn, p.out, p.threads}, tiles).run();
 }
 
 template <class T>
 void gram_gradient(const GramGradParams<T>& p) {
   using P = Policy<T>;
   const int64_t n = p.x.n, m = p.y.n;
+  if (m == 1 && n > 1) return gram_gradient(turned_gradient(p));
   // As in the result, its columns are lanes.
   auto upstream = [&](const Block<T>& b, int64_t panel, T* out) {
     const int64_t j0 = b.row + panel * P::NR, lanes = m - j0 < P::NR ? m - j0 : P::NR;
@@ -321,6 +366,7 @@ void coordinate_gradient(const StoreGradParams<T>& p, const Map& map, bool secon
 
 template <class T>
 void gradient_all(const StoreGradParams<T>& p) {
+  if (p.y.n == 1 && p.x.n > 1 && !p.condensed) return gradient_all(turned_gradient(p));
   if (by_coordinate(p.map))
     return with_coordinate_map(p.map, p.power, [&](auto map) {
       if (p.dx) coordinate_gradient(p, map, false);
