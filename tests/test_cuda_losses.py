@@ -348,6 +348,17 @@ def test_graph_capture(name):
         assert torch.equal(grad, other)
 
 
+# ---- pairs of rows ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_contrastive(dtype):
+    """A function of the distances that alignment finds."""
+    x, y = pair(37, 21, dtype)
+    same = torch.arange(37, device=DEVICE) % 2
+    check(nf.contrastive_loss, ["x1", "x2"], dtype, x1=x, x2=y, same=same, margin=1.5)
+
+
 # ---- triplets --------------------------------------------------------------------------------------------------------
 
 MININGS = ("hard", "semihard", "all")

@@ -167,12 +167,6 @@ def test_contrastive_of_bad_rows(bad, kind):
     assert np.isnan(np.asarray(rows)).tolist() == [False, True, True, False]
 
 
-def test_contrastive_of_the_smallest_numbers():
-    """Rows of subnormal numbers have directions; their inverse norms, which are infinite, only their gradients need."""
-    x = np.array([[1e-310, 0.0], [0.0, 3e-310]])
-    assert nf.contrastive_loss(x, x[::-1].copy(), np.array([1, 1]), reduction="none").tolist() == [2.0, 2.0]
-
-
 def test_contrastive_is_torch_and_numpy_alike():
     x, y = pairs(33, 7, "float32")
     same = np.arange(33) % 3 == 0
@@ -222,6 +216,13 @@ def test_triplet_margin_is_torch(p, swap, kind):
     own = nf.triplet_margin_loss(**rows, margin=0.7, p=p, swap=swap, reduction="none")
     expected = F.triplet_margin_loss(*map(torch.as_tensor, (a, b, c)), margin=0.7, p=p, swap=swap, reduction="none")
     assert_value(own, expected, 1e-12, 1e-3)
+
+
+def test_triplet_margin_of_the_smallest_numbers():
+    """Rows of subnormal numbers have directions; their inverse norms, which are infinite, only their gradients need."""
+    x = np.array([[1e-310, 0.0], [0.0, 3e-310]])
+    rows = nf.triplet_margin_loss(x, x, x[::-1].copy(), margin=2.0, reduction="none", normalize=True, eps=0.0)
+    assert rows.tolist() == [2 - math.sqrt(2)] * 2
 
 
 def test_triplet_margin_has_torchs_bits():

@@ -15,22 +15,18 @@ from torch import Tensor
 from .arrays import is_concrete, matrix_product
 
 
-def unit(x: Tensor, wide: bool = False) -> Tensor:
-    """Rows of unit norm; a zero row stays zero, with zero derivatives.
-
-    They are scaled by their largest entry first, except where they come from a narrower dtype and no square overflows.
-    """
-    if not wide:
-        x = x / x.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+def unit(x: Tensor) -> Tensor:
+    """Rows of unit norm; a zero row stays zero, with zero derivatives."""
+    # Scaled by their largest entry: no square overflows.
+    x = x / x.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
     square = (x * x).sum(-1, keepdim=True)
-    some = square > 0
-    return x * ((square + ~some).rsqrt() * some)
+    return x * square.masked_fill(square == 0, torch.inf).rsqrt()
 
 
 def _root(square: Tensor) -> Tensor:
     """The square root, with zero derivatives at 0; NaN stays NaN."""
     zero = square == 0
-    return (square + zero).sqrt() * ~zero
+    return square.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
 
 
 def apply_map(map: str, x: Tensor, y: Tensor) -> Tensor:
@@ -359,25 +355,13 @@ def potential_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slic
     return torch.where(later, -t * square, -torch.inf)
 
 
-# ---- losses of paired rows: torch differentiates them as they are ----------------------------------------------------
+# ---- a loss of paired rows: torch differentiates it as it is ---------------------------------------------------------
 
 
 def _reduced(loss: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" or loss.shape[0] == 0 else loss.mean()
-
-
-def contrastive(tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tensor:
-    """`rowwise.contrastive`."""
-    x1, x2, same = tensors
-    margin, reduction, normalize = config
-    wide = x1.dtype != torch.float64
-    x1, x2 = (unit(x.double(), wide) if normalize else x.double() for x in (x1, x2))
-    square = _euclidean(x1, x2, True)
-    loss = torch.where(same != 0, square, torch.relu(margin - _root(square)).square())
-    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
-    return _reduced(loss, reduction).to(dtype)
 
 
 def triplet_margin(tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tensor:
@@ -399,4 +383,4 @@ def triplet_margin(tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tensor:
     return _reduced((margin + distance(anchor, positive, p, eps) - far).clamp_min(0), reduction)
 
 
-PLAIN: dict[str, Callable[..., Tensor]] = {"contrastive": contrastive, "triplet_margin": triplet_margin}
+PLAIN: dict[str, Callable[..., Tensor]] = {"triplet_margin": triplet_margin}

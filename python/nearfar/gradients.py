@@ -30,13 +30,16 @@ _OPERATIONS: dict[str, tuple[Callable[..., Any], bool]] = {
     "sup_con": (operations.sup_con, True),
     "sigmoid": (operations.sigmoid, True),
     "batch_triplet": (triplets.batch_triplet, True),
-    "contrastive": (rowwise.contrastive, False),
     "triplet_margin": (rowwise.triplet_margin, False),
 }
 
 # Operations of rows, which a tail makes a loss of: the rows, and (upstream, rows, *inputs, *config) -> gradients.
 _ROWS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "labelled_lse": (operations.labelled_lse, operations.labelled_lse_grad),
+    "alignment": (
+        lambda x, y, alpha, how, unit: operations.alignment(None, x, y, alpha, how, unit, False)[0],
+        lambda slopes, _, x, y, alpha, how, unit: operations.alignment(slopes, x, y, alpha, how, unit, True)[1:],
+    ),
 }
 
 
@@ -61,7 +64,7 @@ NOTHING = Part((), ())
 
 @dataclass(frozen=True)
 class Tail:
-    """A loss as an O(N) function of an operation's rows and of the scale that is its last part.
+    """A loss as an O(N) function of an operation's rows and of its last part, a scale where that matters.
 
     Plain arithmetic: torch differentiates `value` by itself; `slopes` are its derivatives for NumPy, for scalar values.
     """
@@ -102,14 +105,14 @@ def _launch(call: Call, wanted: str) -> Any:
 
 def _launch_rows(call: Call, tail: Tail, tensors: tuple[Any, ...], gradients: bool) -> Any:
     forward, backward = _ROWS[call.operation]
-    scale = tensors[len(call.parts) - 1]
+    last = tensors[len(call.parts) - 1]
     rows = forward(*tensors, *call.config)
-    value = cast(np.asarray(tail.value(rows, scale)), compute_dtype(tensors[0]))
+    value = cast(np.asarray(tail.value(rows, last)), compute_dtype(tensors[0]))
     if not gradients:
         return (value,)
-    slopes, scale_slope = tail.slopes(rows, scale)
-    *grads, dscale = backward(slopes, rows, *tensors, *call.config)
-    return value, *grads, dscale + scale_slope
+    slopes, last_slope = tail.slopes(rows, last)
+    *grads, last_grad = backward(slopes, rows, *tensors, *call.config)
+    return value, *grads, last_grad + last_slope
 
 
 def run(call: Call) -> Array:

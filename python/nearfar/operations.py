@@ -93,7 +93,7 @@ def _codes(ids: Array, columns: int) -> tuple[Array, Array | None]:
     if on_cuda(ids):
         return _contiguous(cast(ids, "int64")), None
     rows, _ = codes_of(ids)
-    return rows, np.concatenate([rows, np.full(columns - len(rows), -1, np.int32)])
+    return rows, rows if columns == len(rows) else np.concatenate([rows, np.full(columns - len(rows), -1, np.int32)])
 
 
 def softmax(
@@ -130,7 +130,7 @@ def softmax(
         elif "1" in wanted:
             dy = empty(x, tuple(columns.shape), zero=True)
         if not own_positive:
-            dpositive = None if dy is None else dy[:n]
+            dpositive = dy if dy is None or len(dy) == n else dy[:n]
         elif "2" in wanted:
             dpositive = empty(x, (n, d), zero=True)
         dpaired = empty(x, tuple(paired.shape)) if paired is not None and "3" in wanted else None
@@ -140,7 +140,7 @@ def softmax(
         mode,
         x,
         columns,
-        positive if own_positive else columns[:n],
+        positive if own_positive else columns if len(columns) == n else columns[:n],
         shift,
         not own_positive,
         in_sum,

@@ -1,7 +1,7 @@
-"""Losses of paired rows, O(N D): NumPy formulas with their gradients, in float64 throughout.
+"""The triplet loss of paired rows, O(N D): NumPy formulas with their gradients, in float64 throughout.
 
-For torch the same are compositions of torch's own operations (`nearfar.formulas.PLAIN`), which differentiates them.
-Each function returns ``(value, *gradients)`` as `nearfar.operations` does.
+For torch the same is made of torch's own operations (`nearfar.formulas.PLAIN`), which differentiates them. Returned is
+``(value, *gradients)`` as by `nearfar.operations`.
 """
 
 from __future__ import annotations
@@ -48,27 +48,6 @@ def _result(
             own = inverse * (own - u * (u * own).sum(1, keepdims=True))
         made.append(own.astype(dtype))
     return (np.asarray(value, dtype), *made)
-
-
-@np.errstate(invalid="ignore")  # infinite entries: NaN out, as from the kernels
-def contrastive(
-    x1: Any, x2: Any, same: Any, margin: float, reduction: str, normalize: bool, gradients: bool
-) -> tuple[Any, ...]:
-    """d^2 of pairs that are the same, max(0, margin - d)^2 of those that are not."""
-    (u, v), inverses = _prepared((x1, x2), normalize)
-    same = np.asarray(same) != 0
-    difference = u - v
-    square = (difference * difference).sum(1)
-    distance = np.sqrt(square)
-    short = np.where(same, 0.0, np.maximum(margin - distance, 0.0))
-    loss = np.where(same, square, short * short)
-    if not gradients:
-        return _result(x1, loss, reduction, [], [], [])
-    # d loss / d distance over the distance, which is 0 at distance 0.
-    pull = np.where(same, 2.0, np.divide(-2 * short, distance, out=np.zeros_like(distance), where=distance != 0))
-    pull = np.where(np.isnan(square), np.nan, pull)
-    grad = pull[:, None] * difference
-    return _result(x1, loss, reduction, [u, v], inverses, [grad, -grad])
 
 
 def _norm(difference: _Rows, p: float) -> _Rows:

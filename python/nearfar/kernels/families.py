@@ -479,7 +479,7 @@ class Cosine(Kernel):
     is_mercer = True
 
     def _build(self, program: Builder) -> Register:
-        return program.score("unit_dot", "unit", unit_rows)
+        return program.score("unit_dot", "unit", unit_rows, together=True)
 
     def _diag(self, x: Array) -> Array:
         return cast((x != 0).any(-1), compute_dtype(x)) + (x * 0).sum(-1)

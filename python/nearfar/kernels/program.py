@@ -72,15 +72,32 @@ class Builder:
         self._keep.append(value)
         return id(value)
 
-    def score(self, kind: str, points: Hashable = None, prepare: Callable[[Array], Array] | None = None) -> Register:
-        """A score of the points as given, or of ``prepare(points)``, which `points` names."""
+    def score(
+        self,
+        kind: str,
+        points: Hashable = None,
+        prepare: Callable[[Array], Array] | None = None,
+        together: bool = False,
+    ) -> Register:
+        """A score of the points as given, or of ``prepare(points)``, which `points` names.
+
+        `together`: both sets may be prepared as one, because nothing but the points has a gradient.
+        """
         if points not in self._sets:
-            if prepare is None:
-                self._sets[points] = self.x, self.y
-            else:
-                x, y = self.wide()
-                self._sets[points] = prepare(x), None if y is None else prepare(y)
+            self._sets[points] = (self.x, self.y) if prepare is None else self._prepared(prepare, together)
         return "score", self._scores.setdefault((kind, points), len(self._scores))
+
+    def _prepared(self, prepare: Callable[[Array], Array], together: bool) -> tuple[Array, Array | None]:
+        x, y = self.wide()
+        if y is None:
+            return prepare(x), None
+        # As one set they take half of torch's operations, but then neither has a gradient without the other.
+        if together and is_torch(x) and x.requires_grad == y.requires_grad:
+            import torch
+
+            rows, columns = torch.tensor_split(prepare(torch.cat((x, y), -2)), (x.shape[-2],), -2)
+            return rows, columns
+        return prepare(x), prepare(y)
 
     def step(self, name: str, left: Register, right: Register | int = 0) -> Register:
         """A step; `right` is a register, an exponent, or the number of its first parameter."""
@@ -179,7 +196,7 @@ class Builder:
 
         if all(isinstance(value, float) for value in self._values):
             # By way of NumPy: from a list it takes twice as long.
-            return torch.as_tensor(np.array(self._values, np.float64))
+            return torch.from_numpy(np.array(self._values, np.float64))
         # On the GPU if one is, where kernels read them. A number is filled in there: a copy would be waited for.
         devices = [value.device for value in self._values if is_torch(value) and value.device.type != "cpu"]
         options: dict[str, Any] = {"dtype": torch.float64, "device": devices[0] if devices else "cpu"}

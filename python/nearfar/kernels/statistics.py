@@ -95,7 +95,7 @@ def mmd(x: Array, y: Array, kernel: Any = "gaussian", unbiased: bool = True) -> 
     """
     z, n, m = _pooled(x, y, unbiased)
     groups = np.arange(n + m)[:, None] < n
-    value = _discrepancies(resolve(kernel, z), z, groups, unbiased)[0]
+    value = _discrepancies(resolve(kernel, z), z, groups, n, unbiased)[0]
     return _scalar(value, z)
 
 
@@ -167,7 +167,7 @@ def mmd_permutation_test(
             column[random.permutation(n + m)[:n]] = True
         if begin == 0:
             groups[:, 0] = np.arange(n + m) < n
-        found = _discrepancies(resolved, z, groups, unbiased)
+        found = _discrepancies(resolved, z, groups, n, unbiased)
         values.append(to_numpy(found))
     statistic, null = values[0][0], np.concatenate(values)[1:]
     # Relabellings that repeat the observed one differ from it by round-off, and are as extreme.
@@ -191,27 +191,25 @@ def _pooled(x: Array, y: Array, unbiased: bool) -> tuple[Array, int, int]:
     return concatenate([cast(x, dtype), cast(y, dtype)]), int(x.shape[0]), int(y.shape[0])
 
 
-def _discrepancies(kernel: Kernel, z: Array, groups: NDArray[np.bool_], unbiased: bool) -> Array:
-    """The statistic of every column of `groups`, which says which points are in the first sample; float64.
+def _discrepancies(kernel: Kernel, z: Array, groups: NDArray[np.bool_], n: int, unbiased: bool) -> Array:
+    """The statistic of every column of `groups`, which says which n points are in the first sample; float64.
 
-    T_u = T_b + (S_xx / n^2 - tr_x / n) / (n - 1) + the same of y: the V-statistic, and small corrections.
+    T_u = T_b + (S_xx / n^2 - tr_x / n) / (n - 1) + the same of y: the V-statistic, and small corrections. All are sums
+    over points, of K w, of K 1 and of the diagonal, with K (w + n 1) / (n + m) the sum over the first sample.
     """
-    n = int(np.count_nonzero(groups[:, 0]))
     m = len(groups) - n
-    weights = np.where(groups, float(m), -float(n))
-    columns = np.concatenate([weights, np.ones((len(groups), 1))], 1) if unbiased else weights
-    product = cast(kernel.matmul(z, None, _like(columns, z)), "float64")
-    wide = _like(weights, z, "float64")
-    count = weights.shape[1]
-    biased = (wide * product[:, :count]).sum(0) / float(n * m) ** 2
+    first = groups.astype(np.float64)  # in double also where the compiler traces it
+    second = 1.0 - first
+    weights = first * m - second * n
+    share = weights / float(n * m) ** 2
     if not unbiased:
-        return biased
-    first, sums = _like(groups, z, "float64"), product[:, count:]
-    own = (product[:, :count] + n * sums) / (n + m)  # K times the indicator of the first sample
-    diagonal = cast(kernel.diag(z), "float64")[:, None]
-    s_x, tr_x = (first * own).sum(0), (first * diagonal).sum(0)
-    s_y, tr_y = ((1 - first) * (sums - own)).sum(0), ((1 - first) * diagonal).sum(0)
-    return biased + (s_x / n**2 - tr_x / n) / (n - 1) + (s_y / m**2 - tr_y / m) / (m - 1)
+        return (_like(share, z, "float64") * cast(kernel.matmul(z, None, _like(weights, z)), "float64")).sum(0)
+    columns = np.concatenate([weights, np.ones((len(groups), 1))], 1)
+    product = cast(kernel.matmul(z, None, _like(columns, z)), "float64")
+    share += (first / (n * n * (n - 1)) - second / (m * m * (m - 1))) / (n + m)
+    pairs = first / (n * (n - 1)) + second / (m * (m - 1))
+    others = product[:, -1:] / (n + m) - cast(kernel._diag(z), "float64")[:, None]
+    return (_like(share, z, "float64") * product[:, :-1] + _like(pairs, z, "float64") * others).sum(0)
 
 
 def _like(values: NDArray[Any], z: Array, dtype: str | None = None) -> Array:

@@ -42,8 +42,7 @@ def _sigmoid(x: Any) -> Any:
 def constants(like: Array, *values: Any) -> Array:
     """In memory of the CPU, whose numbers the launch of a kernel carries: a GPU would have to be waited for."""
     if is_torch(like):
-        torch = sys.modules["torch"]
-        return torch.tensor(values, dtype=torch.float64)
+        return sys.modules["torch"].from_numpy(np.array(values, np.float64))
     return np.array(values, np.float64)
 
 
@@ -54,7 +53,8 @@ def numbers(like: Array, n: int) -> Array:
     return namespace(like).arange(n)
 
 
-def _reduced(loss: Array, reduction: str, count: Any) -> Array:
+def reduced(loss: Array, reduction: str, count: Any) -> Array:
+    """The losses of rows, their sum, or that over `count`."""
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / count
@@ -162,29 +162,30 @@ def _hcl_tail(negatives: int, tau_plus: float, reduction: str) -> Tail:
     log_tau = math.log(tau_plus) if tau_plus > 0 else -math.inf
 
     def ratios(rows: Array, scale: Any) -> tuple[Array, Array, Array]:
-        """log G_i / e^{positive}; where it is the estimate, not the bound; and log tau_plus M e^{positive} / R_i."""
+        """log G_i / e^{positive}; where it is the bound; and log tau_plus M e^{positive} / R_i."""
         lib = library(rows)
-        positive, log_r = rows[:, 0], rows[:, 1] - rows[:, 2]
-        false = log_tau - (log_r - positive)
-        some = ~(false >= 0)  # so that NaN goes on
-        false = lib.where(some, false, -1.0)
-        estimate = log_m + (log_r - positive) + lib.log(-lib.expm1(false)) - math.log1p(-tau_plus)
+        positive, log_sum, log_weights = rows.T
+        gain = log_sum - log_weights - positive
+        false = log_tau - gain
+        none = false >= 0  # left after false ones are taken out; NaN goes on
+        false = lib.where(none, -1.0, false)
+        estimate = gain + lib.log(-lib.expm1(false)) + (log_m - math.log1p(-tau_plus))
         bound = log_m - scale - positive
-        own = some & ~(estimate < bound)
-        return lib.where(own, estimate, bound), own, false
+        bounded = none | (estimate < bound)
+        return lib.where(bounded, bound, estimate), bounded, false
 
     def value(rows: Array, scale: Any) -> Array:
         # A single item has no negatives: its loss is 0, and NaN if its positive is.
         loss = _softplus(ratios(rows, scale)[0]) if negatives > 0 else rows[:, 0] * 0
-        return _reduced(loss, reduction, max(rows.shape[0], 1))
+        return reduced(loss, reduction, max(rows.shape[0], 1))
 
     def slopes(rows: Array, scale: Any) -> tuple[Array, Any]:
         if negatives <= 0:
             return np.zeros_like(rows), 0.0
-        log_ratio, own, false = ratios(rows, scale)
+        log_ratio, bounded, false = ratios(rows, scale)
         weight = _sigmoid(log_ratio) / (max(len(rows), 1) if reduction == "mean" else 1)
-        pull = weight * np.where(own, -1 / np.expm1(false), 0)
-        return np.stack([np.where(own, -pull, -weight), pull, -pull], 1), -(weight * ~own).sum()
+        pull = weight * np.where(bounded, 0, -1 / np.expm1(false))
+        return np.stack([np.where(bounded, -weight, -pull), pull, -pull], 1), -(weight * bounded).sum()
 
     return Tail(value, slopes)
 
@@ -259,8 +260,8 @@ def multi_similarity_loss(
     base = finite(base, "base")
 
     def value(rows: Array, scale: Any) -> Array:
-        loss = _softplus(rows[:, 0]) / alpha + _softplus(rows[:, 1]) / beta
-        return _reduced(loss, reduction, max(rows.shape[0], 1))
+        pulls, pushes = _softplus(rows).T
+        return reduced(pulls / alpha + pushes / beta, reduction, max(rows.shape[0], 1))
 
     def slopes(rows: Array, scale: Any) -> tuple[Array, Any]:
         return _sigmoid(rows) / (alpha, beta) / (max(len(rows), 1) if reduction == "mean" else 1), 0.0
@@ -359,10 +360,11 @@ def circle_loss(
     gamma = finite(gamma, "gamma", 0.0, strict=True)
 
     def value(rows: Array, scale: Any) -> Array:
-        paired = rows[:, 0] != -math.inf
+        positives, negatives = rows.T
+        paired = positives != -math.inf
         # Without a positive 0, whatever the negatives are.
-        both = library(rows).where(paired, rows[:, 0] + rows[:, 1], -math.inf)
-        return _reduced(_softplus(both), reduction, paired.sum().clip(1))
+        both = library(rows).where(paired, positives + negatives, -math.inf)
+        return reduced(_softplus(both), reduction, paired.sum().clip(1))
 
     def slopes(rows: Array, scale: Any) -> tuple[Array, Any]:
         paired = rows[:, 0] != -math.inf
@@ -449,7 +451,8 @@ def proxy_anchor_loss(
 
     def value(rows: Array, scale: Any) -> Array:
         with_positives, classes = shares(rows)
-        return _softplus(rows[:, 0]).sum() / with_positives + _softplus(rows[:, 1]).sum() / classes
+        pulls, pushes = _softplus(rows).sum(0)
+        return pulls / with_positives + pushes / classes
 
     def slopes(rows: Array, scale: Any) -> tuple[Array, Any]:
         return _sigmoid(rows) / shares(rows), 0.0

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..arrays import Array, check_matrix, check_points, check_shape, dtype_name, finite, is_concrete, kind_of, number
-from ..gradients import Call, Part, differentiable
+from ..gradients import Call, Part, Tail, differentiable
+from .log_sum_exp import library, reduced
 from .softmax import check_labels, check_reduction
 
 _MINING = ("hard", "all", "semihard")
 
 
 def _check_same(same: Array, n: int, like: Array) -> Array:
-    """(n,) of the points' kind: booleans, or integers or floats that are 0 or 1."""
+    """Booleans (n,) of the points' kind, from such, or from integers or floats that are 0 or 1."""
     kind = kind_of(like, "x1")
     if kind_of(same, "same") != kind:
         raise TypeError(f"same: expected a {kind} array to match x1, got {kind_of(same, 'same')}")
@@ -19,9 +22,12 @@ def _check_same(same: Array, n: int, like: Array) -> Array:
     dtype = dtype_name(same)
     if not dtype.startswith(("bool", "int", "uint", "float", "bfloat")):
         raise TypeError(f"same: expected booleans or numbers 0 and 1, got {dtype}")
-    if dtype != "bool" and is_concrete(same) and bool(((same != 0) & (same != 1)).any()):
+    if dtype == "bool":
+        return same
+    drawn = same != 0
+    if is_concrete(same) and bool((drawn != same).any()):
         raise ValueError("same: expected 1 for pairs that are the same and 0 for others, got other values")
-    return same
+    return drawn
 
 
 @differentiable
@@ -50,8 +56,8 @@ def contrastive_loss(
     Returns
     -------
     scalar or array (N,)
-        float32 for half precisions, else the inputs' dtype; computed in float64 from the differences. No pairs: 0. The
-        gradient of a pair at distance 0 is 0.
+        float32 for half precisions, else the inputs' dtype; distances are computed in float64 from the differences. No
+        pairs: 0. The gradient of a pair at distance 0 is 0.
 
     Raises
     ------
@@ -64,7 +70,7 @@ def contrastive_loss(
     -----
     Hadsell, Chopra, LeCun: Dimensionality Reduction by Learning an Invariant Mapping, 2006, without their factor 1/2.
     pytorch-metric-learning's ContrastiveLoss is another: distances are not squared, and same and other pairs are
-    averaged apart, each over those with positive loss.
+    averaged apart, each over those with positive loss. First and second derivatives; third ones raise.
 
     Examples
     --------
@@ -78,10 +84,22 @@ def contrastive_loss(
     check_matrix(x1, "x1")
     check_shape(x2, "x2", tuple(x1.shape), "x1")
     check_reduction(reduction)
-    same = _check_same(same, x1.shape[0], x1)
-    config = (finite(margin, "margin", 0.0), reduction, bool(normalize))
+    drawn = _check_same(same, x1.shape[0], x1)
+    margin, count = finite(margin, "margin", 0.0), max(x1.shape[0], 1)
+
+    def excess(distance: Array) -> Array:
+        """How far a pair is beyond where it costs nothing."""
+        return library(distance).where(drawn, distance, (distance - margin).clip(None, 0))
+
+    def value(distance: Array, _: Any) -> Array:
+        return reduced(excess(distance) ** 2, reduction, count)
+
+    def slopes(distance: Array, _: Any) -> tuple[Array, Any]:
+        return 2 * excess(distance) / (count if reduction == "mean" else 1), 0.0
+
     parts = (Part(("x1",), (x1,)), Part(("x2",), (x2,)))
-    return Call("contrastive", parts, config, scalar=reduction != "none", extra=(same,))
+    config = (1.0, "none", bool(normalize))
+    return Call("alignment", parts, config, scalar=reduction != "none", tail=Tail(value, slopes))
 
 
 @differentiable
