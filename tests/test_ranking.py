@@ -157,6 +157,18 @@ def test_contrastive_of_equal_points(kind):
         assert all((grad == 0).all() for grad in grads)
 
 
+def test_contrastive_curvature_of_equal_points():
+    """That of |x - y|^2; others have none where their distance has no derivative."""
+    x = torch.from_numpy(points(2, 3))
+    for same, curvature in ((torch.ones(2), 2.0), (torch.zeros(2), 0.0)):
+
+        def loss(own, same=same):
+            return nf.contrastive_loss(own, x, same, reduction="sum", normalize=False)
+
+        hessian = torch.autograd.functional.hessian(loss, x).reshape(6, 6)
+        assert_gradient(hessian, curvature * np.eye(6), 1e-12)
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_contrastive_of_bad_rows(bad, kind):
     """NaN in, NaN out: also of a pair that is to be apart, whose loss ends at the margin."""

@@ -85,6 +85,16 @@ def test_alignment_of_equal_points(alpha, kind):
     assert all((grad == 0).all() for grad in grads)
 
 
+@pytest.mark.parametrize(("alpha", "curvature"), [(1, 0), (2, 2), (3, 0), (4, 0)])
+def test_alignment_curvature_of_equal_points(alpha, curvature):
+    """That of |x - y|^2 at 0; a distance has none there."""
+    x = torch.from_numpy(points(2, 3))
+    hessian = torch.autograd.functional.hessian(
+        lambda own: nf.alignment(own, x, alpha=alpha, reduction="sum", normalize=False), x
+    )
+    assert_gradient(hessian.reshape(6, 6), curvature * np.eye(6), 1e-12)
+
+
 def test_alignment_closed_forms():
     x = np.eye(8)
     assert nf.alignment(x, -x) == 4

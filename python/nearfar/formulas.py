@@ -280,7 +280,10 @@ def alignment_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slic
     alpha, _, normalize = config
     x, y = (unit(z[rows]) if normalize else z[rows] for z in tensors)
     square = (x - y).square().sum(-1)
-    return torch.where(square > 0, torch.where(square > 0, square, 1.0) ** (alpha / 2), 0.0)
+    if alpha == 2:  # smooth, also at 0
+        return square
+    zero = square == 0
+    return (square.masked_fill(zero, 1.0) ** (alpha / 2)).masked_fill(zero, 0.0)
 
 
 def _euclidean(x: Tensor, y: Tensor, squared: bool) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from ..arrays import Array, check_matrix, check_points, check_shape, dtype_name, finite, is_concrete, kind_of, number
 from ..gradients import Call, Part, Tail, differentiable
 from .log_sum_exp import library, reduced
@@ -87,18 +89,20 @@ def contrastive_loss(
     drawn = _check_same(same, x1.shape[0], x1)
     margin, count = finite(margin, "margin", 0.0), max(x1.shape[0], 1)
 
-    def excess(distance: Array) -> Array:
-        """How far a pair is beyond where it costs nothing."""
-        return library(distance).where(drawn, distance, (distance - margin).clip(None, 0))
+    def shortfall(square: Array) -> tuple[Array, Array]:
+        """How far others are below the margin, and their distance; 1 in place of 0, where it has no derivative."""
+        distance = library(square).where(square == 0, 1.0, square) ** 0.5
+        return (margin - library(square).where(square == 0, 0.0, distance)).clip(0, None), distance
 
-    def value(distance: Array, _: Any) -> Array:
-        return reduced(excess(distance) ** 2, reduction, count)
+    def value(square: Array, _: Any) -> Array:
+        return reduced(library(square).where(drawn, square, shortfall(square)[0] ** 2), reduction, count)
 
-    def slopes(distance: Array, _: Any) -> tuple[Array, Any]:
-        return 2 * excess(distance) / (count if reduction == "mean" else 1), 0.0
+    def slopes(square: Array, _: Any) -> tuple[Array, Any]:
+        short, distance = shortfall(square)
+        return np.where(drawn, 1.0, -short / distance) / (count if reduction == "mean" else 1), 0.0
 
     parts = (Part(("x1",), (x1,)), Part(("x2",), (x2,)))
-    config = (1.0, "none", bool(normalize))
+    config = (2.0, "none", bool(normalize))
     return Call("alignment", parts, config, scalar=reduction != "none", tail=Tail(value, slopes))
 
 
