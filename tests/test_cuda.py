@@ -17,7 +17,7 @@ import references
 import torch
 
 import nearfar as nf
-from nearfar import _core, backend, operations
+from nearfar import _core, backend, loss_operations
 
 CUDA = getattr(_core, "cuda", None)
 EMULATED = CUDA is not None and CUDA.emulated
@@ -44,8 +44,8 @@ def on_device(monkeypatch, request):
     """
     monkeypatch.setattr(backend, "emulate", EMULATED)
     if EMULATED and "scale" not in request.node.name.partition("[")[0]:
-        multiplier = operations._multiplier
-        monkeypatch.setattr(operations, "_multiplier", lambda scale, like: multiplier(float(scale), like))
+        multiplier = loss_operations._multiplier
+        monkeypatch.setattr(loss_operations, "_multiplier", lambda scale, like: multiplier(float(scale), like))
 
 
 @pytest.fixture

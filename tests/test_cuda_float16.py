@@ -14,7 +14,7 @@ from test_cuda import DEVICE, EMULATED, on_hopper, pair, tensor
 from test_cuda_losses import BOTH, VIEWS, classes, labelled, proxies
 
 import nearfar as nf
-from nearfar import backend, gradients, operations
+from nearfar import backend, gradients, loss_operations
 
 pytestmark = test_cuda.pytestmark
 on_device = test_cuda.on_device
@@ -93,7 +93,7 @@ def test_narrow_last_block(monkeypatch):
 
     def gradients_in(strip_bytes):
         monkeypatch.setattr(backend, "STRIP_BYTES", strip_bytes)
-        return operations.sigmoid(None, x, y, 3.0, -1.0, "sum", True, "01", False)[1:3]
+        return loss_operations.sigmoid(None, x, y, 3.0, -1.0, "sum", True, "01", False)[1:3]
 
     for grad, whole in zip(gradients_in(2 * 1024 * 1024), gradients_in(1 << 28), strict=True):
         assert error_of(grad, g.numpy_of(whole)) <= 1e-5
@@ -261,7 +261,7 @@ def test_blocks_of_known_normalisers(small_strips):
     total = (u[:, None] * torch.exp(s - rows[:, None]) + v * torch.exp(s - columns)).sum()
     expected = torch.autograd.grad(total, wide)
     of = [(z.to(DEVICE), w.to(DEVICE)) for z, w in ((rows, u), (columns, v))]
-    found = operations.softmax_block_grad(x, y, 14.0, None, None, True, *of)
+    found = loss_operations.softmax_block_grad(x, y, 14.0, None, None, True, *of)
     for grad, exact in zip(found, expected, strict=False):
         assert 0 < error_of(grad, exact.numpy()) <= BOUND
 

@@ -29,7 +29,7 @@ from generators import (
 )
 
 import nearfar as nf
-from nearfar import operations
+from nearfar import loss_operations
 
 pytestmark = pytest.mark.isa
 
@@ -614,7 +614,7 @@ def test_no_strip_budget(monkeypatch, dtype, with_negatives):
         arguments["negative_keys"] = points(250, 40, dtype)
         wanted.append("negative_keys")
     value, grads = evaluate(nf.info_nce_loss, wanted, **arguments)
-    monkeypatch.setattr(operations, "STRIP_BUDGET", 0)
+    monkeypatch.setattr(loss_operations, "STRIP_BUDGET", 0)
     again, grads_again = evaluate(nf.info_nce_loss, wanted, **arguments)
     assert again == value
     for grad, other in zip(grads, grads_again, strict=True):
@@ -643,8 +643,8 @@ def test_scores_kept_or_computed_twice(monkeypatch, dtype, n, scale, normalize):
     for f, leaves, more, *sets in calls:
         arguments = dict(zip(leaves, sets, strict=True), logit_scale=scale, normalize=normalize, **more)
         results = []
-        for budget in (operations.STRIP_BUDGET, 0):
-            monkeypatch.setattr(operations, "STRIP_BUDGET", budget)
+        for budget in (loss_operations.STRIP_BUDGET, 0):
+            monkeypatch.setattr(loss_operations, "STRIP_BUDGET", budget)
             value, grads = evaluate(f, leaves, **arguments)
             results.append([np.asarray(part).tobytes() for part in (value, *grads)])
         monkeypatch.undo()
@@ -668,8 +668,8 @@ def test_bitwise_for_any_number_of_threads(f, dtype, threads):
 def test_bitwise_with_negatives(threads, monkeypatch):
     x, y = pairs(531, 30, "float32")
     for negatives in (points(777, 30, "float32"), points(531 * 3, 30, "float32").reshape(531, 3, 30)):
-        for budget in (operations.STRIP_BUDGET, 0):
-            monkeypatch.setattr(operations, "STRIP_BUDGET", budget)
+        for budget in (loss_operations.STRIP_BUDGET, 0):
+            monkeypatch.setattr(loss_operations, "STRIP_BUDGET", budget)
             results = []
             for count in (1, 2, 3, 7):
                 threads(count)

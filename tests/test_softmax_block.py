@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from nearfar import _core, backend, operations
+from nearfar import _core, backend, loss_operations
 
 pytestmark = pytest.mark.isa
 CUDA = getattr(_core, "cuda", None)
@@ -62,14 +62,14 @@ def test_block(n, m, dtype, scale, normalize, with_ids):
     x, y = points(n, m, 19, dtype)
     ids = (torch.arange(n) % 5, torch.arange(m) % 3) if with_ids else None
     pair = ids or (None, None)
-    lse, of_columns = operations.softmax_block(x, y, scale, *pair, normalize, True)
+    lse, of_columns = loss_operations.softmax_block(x, y, scale, *pair, normalize, True)
     leaves = [z.double().clone().requires_grad_() for z in (x, y)]
     t = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
     s = scores(*leaves, t, normalize, ids)
     tolerance = TOLERANCE[dtype] * (10 if scale == 100 else 1)
     assert off(lse, s.detach().logsumexp(1)) < tolerance
     assert off(of_columns, s.detach().logsumexp(0)) < tolerance
-    alone, nothing = operations.softmax_block(x, y, scale, *pair, normalize, False)
+    alone, nothing = loss_operations.softmax_block(x, y, scale, *pair, normalize, False)
     assert nothing is None
     assert off(alone, s.detach().logsumexp(1)) < tolerance
 
@@ -81,7 +81,7 @@ def test_block(n, m, dtype, scale, normalize, with_ids):
         if columns:
             total = total + (v * torch.exp(s - b)).sum()
         *wanted, by_scores = torch.autograd.grad(total, (*leaves, t, s), retain_graph=True)
-        got = operations.softmax_block_grad(x, y, scale, *pair, normalize, (a, u), columns)
+        got = loss_operations.softmax_block_grad(x, y, scale, *pair, normalize, (a, u), columns)
         assert_gradients(got, wanted, [by_scores * s.detach().nan_to_num(neginf=0) / scale], 10 * tolerance)
 
 
@@ -91,7 +91,7 @@ def test_one_set(n, scale):
     """y None: a row is not its own column, and both roles of a row are in its gradient."""
     x, _ = points(n, 1, 7, "float64")
     item = torch.arange(n) // 2
-    lse, nothing = operations.softmax_block(x, None, scale, item, item, True, False)
+    lse, nothing = loss_operations.softmax_block(x, None, scale, item, item, True, False)
     leaf = x.clone().requires_grad_()
     s = scores(leaf, leaf, scale, True, (item, item))
     assert nothing is None
@@ -99,7 +99,7 @@ def test_one_set(n, scale):
     u = torch.rand(n, dtype=torch.float64)
     a = torch.logaddexp(lse, torch.zeros(()))
     (want,) = torch.autograd.grad((u[:, None] * torch.exp(s - a[:, None])).sum(), leaf)
-    dx, dy, _ = operations.softmax_block_grad(x, None, scale, item, item, True, (a, u), None)
+    dx, dy, _ = loss_operations.softmax_block_grad(x, None, scale, item, item, True, (a, u), None)
     assert dy is None
     assert float((dx - want).norm()) <= 1e-11 * max(float(want.norm()), 1e-3)
 
@@ -108,7 +108,7 @@ def test_not_a_number(where):
     """Touches its own row, and every column."""
     x, y = points(70, 40, 5, "float32")
     x[3, 2] = torch.nan
-    lse, of_columns = operations.softmax_block(x, y, 3.0, None, None, False, True)
+    lse, of_columns = loss_operations.softmax_block(x, y, 3.0, None, None, False, True)
     assert torch.isnan(lse).nonzero().ravel().tolist() == [3]
     assert torch.isnan(of_columns).all()
 
@@ -120,8 +120,8 @@ def test_threads(where, threads):
     results = []
     for count in (1, 2, 3, 7):
         threads(count)
-        lse = operations.softmax_block(x, y, 9.0, None, None, True, True)
-        grads = operations.softmax_block_grad(
+        lse = loss_operations.softmax_block(x, y, 9.0, None, None, True, True)
+        grads = loss_operations.softmax_block_grad(
             x, y, 9.0, None, None, True, (lse[0], torch.ones_like(lse[0])), (lse[1], torch.ones_like(lse[1]))
         )
         results.append([part.numpy().tobytes() for part in (*lse, *grads)])
@@ -138,7 +138,7 @@ def test_sigmoid_without_matches(n, m, dtype):
     losses = torch.nn.functional.softplus(s + b, threshold=50).sum(1)
     weights = torch.rand(n, dtype=torch.float64).to(torch.float64 if dtype == "float64" else torch.float32)
     *wanted, by_scores = torch.autograd.grad((losses * weights.double()).sum(), (*leaves, t, b, s))
-    got, *grads = operations.sigmoid(weights, x, y, 7.0, -2.0, "none", True, "0123", False)
+    got, *grads = loss_operations.sigmoid(weights, x, y, 7.0, -2.0, "none", True, "0123", False)
     assert off(got, losses.detach()) < TOLERANCE[dtype]
     assert_gradients(grads, wanted, [by_scores * s.detach() / 7, by_scores], 10 * TOLERANCE[dtype])
 

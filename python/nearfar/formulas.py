@@ -1,7 +1,7 @@
 """The operations as plain torch formulas, for a block of rows: what second derivatives are taken of.
 
 ``rows(tensors, config, rows) -> value of those rows``, with the inputs and the configuration of the operation of the
-same name in `nearfar.operations`. Imports torch.
+same name in `nearfar.operations` or `nearfar.loss_operations`. Imports torch.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ def coordinate_map(map: str, difference: Tensor) -> Tensor:
 
 
 def softmax_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
-    """Losses of `operations.softmax`."""
+    """Losses of `loss_operations.softmax`."""
     x, y, positive, paired, scale, ids = tensors
     mode, _, normalize, in_sum, shift = config
     prepare = unit if normalize else (lambda z: z)
@@ -180,7 +180,7 @@ def softmax_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice)
 
 
 def labelled_lse_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
-    """Rows of `operations.labelled_lse`; the slope of a map is a constant."""
+    """Rows of `loss_operations.labelled_lse`; the slope of a map is a constant."""
     x, y, scale, labels, maps = tensors
     power, normalize = config
     prepare = unit if normalize else (lambda z: z)
@@ -206,7 +206,7 @@ def labelled_lse_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: s
 
 
 def n_pairs_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
-    """Losses of `operations.n_pairs`."""
+    """Losses of `loss_operations.n_pairs`."""
     x, y = tensors
     l2_reg, reduction = config
     loss = softmax_rows((x, y, None, None, x.new_ones(()), None), ("rows", reduction, False, True, 0), rows)
@@ -215,7 +215,7 @@ def n_pairs_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice)
 
 
 def sup_con_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
-    """Losses of `operations.sup_con`: those of some items, with all their views."""
+    """Losses of `loss_operations.sup_con`: those of some items, with all their views."""
     x, scale, labels, positive_mask = tensors
     _, normalize = config
     views = x.shape[1] if x.ndim == 3 else 1
@@ -240,7 +240,7 @@ def sup_con_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice)
 
 
 def sup_con_anchors(tensors: tuple[Any, ...], config: tuple[Any, ...]) -> int:
-    """How many rows of `operations.sup_con` have a positive."""
+    """How many rows of `loss_operations.sup_con` have a positive."""
     x, _, labels, positive_mask = tensors
     if x.ndim == 3 and x.shape[1] > 1:
         return int(x.shape[0] * x.shape[1])
@@ -253,7 +253,7 @@ def sup_con_anchors(tensors: tuple[Any, ...], config: tuple[Any, ...]) -> int:
 
 
 def sigmoid_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
-    """Losses of `operations.sigmoid`."""
+    """Losses of `loss_operations.sigmoid`."""
     x, y, scale, bias = tensors
     _, normalize = config
     x, y = (unit(z) if normalize else z for z in (x, y))
@@ -276,14 +276,14 @@ def chosen_pairs(map: str, normalize: bool, x: Tensor, y: Tensor, index: Tensor)
 
 
 def alignment_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
-    """Values of `operations.alignment`."""
+    """Values of `loss_operations.alignment`."""
     alpha, _, normalize = config
     x, y = (unit(z[rows]) if normalize else z[rows] for z in tensors)
     square = (x - y).square().sum(-1)
     if alpha == 2:  # smooth, also at 0
         return square
     zero = square == 0
-    return (square.masked_fill(zero, 1.0) ** (alpha / 2)).masked_fill(zero, 0.0)
+    return square.masked_fill(zero, 1.0).pow(alpha / 2).masked_fill(zero, 0.0)
 
 
 def _euclidean(x: Tensor, y: Tensor, squared: bool) -> Tensor:
@@ -346,7 +346,7 @@ def matmul_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) 
 
 
 def potential_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice) -> Tensor:
-    """Exponents of `operations.potential`: -t |x_i - x_j|^2 for j > i, else -inf."""
+    """Exponents of `loss_operations.potential`: -t |x_i - x_j|^2 for j > i, else -inf."""
     (x,) = tensors
     t, normalize = config
     x = unit(x) if normalize else x

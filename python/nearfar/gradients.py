@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import numpy as np
 
-from . import operations, rowwise, triplets
+from . import loss_operations, operations, rowwise, triplets
 from .arrays import Array, autograd, cast, compute_dtype, concatenate, dtype_name, is_torch
 
 P = ParamSpec("P")
@@ -23,22 +23,22 @@ R = TypeVar("R")
 
 # Each takes (weights of the rows: none here, inputs, config, which gradients are wanted or whether).
 _OPERATIONS: dict[str, tuple[Callable[..., Any], bool]] = {
-    "softmax": (operations.softmax, True),
-    "potential": (operations.potential, False),
-    "alignment": (operations.alignment, True),
-    "n_pairs": (operations.n_pairs, True),
-    "sup_con": (operations.sup_con, True),
-    "sigmoid": (operations.sigmoid, True),
+    "softmax": (loss_operations.softmax, True),
+    "potential": (loss_operations.potential, False),
+    "alignment": (loss_operations.alignment, True),
+    "n_pairs": (loss_operations.n_pairs, True),
+    "sup_con": (loss_operations.sup_con, True),
+    "sigmoid": (loss_operations.sigmoid, True),
     "batch_triplet": (triplets.batch_triplet, True),
     "triplet_margin": (rowwise.triplet_margin, False),
 }
 
 # Operations of rows, which a tail makes a loss of: the rows, and (upstream, rows, *inputs, *config) -> gradients.
 _ROWS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "labelled_lse": (operations.labelled_lse, operations.labelled_lse_grad),
+    "labelled_lse": (loss_operations.labelled_lse, loss_operations.labelled_lse_grad),
     "alignment": (
-        lambda x, y, alpha, how, unit: operations.alignment(None, x, y, alpha, how, unit, False)[0],
-        lambda slopes, _, x, y, alpha, how, unit: operations.alignment(slopes, x, y, alpha, how, unit, True)[1:],
+        lambda x, y, alpha, how, unit: loss_operations.alignment(None, x, y, alpha, how, unit, False)[0],
+        lambda slopes, _, x, y, alpha, how, unit: loss_operations.alignment(slopes, x, y, alpha, how, unit, True)[1:],
     ),
 }
 
@@ -99,7 +99,7 @@ def _launch(call: Call, wanted: str) -> Any:
     if call.tail is not None:
         return _launch_rows(call, call.tail, tensors, bool(wanted))
     operation, weighted = _OPERATIONS[call.operation]
-    told = operations.told(call.operation, wanted)
+    told = loss_operations.told(call.operation, wanted)
     return operation(*((None,) if weighted else ()), *tensors, *call.config, told)
 
 

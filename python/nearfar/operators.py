@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import formulas, operations, triplets
+from . import formulas, loss_operations, operations, triplets
 from .backend import on_cuda
 from .second import Second, by_rows, hsic_second, potential_second
 
@@ -115,14 +115,14 @@ _softmax = _define(
     "softmax(Tensor? weights, Tensor x, Tensor? y, Tensor? positive, Tensor? paired, Tensor scale, Tensor? ids, "
     "str mode, str reduction, bool normalize, bool in_sum, SymInt shift, str wanted) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    operations.softmax,
+    loss_operations.softmax,
     _fake_softmax,
 )
 
 _labelled_lse = _define(
     "labelled_lse(Tensor x, Tensor? y, Tensor scale, Tensor labels, Tensor maps, float? power, bool normalize) "
     "-> Tensor",
-    operations.labelled_lse,
+    loss_operations.labelled_lse,
     lambda x, y, scale, labels, maps, power, normalize: x.new_empty(
         (x.shape[0], 2 if power is None else 3), dtype=torch.float64
     ),
@@ -131,7 +131,7 @@ _labelled_lse = _define(
 _labelled_lse_grad = _define(
     "labelled_lse_grad(Tensor grad, Tensor lse, Tensor x, Tensor? y, Tensor scale, Tensor labels, Tensor maps, "
     "float? power, bool normalize) -> (Tensor, Tensor, Tensor)",
-    operations.labelled_lse_grad,
+    loss_operations.labelled_lse_grad,
     lambda grad, lse, x, y, scale, labels, maps, power, normalize: (
         _grad_like(x, True),
         _grad_like(y, True),
@@ -142,7 +142,7 @@ _labelled_lse_grad = _define(
 _n_pairs = _define(
     "n_pairs(Tensor? weights, Tensor x, Tensor y, float l2_reg, str reduction, bool gradients) "
     "-> (Tensor, Tensor, Tensor)",
-    operations.n_pairs,
+    loss_operations.n_pairs,
     lambda weights, x, y, l2_reg, reduction, gradients: (
         _value_like(x, reduction),
         _grad_like(x, gradients),
@@ -153,7 +153,7 @@ _n_pairs = _define(
 _sup_con = _define(
     "sup_con(Tensor? weights, Tensor x, Tensor scale, Tensor? labels, Tensor? positive_mask, str reduction, "
     "bool normalize, bool gradients) -> (Tensor, Tensor, Tensor)",
-    operations.sup_con,
+    loss_operations.sup_con,
     lambda weights, x, scale, labels, positive_mask, reduction, normalize, gradients: (
         _value_like(x, reduction),
         _grad_like(x, gradients),
@@ -164,7 +164,7 @@ _sup_con = _define(
 _sigmoid = _define(
     "sigmoid(Tensor? weights, Tensor x, Tensor y, Tensor scale, Tensor bias, str reduction, bool normalize, "
     "str wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    operations.sigmoid,
+    loss_operations.sigmoid,
     lambda weights, x, y, scale, bias, reduction, normalize, wanted: (
         _value_like(x, reduction),
         _grad_like(x, bool(wanted)),
@@ -176,14 +176,14 @@ _sigmoid = _define(
 
 _potential = _define(
     "potential(Tensor x, float t, bool normalize, bool gradients) -> (Tensor, Tensor)",
-    operations.potential,
+    loss_operations.potential,
     lambda x, t, normalize, gradients: (_value_like(x, "mean"), _grad_like(x, gradients)),
 )
 
 _alignment = _define(
     "alignment(Tensor? weights, Tensor x, Tensor y, float alpha, str reduction, bool normalize, bool gradients) "
     "-> (Tensor, Tensor, Tensor)",
-    operations.alignment,
+    loss_operations.alignment,
     lambda weights, x, y, alpha, reduction, normalize, gradients: (
         _value_like(x, reduction),
         _grad_like(x, gradients),
@@ -312,8 +312,8 @@ def _loss(
 ) -> Operation:
     """A loss whose operator takes the weights of its rows first and answers value and gradients."""
     return Operation(
-        lambda tensors, config, wanted: operator((None, *tensors), *config, operations.told(name, wanted)),
-        lambda g, value, tensors, config, wanted: operator((g, *tensors), *config, operations.told(name, wanted))[1:],
+        lambda t, c, wanted: operator((None, *t), *c, loss_operations.told(name, wanted)),
+        lambda g, value, t, c, wanted: operator((g, *t), *c, loss_operations.told(name, wanted))[1:],
         by_rows(rows, True, prepare),
         count,
         True,

@@ -1,4 +1,4 @@
-"""Triplets of a labelled batch, compiled: losses with their gradient, mined indices. As `nearfar.operations`."""
+"""Triplets of a labelled batch, compiled: losses with their gradient, mined indices. As `loss_operations`."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from .. import operations
+from .. import loss_operations
 from ..arrays import compute_dtype, dtype_name, is_torch
 from ..gradients import Call
 from .ring import Ring, Tensors
@@ -153,7 +153,7 @@ def _log_sum_exps(batch: _Batch, columns: _Columns, both: bool) -> tuple[Tensor,
         own_x, own_y = x[i], y[j]
         if len(own_x) and len(own_y):
             itself = once and source == ring.rank
-            lse, lse_y = operations.softmax_block(
+            lse, lse_y = loss_operations.softmax_block(
                 own_x, None if itself else own_y, batch.scale, *ids, batch.normalize, both
             )
             rows[i] = torch.logaddexp(rows[i], lse)
@@ -185,7 +185,7 @@ def _add_gradients(
             return (dy,)
         itself = once and source == ring.rank
         other = None if itself or not theirs else (theirs[0][j], theirs[1][j])
-        grad_x, grad_y, grad_scale = operations.softmax_block_grad(
+        grad_x, grad_y, grad_scale = loss_operations.softmax_block_grad(
             x[i],
             None if itself else y[j],
             batch.scale,
@@ -286,7 +286,7 @@ def _sigmoid(
         grad_y: Any = torch.zeros(other.shape, dtype=dtype, device=x.device) if batch.gradients else None
         if n and len(other):
             wanted = "01" if batch.gradients else ""
-            rows, *grads = operations.sigmoid(
+            rows, *grads = loss_operations.sigmoid(
                 weights, x, other, batch.scale, bias, "none", batch.normalize, wanted, source == ring.rank
             )
             losses.add_(rows)
@@ -323,10 +323,10 @@ def _check(ring: Ring, name: str, plan: Callable[[], Call]) -> tuple[Call, list[
                 "negative_keys: each query's own negatives, (n, m, d), meet no other rank; use nearfar.info_nce_loss"
             )
         negatives = [a for k, a in zip(columns.names, columns.arrays, strict=True) if k == "negative_keys"]
-        operations._multiplier(numbers[0].value().detach(), x)
+        loss_operations._multiplier(numbers[0].value().detach(), x)
     else:
-        operations._multiplier(numbers[0].value().detach(), x)
-        operations._offset(numbers[1].value().detach(), x)
+        loss_operations._multiplier(numbers[0].value().detach(), x)
+        loss_operations._offset(numbers[1].value().detach(), x)
     wants = torch.is_grad_enabled() and any(array.requires_grad for array in arrays)
     fixed = {p.names[0]: float(p.value()) for p in numbers if not p.value().requires_grad and not p.value().is_cuda}
     options = {

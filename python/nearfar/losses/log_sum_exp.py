@@ -1,8 +1,8 @@
 """Losses that are functions of log-sum-exps by label: HCL, multi-similarity, circle, proxy anchor.
 
-One operation (`operations.labelled_lse`) sums, for every row, over the columns of its own label and over the others,
-each with its own map of the scores; what is left is O(N) arithmetic, the `Tail` of the call. Nothing of size N x N is
-stored.
+One operation (`loss_operations.labelled_lse`) sums, for every row, over the columns of its own label and over the
+others, each with its own map of the scores; what is left is O(N) arithmetic, the `Tail` of the call. Nothing of size
+N x N is stored.
 """
 
 from __future__ import annotations
