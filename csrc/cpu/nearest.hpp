@@ -19,7 +19,7 @@ namespace {
 /// score of |x_k - y_k|.
 enum class Key { direct, expanded, cosine, negative_dot, coordinate };
 
-/// One pair, measured from the rows as given; `rows` holds 2 d values.
+/// One pair, measured from the rows as given (`Source::view`); `rows` holds 2 d values.
 template <class T, Key KEY, class Score = SquaredDifference>
 struct Measure {
   static constexpr bool kDistance = KEY == Key::direct || KEY == Key::expanded;
@@ -27,18 +27,19 @@ struct Measure {
   Score score = {};
 
   /// From the differences of the rows; of unit rows, 1 - <u, v> = |u - v|^2 / 2.
-  T near(int64_t i, int64_t j, T* rows) const {
-    const T square = o.direct_distance(i, j, rows);
+  T near(const T* a, const T* b) const {
+    const T square = o.direct_distance(a, b);
     return KEY == Key::cosine ? square / 2 : square;
   }
+  T near(int64_t i, int64_t j, T* rows) const { return near(o.x.view(i, rows), o.y.view(j, rows + o.d)); }
 
-  T operator()(int64_t i, int64_t j, T* rows) const {
-    if (kDistance) return near(i, j, rows);
-    const T *a = o.x.view(i, rows), *b = o.y.view(j, rows + o.d);
+  T operator()(int64_t i, int64_t j, T* rows) const { return (*this)(o.x.view(i, rows), o.y.view(j, rows + o.d)); }
+  T operator()(const T* a, const T* b) const {
+    if (kDistance) return near(a, b);
     if (KEY == Key::coordinate) return by_coordinate(a, b);
     const double s = Source<T>::dot(a, b, o.d);
     if (KEY == Key::negative_dot) return static_cast<T>(-s);
-    return 1 - s <= Operands<T>::kNear ? near(i, j, rows) : static_cast<T>(1 - s);
+    return 1 - s <= Operands<T>::kNear ? near(a, b) : static_cast<T>(1 - s);
   }
 
  private:

@@ -37,8 +37,7 @@ constexpr int kCacheLine = 64 / static_cast<int>(sizeof(T));
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// ---- micro-kernel
-// ----------------------------------------------------------------------------------------------------
+// ---- micro-kernel ---------------------------------------------------------------------------------------------------
 
 /// acc[r][v] (+)= sum_k a[r * AR + k * AK] b[k][v]; b has NR lanes a step. Arrays stay in registers only when every
 /// loop over them is unrolled by force.
@@ -158,8 +157,7 @@ void product_dy(int64_t panels, const T* weights, int64_t panel_stride, const T*
   }
 }
 
-// ---- packing
-// ---------------------------------------------------------------------------------------------------------
+// ---- packing --------------------------------------------------------------------------------------------------------
 
 /// Rows are read into a buffer whose stride is a whole number of vectors.
 template <class T>
@@ -247,8 +245,7 @@ struct Chunks {
   int64_t tile_end(int64_t chunk) const { return (chunk + 1) * tiles_each < tiles ? (chunk + 1) * tiles_each : tiles; }
 };
 
-// ---- operands
-// --------------------------------------------------------------------------------------------------------
+// ---- operands -------------------------------------------------------------------------------------------------------
 
 /// Places in a block of scores, in a buffer that has room for all of them.
 struct Places {
@@ -367,7 +364,9 @@ class Operands {
 
   /// |x_i - y_j|^2 from the rows as given; `rows` holds 2 d values.
   T direct_distance(int64_t i, int64_t j, T* rows) const {
-    const T *a = x.view(i, rows), *b = y.view(j, rows + d);
+    return direct_distance(x.view(i, rows), y.view(j, rows + d));
+  }
+  T direct_distance(const T* a, const T* b) const {
     Vec<T> sum = Vec<T>{};
     int64_t k = 0;
     for (; k + kLanes<T> <= d; k += kLanes<T>) {

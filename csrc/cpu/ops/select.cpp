@@ -10,6 +10,10 @@
 namespace nearfar {
 namespace {
 
+/// Who takes the pairs: strips of rows, all columns packed; parts of the columns, packed a chunk at a time; or such
+/// parts pair by pair, with nothing packed, where rows are so few that they would leave most lanes empty.
+enum class By { strips, columns, pairs };
+
 template <class T, Key KEY, class Score = SquaredDifference>
 class Select {
   using P = Policy<T>;
@@ -19,7 +23,7 @@ class Select {
 
  public:
   /// screen: null where every column is scored in full.
-  Select(const SelectParams<T>& params, const Operands<T>& operands, bool by_columns, const Screen* screen = nullptr,
+  Select(const SelectParams<T>& params, const Operands<T>& operands, By by, const Screen* screen = nullptr,
          Score score = {})
       : p(params),
         n(p.x.n),
@@ -28,18 +32,18 @@ class Select {
         room_(padded<T>(k)),
         o(operands),
         measure{o, score},
-        by_columns_(by_columns),
+        by_(by),
         screen_(kScreens ? screen : nullptr) {}
 
   void run() {
     strips_ = ceil_div(n, P::kStripRows);
     // Few rows: threads share the columns, cut by the shape alone. Parts are merged in order.
     constexpr int64_t kParts = 16;
-    if (by_columns_) parts_ = kParts < o.chunks.count ? kParts : o.chunks.count;
+    if (by_ != By::strips) parts_ = kParts < o.chunks.count ? kParts : o.chunks.count;
     kept_ = Buffer<T>(parts_ * strips_ * P::kStripRows * room_);
     index_ = Buffer<int64_t>(parts_ * strips_ * P::kStripRows * room_);
-    if (by_columns_) {
-      parallel_for(parts_, p.threads, [&](int64_t part, int) { columns(part); });
+    if (by_ != By::strips) {
+      parallel_for(parts_, p.threads, [&](int64_t part, int) { by_ == By::pairs ? pairs(part) : columns(part); });
     } else {
       parallel_for(strips_, p.threads, [&](int64_t s, int) { strip(s); });
     }
@@ -264,6 +268,25 @@ class Select {
     }
   }
 
+  /// A part of the columns against few rows, which would leave lanes empty: every pair is measured.
+  void pairs(int64_t part) const {
+    const int64_t first = part * strips_ * P::kStripRows * room_;
+    T* kept = kept_.get() + first;
+    int64_t* index = index_.get() + first;
+    Lists<T>::clear(kept, index, n, room_);
+    Buffer<T> rows(n * o.d), column(o.d), worst(n);
+    Buffer<int64_t> count(n), place(n);
+    const Lists<T> lists{k, room_, worst.get(), count.get(), place.get(), kept, index};
+    lists.open(n, n);
+    for (int64_t i = 0; i < n; ++i) o.x.get(i, rows.get() + i * o.d);
+    for (int64_t j = m * part / parts_; j < m * (part + 1) / parts_; ++j) {
+      const T* own = o.y.view(j, column.get());
+      for (int64_t i = 0; i < n; ++i)
+        if (const T value = measure(rows.get() + i * o.d, own); value < worst[i] && !(p.exclude_self && i == j))
+          lists.keep(value, j, i);
+    }
+  }
+
   NEARFAR_INLINE static Vec<T> squares(const Panel& panel, int v) {
     return KEY == Key::expanded ? load(panel.squares + v * kLanes<T>) : Vec<T>{};
   }
@@ -406,7 +429,7 @@ class Select {
   const int64_t n, m, k, room_;
   const Operands<T>& o;
   const Measure<T, KEY, Score> measure;
-  const bool by_columns_;
+  const By by_;
   const Screen* screen_;
   int64_t strips_ = 0, parts_ = 1;
   Buffer<T> kept_;
@@ -414,29 +437,33 @@ class Select {
 };
 
 template <class T, Key KEY>
-void run(const SelectParams<T>& p, const Operands<T>& o, bool by_columns) {
+void run(const SelectParams<T>& p, const Operands<T>& o, By by) {
   if constexpr (std::is_same_v<T, float> && KEY != Key::direct)
-    if (!by_columns && screens(p.screening, p.y.n, o.d, p.k)) {
+    if (by == By::strips && screens(p.screening, p.y.n, o.d, p.k)) {
       const Screen screen(o, p.threads);
-      return Select<T, KEY>(p, o, by_columns, &screen).run();
+      return Select<T, KEY>(p, o, by, &screen).run();
     }
-  Select<T, KEY>(p, o, by_columns).run();
+  Select<T, KEY>(p, o, by).run();
 }
 
 template <class T>
 void run(const SelectParams<T>& p) {
   const bool distance = p.map == PairMap::euclidean || p.map == PairMap::sqeuclidean;
-  // Up to 16 strips of rows against many columns: by columns, and without a packed copy of them.
-  const bool by_columns = p.x.n < 16 * Policy<T>::kStripRows && p.y.n >= 4096;
-  const Operands<T> o(p.x, p.y, p.normalize, distance, false, p.threads, ScoreKind::dot, !by_columns);
+  // Up to 16 strips of rows against many columns: without a packed copy of them.
+  constexpr int64_t kFew = 4;
+  const bool columns = p.x.n < 16 * Policy<T>::kStripRows && p.y.n >= 4096;
+  const By by = p.x.n <= kFew ? By::pairs : columns ? By::columns : By::strips;
+  // A pair is measured from its differences: then distances need neither a centre nor an expansion.
+  const Operands<T> o(p.x, p.y, p.normalize, distance && by != By::pairs, false, p.threads, ScoreKind::dot,
+                      by == By::strips);
   if (by_coordinate(p.map))
     return with_coordinate_map(p.map, p.power, [&](auto map) {
-      Select<T, Key::coordinate, decltype(map.score)>(p, o, by_columns, nullptr, map.score).run();
+      Select<T, Key::coordinate, decltype(map.score)>(p, o, by, nullptr, map.score).run();
     });
-  if (p.map == PairMap::one_minus_dot) return run<T, Key::cosine>(p, o, by_columns);
-  if (!distance) return run<T, Key::negative_dot>(p, o, by_columns);
-  if (o.expanded()) return run<T, Key::expanded>(p, o, by_columns);
-  run<T, Key::direct>(p, o, by_columns);
+  if (p.map == PairMap::one_minus_dot) return run<T, Key::cosine>(p, o, by);
+  if (!distance) return run<T, Key::negative_dot>(p, o, by);
+  if (o.expanded()) return run<T, Key::expanded>(p, o, by);
+  run<T, Key::direct>(p, o, by);
 }
 
 }  // namespace
