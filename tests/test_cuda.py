@@ -99,6 +99,23 @@ def no_synchronisation():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def assert_replays(run, change):
+    """A captured graph of `run`, replayed after `change` has been made to its inputs, has the bits of a call."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        change()
+    graph.replay()
+    for one, other in zip(captured, run(), strict=True):
+        assert torch.equal(one, other)
+
+
 # ---- losses ----------------------------------------------------------------------------------------------------------
 
 
@@ -506,25 +523,17 @@ def test_no_hidden_synchronisation():
 @pytest.mark.parametrize("loss", [nf.info_nce_loss, nf.clip_loss, nf.nt_xent_loss])
 def test_graph_capture(loss):
     query, key = (z.requires_grad_() for z in pair(300, 64, "bfloat16"))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.autograd.grad(loss(query, key), [query, key])
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        value = loss(query, key)
-        grads = torch.autograd.grad(value, [query, key])
     other, other_key = pair(300, 64, "bfloat16", seed=1)
-    with torch.no_grad():
+
+    def run():
+        value = loss(query, key)
+        return [value, *torch.autograd.grad(value, [query, key])]
+
+    def change():
         query.copy_(other)
         key.copy_(other_key)
-    graph.replay()
-    expected = loss(query, key)
-    expected_grads = torch.autograd.grad(expected, [query, key])
-    assert torch.equal(value, expected)
-    for grad, other in zip(grads, expected_grads, strict=True):
-        assert torch.equal(grad, other)
+
+    assert_replays(run, change)
 
 
 @gpu_only

@@ -329,23 +329,16 @@ def test_graph_capture(name):
     loss, make, wanted = CALLS[name]
     arguments = make(300, 64, "bfloat16")
     leaves = [arguments[key].requires_grad_() for key in wanted]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        torch.autograd.grad(loss(**arguments), leaves)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def run():
         value = loss(**arguments)
-        grads = torch.autograd.grad(value, leaves)
-    with torch.no_grad():
+        return [value, *torch.autograd.grad(value, leaves)]
+
+    def change():
         for leaf in leaves:
             leaf.mul_(torch.linspace(0.5, 1.5, leaf.shape[1], device="cuda"))
-    graph.replay()
-    expected = loss(**arguments)
-    assert torch.equal(value, expected)
-    for grad, other in zip(grads, torch.autograd.grad(expected, leaves), strict=True):
-        assert torch.equal(grad, other)
+
+    test_cuda.assert_replays(run, change)
 
 
 # ---- pairs of rows ---------------------------------------------------------------------------------------------------
