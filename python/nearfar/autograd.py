@@ -79,9 +79,8 @@ class _Forward(_Positional):
         needed = ctx.needs_input_grad[3 : 3 + operation.count]
         early = [grad if need else None for grad, need in zip(early, needed, strict=False)]
         # The graph of the gradient is built only for whoever differentiates it.
-        recorded = torch.is_grad_enabled() or _transformed() or _forward_mode()
         function = _DualBackward if _forward_mode() else _Backward
-        grads = (function.apply if recorded else function.forward)(
+        grads = (function.apply if _differentiated() else function.forward)(
             ctx.name, operations.numbers(needed), ctx.count, g, value, *early, *tensors, *ctx.config
         )
         # A scale may be a number on the CPU beside points on the GPU.
@@ -121,8 +120,7 @@ class _Backward(_Positional):
         operation, output, tensors, config = _Backward._parts(name, count, args)
         # Rounded to the inputs' dtype only at last: a loss scaler's factor in g keeps float16 gradients from vanishing.
         if _is_scalar_loss(name, config):
-            seen = torch.is_grad_enabled() or torch.compiler.is_compiling() or _transformed() or _forward_mode()
-            once = g.is_cuda and not seen
+            once = g.is_cuda and not (torch.compiler.is_compiling() or _differentiated())
             grads = tuple(
                 grad if grad is None else _scale(grad, g, t.dtype) if once and grad.is_cuda else grad * g
                 for grad, t in zip(output[1:], tensors, strict=False)
@@ -274,6 +272,11 @@ def _forward_mode() -> bool:
 def _transformed() -> bool:
     """Whether a torch.func transform is at work. The compiler traces those itself."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _differentiated() -> bool:
+    """Whether somebody may differentiate what is computed now."""
+    return torch.is_grad_enabled() or _transformed() or _forward_mode()
 
 
 def _requires_grad(tensor: Tensor | None, transformed: bool) -> bool:

@@ -27,6 +27,7 @@ def numbers(flags: Iterable[bool]) -> str:
 
 
 def contiguous(array: Array) -> Array:
+    """The array, or a C-contiguous copy of one that is not."""
     return array.contiguous() if hasattr(array, "contiguous") else namespace(array).ascontiguousarray(array)
 
 
