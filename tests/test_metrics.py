@@ -135,6 +135,19 @@ def test_gradients(metric, options, dtype):
             assert_gradient(a, b, tolerance, STEP[dtype])
 
 
+@pytest.mark.parametrize("p", [20, 20.3])
+def test_gradient_where_the_powers_are_below_the_range(p):
+    """A distance of 0 between points that differ has slope 0, as in torch; the pairs beside it keep theirs."""
+    x = torch.tensor([[0.0, 0.0], [1e-3, 2e-3], [0.5, 3.0]], requires_grad=True)
+    y = torch.zeros(1, 2, requires_grad=True)
+    distance = nf.cdist(x, y, "minkowski", p=p)
+    assert distance[:2].flatten().tolist() == [0, 0] and distance[2] > 2.9
+    got = torch.autograd.grad(distance.sum(), (x, y))
+    expected = torch.autograd.grad(torch.cdist(x, y, p=p).sum(), (x, y))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize(("metric", "options"), CASES, ids=IDS)
 def test_gradients_of_pdist_and_of_one_set(metric, options):
     x = torch.from_numpy(points(37, 6)).requires_grad_()

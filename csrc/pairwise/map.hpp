@@ -120,7 +120,8 @@ struct ChebyshevMap : CoordinateMap {
   }
 };
 
-/// (|x_k - y_k| / value)^(p - 1), of the ratio or through logarithms: neither power overflows.
+/// (|x_k - y_k| / value)^(p - 1), of the ratio or through logarithms: neither power overflows. A value may be 0 where
+/// the coordinates differ, their powers being below the range of T: a pair of slope 0.
 struct MinkowskiMap : CoordinateMap {
   PowerDifference score;
   explicit MinkowskiMap(double p) : score(p) {}
@@ -130,7 +131,9 @@ struct MinkowskiMap : CoordinateMap {
   }
   template <class V>
   NEARFAR_FN V aside(V value) const {
-    return score.halves ? V(1.0f / value) : log(value);
+    constexpr float kInfinity = std::numeric_limits<float>::infinity();
+    return score.halves ? V(select(value == V{}, V{}, V(1.0f / value)))
+                        : V(select(value == V{}, V{} + kInfinity, V(log(value))));
   }
   template <class V>
   NEARFAR_FN V pull(V x, V y, V grad, V aside) const {
