@@ -436,6 +436,13 @@ def test_hessian_by_forward_mode_alone(name):
         torch.func.jacfwd(torch.func.jacfwd(lambda z: nf.cdist(z, x)))(x)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_memory_of_the_caller_has_no_tangent():
+    x = torch.randn(4, 3)
+    with forward_ad.dual_level(), pytest.raises(ValueError, match="^out: not for inputs that require a gradient"):
+        nf.cdist(forward_ad.make_dual(x, x), out=torch.empty(4, 4))
+
+
 def test_forward_mode_of_some_rows():
     """Without tangents nothing is recorded; half precision keeps its dtype."""
     x, v = torch.randn(6, 4).bfloat16(), torch.randn(6, 4).bfloat16()

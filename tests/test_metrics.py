@@ -141,7 +141,7 @@ def test_gradient_where_the_powers_are_below_the_range(p):
     x = torch.tensor([[0.0, 0.0], [1e-3, 2e-3], [0.5, 3.0]], requires_grad=True)
     y = torch.zeros(1, 2, requires_grad=True)
     distance = nf.cdist(x, y, "minkowski", p=p)
-    assert distance[:2].flatten().tolist() == [0, 0] and distance[2] > 2.9
+    assert distance[:2].flatten().tolist() == [0, 0]
     got = torch.autograd.grad(distance.sum(), (x, y))
     expected = torch.autograd.grad(torch.cdist(x, y, p=p).sum(), (x, y))
     for a, b in zip(got, expected, strict=True):

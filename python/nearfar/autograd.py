@@ -286,6 +286,15 @@ def _requires_grad(tensor: Tensor | None, transformed: bool) -> bool:
     return tensor is not None and tensor.requires_grad
 
 
+def store_into(out: Tensor, x: Tensor, y: Tensor | None, *config: Any) -> Tensor:
+    """`operations.store` into memory of the caller, which nothing connects to a graph."""
+    transformed = _transformed()
+    recorded = torch.is_grad_enabled() and (_requires_grad(x, transformed) or _requires_grad(y, transformed))
+    if recorded or transformed or _forward_mode():
+        raise ValueError("out: not for inputs that require a gradient")
+    return operations.store(operators.detached(x), operators.detached(y), *config, out)
+
+
 def select(map: str, normalize: bool, x: Tensor, y: Tensor | None, exclude_self: bool, k: int) -> tuple[Tensor, Tensor]:
     """`operations.select` of matrices, (n, k); the values connected to the graph if any input requires a gradient."""
     transformed = _transformed()

@@ -173,9 +173,11 @@ def pair_shapes(x: Array, y: Array | None, **others: Array) -> tuple[tuple[int, 
 
 def matrix(x: Array, y: Array | None, map: str, normalize: bool, condensed: bool, out: Array | None = None) -> Array:
     """The matrix of a map for `batched` arrays; for torch connected to the graph."""
-    if is_torch(x) and out is None:
-        return autograd().apply("store", (x, y), (map, normalize, condensed))
-    return operations.store(x, y, map, normalize, condensed, out)
+    if not is_torch(x):
+        return operations.store(x, y, map, normalize, condensed, out)
+    if out is not None:
+        return autograd().store_into(out, x, y, map, normalize, condensed)
+    return autograd().apply("store", (x, y), (map, normalize, condensed))
 
 
 def cdist(
@@ -207,7 +209,7 @@ def cdist(
         symmetric; first and second order.
     out : array (..., N, M), optional
         C-contiguous, of the result's dtype, and not overlapping the inputs; is filled and returned. Not for inputs that
-        require a gradient.
+        require a gradient while torch records, nor inside `torch.func` and forward mode.
 
     Returns
     -------
@@ -237,14 +239,12 @@ def cdist(
     """
     batch, xs, ys = pair_shapes(x, y)
     chosen = metric_of(metric, p, M, x)
-    map, normalize, factor = chosen
+    map, normalize, _ = chosen
     xs, ys = chosen.points(xs, ys)
     if out is None:
         return unbatched(matrix(xs, ys, map, normalize, False), batch)
     shape = (*batch, xs.shape[-2], (xs if ys is None else ys).shape[-2])
     check_out(out, shape, x)
-    if any(t is not None and is_torch(t) and t.requires_grad for t in (x, y, factor)):
-        raise ValueError("out: not for inputs that require a gradient")
     matrix(xs, ys, map, normalize, False, batched(out, batch))
     return out
 

@@ -20,7 +20,7 @@ from .second import Second, by_rows, hsic_second, potential_second
 _library = torch.library.Library("nearfar", "DEF")
 
 
-def _detached(value: Any) -> Any:
+def detached(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     return (value.detach() if value.requires_grad else value).resolve_neg()
@@ -53,7 +53,7 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> C
     name = schema.split("(", 1)[0]
 
     def implementation(*args: Any) -> Any:
-        result = run(*map(_detached, args))
+        result = run(*map(detached, args))
         if isinstance(result, Tensor):
             return result
         return tuple(torch.empty(0) if part is None else part for part in result)
@@ -66,7 +66,7 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> C
 
     def call(tensors: tuple[Tensor | None, ...], *config: Any) -> Any:
         if not _traced(tensors):
-            return run(*map(_detached, tensors), *config)
+            return run(*map(detached, tensors), *config)
         result = operator(*tensors, *config)
         return result if isinstance(result, Tensor) else tuple(None if _is_absent(part) else part for part in result)
 
