@@ -233,13 +233,15 @@ def cast(array: Array, dtype: str) -> Array:
     if is_torch(array):
         own = getattr(sys.modules["torch"], dtype)
         return array if array.dtype == own else array.to(own)
+    if isinstance(array, np.ndarray):
+        return np.asarray(array, dtype)  # nor a subclass: `*` of numpy.matrix is another product
     return array.astype(dtype, copy=False)
 
 
 def to_numpy(array: Array) -> np.ndarray[Any, Any]:
     """The values in memory of NumPy, halves as float32; shared where they can be."""
     if isinstance(array, np.ndarray):
-        return cast(array, "float32") if dtype_name(array) in ("float16", "bfloat16") else array
+        return cast(array, "float32") if dtype_name(array) in ("float16", "bfloat16") else np.asarray(array)
     if is_torch(array):
         array = array.detach()
         array = cast(array, compute_dtype(array)) if array.is_floating_point() else array
