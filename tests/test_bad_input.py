@@ -266,6 +266,12 @@ def test_ids():
             nf.info_nce_loss(X, Y, ids=bad)
 
 
+@pytest.mark.parametrize("f", [nf.batch_triplet_loss, nf.circle_loss, nf.mine_triplets, nf.multi_similarity_loss])
+def test_no_labels(f):
+    with refuses(TypeError, "labels", "expected a NumPy, PyTorch or CuPy array, got NoneType"):
+        f(X, None)
+
+
 SEEDED = {
     "mine_triplets": lambda seed: nf.mine_triplets(X, np.arange(6) % 2, mining="all", max_triplets=2, seed=seed),
     "evaluate": lambda seed: nf.evaluate(X, seed=seed),

@@ -9,7 +9,7 @@ import numpy as np
 from ..arrays import Array, check_matrix, check_points, check_shape, dtype_name, finite, is_concrete, kind_of, number
 from ..gradients import Call, Part, Tail, differentiable
 from .log_sum_exp import library, reduced
-from .softmax import check_labels, check_reduction
+from .softmax import check_labelled, check_reduction
 
 _MINING = ("hard", "all", "semihard")
 
@@ -250,9 +250,7 @@ def batch_triplet_loss(
     >>> nf.batch_triplet_loss(x, np.array([0, 0, 1, 1]), normalize=False, reduction="none")
     array([0. , 0.7, 2.2, 0. ])
     """
-    check_points(embeddings=embeddings)
-    check_matrix(embeddings, "embeddings")
-    check_labels(labels, embeddings.shape[0], embeddings, "labels", "embeddings")
+    check_labelled(embeddings, labels)
     check_reduction(reduction)
     if mining not in _MINING:
         raise ValueError(f"mining: expected 'hard', 'all' or 'semihard', got {mining!r}")

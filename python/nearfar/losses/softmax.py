@@ -70,6 +70,14 @@ def check_labels(labels: Array | None, n: int, like: Array, name: str, like_name
     return labels
 
 
+def check_labelled(embeddings: Array, labels: Array) -> None:
+    """Embeddings (n, d) and their labels, neither of which is optional."""
+    check_points(embeddings=embeddings)
+    check_matrix(embeddings, "embeddings")
+    kind_of(labels, "labels")  # not None
+    check_labels(labels, embeddings.shape[0], embeddings, "labels", "embeddings")
+
+
 @shows(temperature=0.07)
 @differentiable
 def info_nce_loss(
