@@ -6,7 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, check_matrix, check_points, check_shape, dtype_name, finite, is_concrete, kind_of, number
+from ..arrays import (
+    Array,
+    check_device,
+    check_matrix,
+    check_points,
+    check_shape,
+    dtype_name,
+    finite,
+    is_concrete,
+    kind_of,
+    number,
+)
 from ..gradients import Call, Part, Tail, differentiable
 from .log_sum_exp import library, reduced
 from .softmax import check_labelled, check_reduction
@@ -21,6 +32,7 @@ def _check_same(same: Array, n: int, like: Array) -> Array:
         raise TypeError(f"same: expected a {kind} array to match x1, got {kind_of(same, 'same')}")
     if tuple(same.shape) != (n,):
         raise ValueError(f"same: expected shape ({n},) to match x1, got {tuple(same.shape)}")
+    check_device(same, "same", like, "x1")
     dtype = dtype_name(same)
     if not dtype.startswith(("bool", "int", "uint", "float", "bfloat")):
         raise TypeError(f"same: expected booleans or numbers 0 and 1, got {dtype}")
