@@ -266,6 +266,26 @@ def test_ids():
             nf.info_nce_loss(X, Y, ids=bad)
 
 
+LABELLED = [nf.batch_triplet_loss, nf.circle_loss, nf.mine_triplets, nf.multi_similarity_loss]
+
+
+@pytest.mark.parametrize("f", LABELLED)
+def test_no_labels(f):
+    with refuses(TypeError, "labels", "expected a NumPy, PyTorch or CuPy array, got NoneType"):
+        f(X, None)
+
+
+def test_labels_on_another_device():
+    elsewhere = torch.zeros(6, dtype=torch.int64, device="meta")
+    for f in (*LABELLED, nf.sup_con_loss):
+        with refuses(ValueError, "labels", "expected device cpu to match embeddings, got meta"):
+            f(TENSOR, elsewhere)
+    with refuses(ValueError, "ids", "expected device cpu to match query, got meta"):
+        nf.info_nce_loss(TENSOR, TENSOR, ids=elsewhere)
+    with refuses(ValueError, "same", "expected device cpu to match x1, got meta"):
+        nf.contrastive_loss(TENSOR, TENSOR, elsewhere)
+
+
 SEEDED = {
     "mine_triplets": lambda seed: nf.mine_triplets(X, np.arange(6) % 2, mining="all", max_triplets=2, seed=seed),
     "evaluate": lambda seed: nf.evaluate(X, seed=seed),

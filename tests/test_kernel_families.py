@@ -149,6 +149,8 @@ def test_one_set(name):
                 assert np.all(gram.diagonal() == (np.arange(131) != 7))
             product = kernel.matmul(x, None, x[:, :2])
             np.testing.assert_allclose(product, gram @ x[:, :2], rtol=1e-4, atol=2e-5 * np.abs(gram).max())
+            x[5, -1] = np.nan
+            assert np.array_equal(np.isnan(kernel.diag(x)), np.isnan(kernel(x).diagonal()))
 
 
 @pytest.mark.parametrize("kind", ["numpy", "torch"])

@@ -366,6 +366,23 @@ def test_bits_do_not_depend_on_threads(threads):
     assert all(same_bits(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
+def test_numpy_matrix():
+    """A subclass of arrays whose `*` is another product, and whose slices keep two dimensions."""
+    x, y = points(12, 5), points(12, 7)
+    for function in (
+        lambda x, y: nf.mmd(x, y[:, :5]),
+        lambda x, y: nf.mmd_permutation_test(x, y[:, :5], permutations=5).p_value,
+        lambda x, y: nf.hsic(x, y, "linear", "linear"),
+        lambda x, y: nf.hsic(x, y, "linear", "linear", unbiased=True),
+        lambda x, y: nf.cka(x, y),
+        lambda x, y: nf.cdist(x, x, "mahalanobis", M=x.T @ x).sum(),
+        lambda x, y: nf.psd_report(x @ x.T - np.eye(12)).witness_value,
+        lambda x, y: nf.evaluate(x, views=x + 1).effective_rank,
+    ):
+        assert function(np.asmatrix(x), np.asmatrix(y)) == pytest.approx(function(x, y), rel=1e-12)
+
+
 def test_bad_input():
     x, y = points(5, 3), points(4, 3)
     for function, error, message in (

@@ -73,10 +73,7 @@ def check_points(**arrays: Array) -> str:
             _check_floating(array, name)
             wanted, got = dtype_name(first), dtype_name(array)
             raise TypeError(f"{name}: expected dtype {wanted} to match {first_name}, got {got}")
-        if kind != "numpy" and array.device != first.device:
-            raise ValueError(
-                f"{name}: expected device {device_name(first)} to match {first_name}, got {device_name(array)}"
-            )
+        check_device(array, name, first, first_name)
     if kind == "torch" and not (first.is_cpu or first.is_cuda):
         raise NotImplementedError(
             f"{first_name}: expected an array on the CPU or a CUDA device, got {device_name(first)}"
@@ -121,6 +118,12 @@ def check_shape(array: Array, name: str, shape: Sequence[int], like: str) -> Non
     kind_of(array, name)
     if tuple(array.shape) != tuple(shape):
         raise ValueError(f"{name}: expected shape {tuple(shape)} to match {like}, got {tuple(array.shape)}")
+
+
+def check_device(array: Array, name: str, like: Array, like_name: str) -> None:
+    """On the device of an array of its kind."""
+    if not isinstance(array, np.ndarray) and array.device != like.device:
+        raise ValueError(f"{name}: expected device {device_name(like)} to match {like_name}, got {device_name(array)}")
 
 
 def integer(value: Any, name: str) -> int:
@@ -233,13 +236,15 @@ def cast(array: Array, dtype: str) -> Array:
     if is_torch(array):
         own = getattr(sys.modules["torch"], dtype)
         return array if array.dtype == own else array.to(own)
+    if isinstance(array, np.ndarray):
+        return np.asarray(array, dtype)  # nor a subclass: `*` of numpy.matrix is another product
     return array.astype(dtype, copy=False)
 
 
 def to_numpy(array: Array) -> np.ndarray[Any, Any]:
     """The values in memory of NumPy, halves as float32; shared where they can be."""
     if isinstance(array, np.ndarray):
-        return cast(array, "float32") if dtype_name(array) in ("float16", "bfloat16") else array
+        return cast(array, "float32") if dtype_name(array) in ("float16", "bfloat16") else np.asarray(array)
     if is_torch(array):
         array = array.detach()
         array = cast(array, compute_dtype(array)) if array.is_floating_point() else array

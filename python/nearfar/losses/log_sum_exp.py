@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, check_matrix, check_points, check_shape, concatenate, finite, is_torch, kind_of, namespace
+from ..arrays import Array, check_matrix, check_points, check_shape, concatenate, finite, is_torch, namespace
 from ..gradients import NOTHING, Call, Part, Tail, differentiable, shows
-from .softmax import check_labels, check_reduction, scale_part
+from .softmax import check_labelled, check_reduction, scale_part
 
 # ---- arithmetic of both kinds ----------------------------------------------------------------------------------------
 
@@ -253,7 +253,7 @@ def multi_similarity_loss(
     >>> float(round(nf.multi_similarity_loss(np.eye(2)[[0, 0, 1, 1]], np.array([0, 0, 1, 1])), 6))
     0.156631
     """
-    _check_labelled(embeddings, labels)
+    check_labelled(embeddings, labels)
     check_reduction(reduction)
     alpha = finite(alpha, "alpha", 0.0, strict=True)
     beta = finite(beta, "beta", 0.0, strict=True)
@@ -268,13 +268,6 @@ def multi_similarity_loss(
 
     maps = constants(embeddings, linear(-alpha, base), linear(beta, base))
     return _one_set(embeddings, labels, maps, normalize, reduction, Tail(value, slopes))
-
-
-def _check_labelled(embeddings: Array, labels: Array) -> None:
-    check_points(embeddings=embeddings)
-    check_matrix(embeddings, "embeddings")
-    kind_of(labels, "labels")  # not None
-    check_labels(labels, embeddings.shape[0], embeddings, "labels", "embeddings")
 
 
 def _one_set(embeddings: Array, labels: Array, maps: Array, normalize: bool, reduction: str, tail: Tail) -> Call:
@@ -354,7 +347,7 @@ def circle_loss(
     >>> float(round(nf.circle_loss(x, np.array([0, 1, 0, 1]), gamma=1), 6))
     2.120995
     """
-    _check_labelled(embeddings, labels)
+    check_labelled(embeddings, labels)
     check_reduction(reduction)
     m = finite(m, "m")
     gamma = finite(gamma, "gamma", 0.0, strict=True)
@@ -436,7 +429,7 @@ def proxy_anchor_loss(
     >>> float(round(nf.proxy_anchor_loss(np.eye(3), np.arange(3), np.eye(3)), 6))
     3.913323
     """
-    _check_labelled(embeddings, labels)
+    check_labelled(embeddings, labels)
     check_points(embeddings=embeddings, proxies=proxies)
     check_matrix(proxies, "proxies")
     check_shape(proxies, "proxies", (proxies.shape[0], embeddings.shape[1]), "embeddings")

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from .. import operations, triplets
 from ..arrays import (
     Array,
-    check_matrix,
-    check_points,
     check_seed,
     codes_of,
     finite,
@@ -21,7 +19,7 @@ from ..arrays import (
     of_kind,
     to_numpy,
 )
-from .softmax import check_labels
+from .softmax import check_labelled
 
 _BLOCK = 256  # anchors whose distances are at hand together
 _MINING = ("all", "hard", "semihard", "band")
@@ -106,9 +104,7 @@ def mine_triplets(
     [0 1 2 3] [1 0 3 2] [2 2 1 1]
     [0 1 2 3] [1 0 3 2] [2 3 0 1]
     """
-    check_points(embeddings=embeddings)
-    check_matrix(embeddings, "embeddings")
-    check_labels(labels, embeddings.shape[0], embeddings, "labels", "embeddings")
+    check_labelled(embeddings, labels)
     if mining not in _MINING:
         raise ValueError(f"mining: expected 'all', 'hard', 'semihard' or 'band', got {mining!r}")
     margin = finite(margin, "margin", 0.0)

@@ -6,10 +6,21 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, check_matrix, check_points, check_shape, dtype_name, finite, is_concrete, kind_of, number
+from ..arrays import (
+    Array,
+    check_device,
+    check_matrix,
+    check_points,
+    check_shape,
+    dtype_name,
+    finite,
+    is_concrete,
+    kind_of,
+    number,
+)
 from ..gradients import Call, Part, Tail, differentiable
 from .log_sum_exp import library, reduced
-from .softmax import check_labels, check_reduction
+from .softmax import check_labelled, check_reduction
 
 _MINING = ("hard", "all", "semihard")
 
@@ -21,6 +32,7 @@ def _check_same(same: Array, n: int, like: Array) -> Array:
         raise TypeError(f"same: expected a {kind} array to match x1, got {kind_of(same, 'same')}")
     if tuple(same.shape) != (n,):
         raise ValueError(f"same: expected shape ({n},) to match x1, got {tuple(same.shape)}")
+    check_device(same, "same", like, "x1")
     dtype = dtype_name(same)
     if not dtype.startswith(("bool", "int", "uint", "float", "bfloat")):
         raise TypeError(f"same: expected booleans or numbers 0 and 1, got {dtype}")
@@ -250,9 +262,7 @@ def batch_triplet_loss(
     >>> nf.batch_triplet_loss(x, np.array([0, 0, 1, 1]), normalize=False, reduction="none")
     array([0. , 0.7, 2.2, 0. ])
     """
-    check_points(embeddings=embeddings)
-    check_matrix(embeddings, "embeddings")
-    check_labels(labels, embeddings.shape[0], embeddings, "labels", "embeddings")
+    check_labelled(embeddings, labels)
     check_reduction(reduction)
     if mining not in _MINING:
         raise ValueError(f"mining: expected 'hard', 'all' or 'semihard', got {mining!r}")

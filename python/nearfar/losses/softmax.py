@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, check_matrix, check_points, check_shape, dtype_name, finite, is_torch, kind_of
+from ..arrays import Array, check_device, check_matrix, check_points, check_shape, dtype_name, finite, is_torch, kind_of
 from ..gradients import NOTHING, Call, Outcome, Part, differentiable, shows
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -67,7 +67,16 @@ def check_labels(labels: Array | None, n: int, like: Array, name: str, like_name
     check_shape(labels, name, (n,), like_name)
     if not dtype_name(labels).startswith(("int", "uint")):
         raise TypeError(f"{name}: expected an integer dtype, got {dtype_name(labels)}")
+    check_device(labels, name, like, like_name)
     return labels
+
+
+def check_labelled(embeddings: Array, labels: Array) -> None:
+    """Embeddings (n, d) and their labels, neither of which is optional."""
+    check_points(embeddings=embeddings)
+    check_matrix(embeddings, "embeddings")
+    kind_of(labels, "labels")  # not None
+    check_labels(labels, embeddings.shape[0], embeddings, "labels", "embeddings")
 
 
 @shows(temperature=0.07)

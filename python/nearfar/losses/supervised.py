@@ -6,11 +6,11 @@ from typing import Any
 
 from ..arrays import (
     Array,
+    check_device,
     check_matrix,
     check_memory,
     check_points,
     check_shape,
-    device_name,
     dtype_name,
     finite,
     kind_of,
@@ -31,10 +31,7 @@ def _check_mask(mask: Array, n: int, like: Array) -> None:
         check_memory(mask, "positive_mask")
     elif str(mask.layout) != "torch.strided":
         raise TypeError(f"positive_mask: expected a dense tensor, got layout {mask.layout}")
-    if device_name(mask) != device_name(like):
-        raise ValueError(
-            f"positive_mask: expected device {device_name(like)} to match embeddings, got {device_name(mask)}"
-        )
+    check_device(mask, "positive_mask", like, "embeddings")
 
 
 @shows(temperature=0.1)
