@@ -202,6 +202,15 @@ def test_short_demo_from_end_to_end(tmp_path, demo_packages):
     assert (tmp_path / "again.svg").read_text().startswith("<?xml")
 
 
+def test_output_that_nobody_reads():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "nearfar", "info"]
+    process = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+    os.close(writer)
+    assert (process.returncode, process.stderr) == (141, b"")
+
+
 def test_interrupt_ends_without_a_traceback(tmp_path, demo_packages):
     command = [sys.executable, "-m", "nearfar", "demo", "--output", str(tmp_path / "picture.png")]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background, and inherited

@@ -10,6 +10,7 @@ import argparse
 import importlib
 import importlib.metadata
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -226,8 +227,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
-        The exit code: 0; 1 where a package is missing; 130 after Ctrl-C. A wrong command line, or a wrong NEARFAR_ISA,
-        exits with 2.
+        The exit code: 0; 1 where a package is missing; 130 after Ctrl-C; 141 where nobody reads what is printed. A
+        wrong command line, or a wrong NEARFAR_ISA, exits with 2.
 
     Examples
     --------
@@ -243,7 +244,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if refused := _refused():
             print(f"nearfar {command}: {refused}", file=sys.stderr)
             return 2
-        return int(args.run(args))
+        status = int(args.run(args))
+        sys.stdout.flush()
+        return status
     except _MissingError as error:
         return _complain(*error.args)
     except ModuleNotFoundError as error:
@@ -253,3 +256,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # who reads has enough; what is left in the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
