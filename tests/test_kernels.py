@@ -429,3 +429,21 @@ def test_bad_input():
         with pytest.raises(error) as caught:
             call()
         assert str(caught.value).startswith(message), str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_a_kept_program_is_that_of_any_points(kind):
+    """A kernel that was called before gives what a new one does: other columns and dtype, a length scale changed since."""
+    k, length = nf.kernels, of_kind(kind, np.ones(1), "float64")
+    for make in (
+        lambda: k.Gaussian(2.0) + 0.5 * k.Linear(1.0) ** 2,
+        lambda: k.Polynomial(2),  # whose gamma is one over the columns
+        lambda: k.RationalQuadratic(2.0, 3.0),
+        lambda: k.Gaussian(2.0) * k.Cosine(),
+        lambda: k.Gaussian(length) + k.Matern(0.5),
+    ):
+        kernel = make()
+        for d, dtype in ((3, "float32"), (5, "float64"), (3, "float64")):
+            length[:] = d
+            x = of_kind(kind, points(7, d, seed=d), dtype)
+            assert same_bits(kernel(x), make()(x))

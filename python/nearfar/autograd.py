@@ -279,11 +279,11 @@ def _differentiated() -> bool:
     return torch.is_grad_enabled() or _transformed() or _forward_mode()
 
 
-def _requires_grad(tensor: Tensor | None, transformed: bool) -> bool:
+def _requires_grad(tensor: Any, transformed: bool) -> bool:
     """Also of a tensor that vmap maps over, which hides it."""
-    while transformed and tensor is not None and torch._C._functorch.is_batchedtensor(tensor):
+    while transformed and isinstance(tensor, Tensor) and torch._C._functorch.is_batchedtensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
-    return tensor is not None and tensor.requires_grad
+    return isinstance(tensor, Tensor) and tensor.requires_grad
 
 
 def store_into(out: Tensor, x: Tensor, y: Tensor | None, *config: Any) -> Tensor:
@@ -319,6 +319,7 @@ def apply(name: str, tensors: tuple[Any, ...], config: tuple[Any, ...]) -> Tenso
     if not any(needed) and not transformed and not dual:
         result: Tensor = operation.forward(tensors, config, "")[0]
         return result
+    tensors = operators.as_tensors(tensors)
     if torch.compiler.is_compiling():  # which refuses one tensor in two places
         tensors = tuple(None if t is None else t.view_as(t) for t in tensors)
     if transformed or dual:  # a tensor may require a gradient at another level of the transforms than this one

@@ -95,7 +95,7 @@ class Call(NamedTuple):
 
 def _launch(call: Call, wanted: str) -> Any:
     """The value and the gradients of the parts, those that are wanted, by their numbers, at least."""
-    tensors = (*(part.value() for part in call.parts), *call.extra)
+    tensors = (*map(Part.value, call.parts), *call.extra)
     if call.tail is not None:
         return _launch_rows(call, call.tail, tensors, bool(wanted))
     operation, weighted = _OPERATIONS[call.operation]
@@ -118,7 +118,7 @@ def _launch_rows(call: Call, tail: Tail, tensors: tuple[Any, ...], gradients: bo
 def run(call: Call) -> Array:
     """The value; for torch connected to the graph."""
     if is_torch(call.parts[0].arrays[0]):
-        tensors = (*(part.value() for part in call.parts), *call.extra)
+        tensors = (*map(Part.value, call.parts), *call.extra)
         value = autograd().apply(call.operation, tensors, call.config)
         if call.tail is not None:
             value = cast(call.tail.value(value, tensors[len(call.parts) - 1]), compute_dtype(tensors[0]))

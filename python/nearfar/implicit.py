@@ -8,6 +8,7 @@ there, and copied. No gradient flows.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -59,6 +60,12 @@ class ImplicitGram:
             if x is None:
                 return to_numpy(self.kernel.matmul(self.x, None, values))
             return to_numpy(self.kernel.matmul(x, self.x, values))
+
+    def stored(self) -> Callable[[Numbers], Numbers]:
+        """``k(x, x) @ v`` of a matrix made once: of a few points, multiplied many times."""
+        every = slice(None)
+        matrix = self.block(every, every)
+        return lambda v: np.asarray(matrix @ v.astype(self.dtype))
 
 
 def _no_gradient(x: Array) -> Any:

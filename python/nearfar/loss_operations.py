@@ -112,12 +112,12 @@ def softmax(
         if mode == "pairs":
             dy = dx
         elif "1" in wanted:
-            dy = empty(x, tuple(columns.shape), zero=True)
+            dy = empty(x, columns.shape, zero=True)
         if not own_positive:
             dpositive = dy if dy is None or len(dy) == n else dy[:n]
         elif "2" in wanted:
             dpositive = empty(x, (n, d), zero=True)
-        dpaired = empty(x, tuple(paired.shape)) if paired is not None and "3" in wanted else None
+        dpaired = empty(x, paired.shape) if paired is not None and "3" in wanted else None
     ids_x, ids_y = (None, None) if ids is None else _codes(ids, columns.shape[0])
     weight, weights = _row_weights(weights, x, reduction)
     total, dscale = kernel(x, "softmax")(
@@ -186,8 +186,8 @@ def softmax_block_grad(
 
     `rows` (a, u) and `columns` (b, v), or None, are the normalisers, over all blocks, and their weights, in float64.
     """
-    dx = empty(x, tuple(x.shape), zero=True)
-    dy = dx if y is None else empty(x, tuple(y.shape), zero=True)
+    dx = empty(x, x.shape, zero=True)
+    dy = dx if y is None else empty(x, y.shape, zero=True)
     launch = kernel(x, "softmax_block")
     ids = _block_ids(ids_x, ids_y)
     (a, u), (b, v) = rows, columns or (None, None)
@@ -231,8 +231,8 @@ def sup_con(
     launch = kernel(x, "sup_con")
     d = x.shape[-1]
     views = x.shape[1] if x.ndim == 3 else 1
-    rows = empty(x, tuple(x.shape[:-1]))
-    dx = empty(x, tuple(x.shape), zero=True) if gradients else None
+    rows = empty(x, x.shape[:-1])
+    dx = empty(x, x.shape, zero=True) if gradients else None
     classes = None
     if on_cuda(x):  # which counts no classes, and takes the labels of items
         classes = None if labels is None else _codes(labels, 0)[0]
@@ -273,8 +273,8 @@ def sigmoid(
     n = x.shape[0]
     bias = _offset(bias, x)
     rows = empty(x, (n,))
-    dx = empty(x, tuple(x.shape), zero=True) if wanted else None
-    dy = empty(y, tuple(y.shape), zero=True) if "1" in wanted else None
+    dx = empty(x, x.shape, zero=True) if wanted else None
+    dy = empty(y, y.shape, zero=True) if "1" in wanted else None
     weight, weights = _row_weights(weights, x, reduction)
     scale = _multiplier(scale, x)
     total, *scalars = kernel(x, "sigmoid")(x, y, matched, scale, bias, normalize, weights, weight, rows, dx, dy)
@@ -340,8 +340,8 @@ def labelled_lse_grad(
 ) -> tuple[Any, ...]:
     """Gradients of ``<grad, lse>`` with respect to x, y and scale."""
     columns = x if y is None else y
-    dx = empty(x, tuple(x.shape), zero=True)
-    dy = dx if y is None else empty(x, tuple(columns.shape), zero=True)
+    dx = empty(x, x.shape, zero=True)
+    dy = dx if y is None else empty(x, columns.shape, zero=True)
     grad = contiguous(cast(grad, "float64"))
     dscale = _labelled_lse(x, y, scale, labels, maps, power, normalize, contiguous(lse), grad, dx, dy)
     return dx, None if y is None else dy, scalar(x, dscale, "float64")
@@ -350,7 +350,7 @@ def labelled_lse_grad(
 def potential(x: Array, t: float, normalize: bool, gradients: bool) -> tuple[Any, ...]:
     """log mean over i < j of exp(-t |x_i - x_j|^2): value and gradient."""
     n = x.shape[0]
-    dx = empty(x, tuple(x.shape), zero=True) if gradients else None
+    dx = empty(x, x.shape, zero=True) if gradients else None
     log_sum = kernel(x, "potential")(x, t, normalize, dx)
     return scalar(x, log_sum - math.log(n * (n - 1) / 2), compute_dtype(x)), dx
 
@@ -361,7 +361,7 @@ def alignment(
     """|x_i - y_i|^alpha: value and gradients."""
     n = x.shape[0]
     rows = empty(x, (n,))
-    dx, dy = (empty(x, tuple(x.shape)), empty(x, tuple(x.shape))) if gradients else (None, None)
+    dx, dy = (empty(x, x.shape), empty(x, x.shape)) if gradients else (None, None)
     weight, weights = _row_weights(weights, x, reduction)
     total = kernel(x, "alignment")(x, y, alpha, normalize, weights, weight, rows, dx, dy)
     value = _reduced(x, rows, total, reduction)

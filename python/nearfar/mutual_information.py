@@ -81,7 +81,7 @@ def mi_lower_bound(
         raise ValueError(f"estimator: expected 'infonce', 'nwj' or 'dv', got {estimator!r}")
     check_points(query=query, key=key)
     check_matrix(query, "query")
-    check_shape(key, "key", tuple(query.shape), "query")
+    check_shape(key, "key", query.shape, "query")
     n = query.shape[0]
     if n < 2:
         raise ValueError(f"query: expected at least two rows, got {n}")

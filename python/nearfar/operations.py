@@ -67,8 +67,8 @@ def store_grad(
     """
     columns = x if y is None else y
     # The GPU's strip of weights has that of x with any other.
-    dx = empty(x, tuple(x.shape), zero=True) if y is None or "0" in wanted or on_cuda(x) else None
-    dy = empty(x, tuple(columns.shape), zero=True) if y is None or "1" in wanted else None
+    dx = empty(x, x.shape, zero=True) if y is None or "0" in wanted or on_cuda(x) else None
+    dy = empty(x, columns.shape, zero=True) if y is None or "1" in wanted else None
     dtype = compute_dtype(x)
     grad = cast(grad, dtype)
     grad = contiguous(grad)
@@ -78,12 +78,12 @@ def store_grad(
 
 def _pair_gradients(x: Array, y: Array | None, parameters: Array | None, wanted: str) -> tuple[Any, Any, Any]:
     """Zeros for the gradients of x ("0"), y ("1") and the parameters, unless None; None for those not wanted."""
-    dx = empty(x, tuple(x.shape), zero=True) if "0" in wanted else None
+    dx = empty(x, x.shape, zero=True) if "0" in wanted else None
     # Where y is x, both roles of it are computed, and added by `_both_roles`.
     columns, number = (x, "0") if y is None else (y, "1")
-    dy = empty(x, tuple(columns.shape), zero=True) if number in wanted else None
+    dy = empty(x, columns.shape, zero=True) if number in wanted else None
     # Beside the points, also where the parameters are numbers on the CPU: whoever hands it out brings it there.
-    return dx, dy, None if parameters is None else empty(x, tuple(parameters.shape), "float64", zero=True)
+    return dx, dy, None if parameters is None else empty(x, parameters.shape, "float64", zero=True)
 
 
 def _both_roles(dx: Array | None, dy: Array | None, y: Array | None) -> tuple[Any, Any]:
@@ -153,7 +153,7 @@ def hsic_grad(
     arrays, (*programs, wanted) = (x, y, parameters_x, parameters_y), config
     # All beside the points, as in `_pair_gradients`.
     kinds = zip("0123", arrays, (None, None, "float64", "float64"), strict=True)
-    out = [empty(x, tuple(own.shape), dtype, zero=True) if k in wanted else None for k, own, dtype in kinds]
+    out = [empty(x, own.shape, dtype, zero=True) if k in wanted else None for k, own, dtype in kinds]
     kernel(x, "hsic_grad")(*arrays, *programs, values, contiguous(grad[:3]), *out)
     return tuple(out)
 

@@ -23,13 +23,19 @@ _library = torch.library.Library("nearfar", "DEF")
 def detached(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    return (value.detach() if value.requires_grad else value).resolve_neg()
+    value = value.detach() if value.requires_grad else value
+    return value.resolve_neg() if value.is_neg() else value
 
 
-_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
+_PLAIN = {Tensor, torch.nn.Parameter, float, type(None)}
 
 
-def _traced(tensors: tuple[Tensor | None, ...]) -> bool:
+def as_tensors(values: tuple[Any, ...]) -> tuple[Tensor | None, ...]:
+    """Numbers among them as tensors, for who knows no others: an operator, the graph. Kernels read a number faster."""
+    return tuple(torch.full((), v, dtype=torch.float64) if isinstance(v, float) else v for v in values)
+
+
+def _traced(tensors: tuple[Any, ...]) -> bool:
     """Whether somebody looks at the operators that run: a compiler, a trace, a dispatch mode, a tensor's own class."""
     return (
         torch.compiler.is_compiling()
@@ -64,10 +70,10 @@ def _define(schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> C
     torch.library.register_fake(f"nearfar::{name}", fake, lib=_library)
     operator = getattr(torch.ops.nearfar, name).default
 
-    def call(tensors: tuple[Tensor | None, ...], *config: Any) -> Any:
+    def call(tensors: tuple[Any, ...], *config: Any) -> Any:
         if not _traced(tensors):
             return run(*map(detached, tensors), *config)
-        result = operator(*tensors, *config)
+        result = operator(*as_tensors(tensors), *config)
         return result if isinstance(result, Tensor) else tuple(None if _is_absent(part) else part for part in result)
 
     return call

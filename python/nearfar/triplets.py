@@ -24,7 +24,7 @@ def _launch(
     launch = kernel(x, "triplet")
     mining, margin, squared, soft, reduction, normalize = config
     rows = empty(x, (x.shape[0],))
-    dx = empty(x, tuple(x.shape), zero=True) if gradients else None
+    dx = empty(x, x.shape, zero=True) if gradients else None
     upstream = None
     if weights is not None:
         upstream = empty(x, (x.shape[0],))

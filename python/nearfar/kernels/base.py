@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..arrays import (
     compute_dtype,
     dtype_name,
     finite,
+    is_concrete,
     is_torch,
     kind_of,
     matrix_product,
@@ -43,6 +45,9 @@ class Kernel:
     """
 
     __array_ufunc__ = None  # a NumPy number times a kernel is a kernel, not an array of objects
+
+    # Parameters and text of its program where they are those of any points, kept by the first call.
+    _constant: tuple[np.ndarray[Any, Any], str] | None = None
 
     # Whether it is a program for the engine; else (`Custom`) every node of the expression makes its matrix.
     _compiles = True
@@ -72,9 +77,16 @@ class Kernel:
 
     def _program(self, x: Array, y: Array | None) -> tuple[Array, Array | None, Array, str]:
         """What evaluates it on `batched` arrays: points, parameters and text."""
+        concrete = is_concrete(x)  # else what is kept would be the compiler's
+        if concrete and self._constant:
+            parameters, text = self._constant
+            return x, y, sys.modules["torch"].from_numpy(parameters) if is_torch(x) else parameters, text
         program = Builder(x, y)
         self._build(program)
-        return program.finish()
+        made = program.finish()
+        if concrete:
+            self._constant = program.constant()
+        return made
 
     def __call__(self, x: Array, y: Array | None = None) -> Array:
         """The Gram matrix.

@@ -41,7 +41,8 @@ class Builder:
     """Collects the scores, steps and parameters of a kernel on given points."""
 
     def __init__(self, x: Array, y: Array | None) -> None:
-        self.x, self.y = x, y
+        self._x, self._y = x, y
+        self._looked = False
         self._sets: dict[Hashable, tuple[Array, Array | None]] = {}
         self._scores: dict[tuple[str, Hashable], int] = {}
         self._steps: dict[tuple[Any, ...], int] = {}
@@ -49,6 +50,18 @@ class Builder:
         self._values: list[Any] = []
         self._derived: dict[Hashable, Any] = {}
         self._keep: list[Any] = []  # what keys name by its id
+
+    @property
+    def x(self) -> Array:
+        """The points as given; the program is then of these."""
+        self._looked = True
+        return self._x
+
+    @property
+    def y(self) -> Array | None:
+        """The others, None where they are x itself."""
+        self._looked = True
+        return self._y
 
     @property
     def d(self) -> int:
@@ -84,7 +97,7 @@ class Builder:
         `together`: both sets may be prepared as one, because nothing but the points has a gradient.
         """
         if points not in self._sets:
-            self._sets[points] = (self.x, self.y) if prepare is None else self._prepared(prepare, together)
+            self._sets[points] = (self._x, self._y) if prepare is None else self._prepared(prepare, together)
         return "score", self._scores.setdefault((kind, points), len(self._scores))
 
     def _prepared(self, prepare: Callable[[Array], Array], together: bool) -> tuple[Array, Array | None]:
@@ -126,10 +139,10 @@ class Builder:
 
     def array(self, value: Any, name: str, dtype: str) -> Array:
         """A hyper-parameter as an array of the points' kind."""
-        if is_torch(self.x):
+        if is_torch(self._x):
             import torch
 
-            return torch.as_tensor(value, dtype=getattr(torch, dtype), device=self.x.device)
+            return torch.as_tensor(value, dtype=getattr(torch, dtype), device=self._x.device)
         if is_torch(value):
             raise TypeError(f"{name}: a torch.Tensor, but the points are a NumPy array")
         return np.asarray(value, dtype)
@@ -164,9 +177,18 @@ class Builder:
             if len(made) > most:
                 raise ValueError(f"kernel: expected at most {most} {what} in one kernel, got {len(made)}")
         x, y, columns = self._side_by_side()
+        return x, y, self._vector(), self._text(columns)
+
+    def constant(self) -> tuple[np.ndarray[Any, Any], str] | None:
+        """Parameters and text where they are those of any points, as nobody has looked at points or at an array."""
+        if self._looked or self._keep:
+            return None
+        return np.array(self._values, np.float64), self._text({None: (0, -1)})
+
+    def _text(self, columns: dict[Hashable, tuple[int, int]]) -> str:
         lines = [f"{kind} {columns[points][0]} {columns[points][1]}" for kind, points in self._scores]
         lines += [f"{name} {self._number(left)} {self._number(right)}" for name, left, right in self._steps]
-        return x, y, self._vector(), "; ".join(lines)
+        return "; ".join(lines)
 
     def _number(self, operand: Register | int) -> int:
         """That of a register: steps come after the scores. An exponent or a parameter as it is."""
@@ -190,7 +212,7 @@ class Builder:
         return _beside(x_parts), _beside(y_parts) if y_parts else None, columns
 
     def _vector(self) -> Array:
-        if not is_torch(self.x):
+        if not is_torch(self._x):
             return np.array([float(self.array(value, "parameter", "float64")) for value in self._values], np.float64)
         import torch
 

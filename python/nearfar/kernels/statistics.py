@@ -32,11 +32,11 @@ from ..arrays import (
     common_center,
     compute_dtype,
     concatenate,
-    empty,
     integer,
     is_torch,
     matrix_product,
     of_kind,
+    scalar,
     to_numpy,
 )
 from .base import Kernel, checkpointed
@@ -222,11 +222,7 @@ def _like(values: NDArray[Any], z: Array, dtype: str | None = None) -> Array:
 
 def _scalar(value: Array, x: Array) -> Array:
     """A 0-d array in the dtype that computes."""
-    if is_torch(x):
-        return cast(value, compute_dtype(x))
-    out = empty(x, ())
-    out[...] = value
-    return out
+    return cast(value, compute_dtype(x)) if is_torch(x) else scalar(x, value, compute_dtype(x))
 
 
 # ---- independence and alignment --------------------------------------------------------------------------------------

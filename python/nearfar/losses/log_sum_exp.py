@@ -138,7 +138,7 @@ def hcl_loss(
     """
     check_points(z1=z1, z2=z2)
     check_matrix(z1, "z1")
-    check_shape(z2, "z2", tuple(z1.shape), "z1")
+    check_shape(z2, "z2", z1.shape, "z1")
     check_reduction(reduction)
     beta = finite(beta, "beta", 0.0)
     tau_plus = finite(tau_plus, "tau_plus", 0.0)

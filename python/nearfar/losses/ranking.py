@@ -12,6 +12,7 @@ from ..arrays import (
     check_matrix,
     check_points,
     check_shape,
+    compute_dtype,
     dtype_name,
     finite,
     is_concrete,
@@ -96,15 +97,16 @@ def contrastive_loss(
     """
     check_points(x1=x1, x2=x2)
     check_matrix(x1, "x1")
-    check_shape(x2, "x2", tuple(x1.shape), "x1")
+    check_shape(x2, "x2", x1.shape, "x1")
     check_reduction(reduction)
     drawn = _check_same(same, x1.shape[0], x1)
     margin, count = finite(margin, "margin", 0.0), max(x1.shape[0], 1)
+    least = float(np.finfo(compute_dtype(x1)).tiny)
 
     def shortfall(square: Array) -> tuple[Array, Array]:
-        """How far others are below the margin, and their distance; 1 in place of 0, where it has no derivative."""
-        distance = library(square).where(square == 0, 1.0, square) ** 0.5
-        return (margin - library(square).where(square == 0, 0.0, distance)).clip(0, None), distance
+        """How far others are below the margin, and their distance: not quite 0, where it has no derivative."""
+        distance = square.clip(least, None) ** 0.5
+        return (margin - distance).clip(0, None), distance
 
     def value(square: Array, _: Any) -> Array:
         return reduced(library(square).where(drawn, square, shortfall(square)[0] ** 2), reduction, count)
@@ -175,8 +177,8 @@ def triplet_margin_loss(
     """
     check_points(anchor=anchor, positive=positive, negative=negative)
     check_matrix(anchor, "anchor")
-    check_shape(positive, "positive", tuple(anchor.shape), "anchor")
-    check_shape(negative, "negative", tuple(anchor.shape), "anchor")
+    check_shape(positive, "positive", anchor.shape, "anchor")
+    check_shape(negative, "negative", anchor.shape, "anchor")
     check_reduction(reduction)
     margin, eps = finite(margin, "margin", 0.0, strict=True), finite(eps, "eps", 0.0)
     p = number(p, "p")

@@ -67,7 +67,7 @@ def siglip_loss(
     """
     check_points(image_features=image_features, text_features=text_features)
     check_matrix(image_features, "image_features")
-    check_shape(text_features, "text_features", tuple(image_features.shape), "image_features")
+    check_shape(text_features, "text_features", image_features.shape, "image_features")
     check_reduction(reduction)
     parts = (
         Part(("image_features",), (image_features,)),

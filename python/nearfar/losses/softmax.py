@@ -49,12 +49,7 @@ def scalar_part(given: Any, name: str, like: Array, *, inverse: bool = False, po
         raise ValueError(f"{name}: expected a number or a 0-d array, got shape {given.shape}")
     value = finite(given, name, *((0.0,) if positive else ()), strict=positive)
     used = 1 / value if inverse else value
-    slope = -used * used if inverse else 1.0
-    if is_torch(like):
-        import torch
-
-        return Part((name,), (torch.full((), used, dtype=torch.float64),))
-    return Part((name,), (np.float64(used),), slope)
+    return Part((name,), (used if is_torch(like) else np.float64(used),), -used * used if inverse else 1.0)
 
 
 def check_labels(labels: Array | None, n: int, like: Array, name: str, like_name: str) -> Array | None:
@@ -242,7 +237,7 @@ def clip_loss(
     """
     check_points(image_features=image_features, text_features=text_features)
     check_matrix(image_features, "image_features")
-    check_shape(text_features, "text_features", tuple(image_features.shape), "image_features")
+    check_shape(text_features, "text_features", image_features.shape, "image_features")
     check_reduction(reduction)
     scale = scalar_part(logit_scale, "logit_scale", image_features)
     parts = (Part(("image_features",), (image_features,)), Part(("text_features",), (text_features,)))
@@ -268,7 +263,7 @@ def _two_views(
     """One set of 2N rows against itself, the positive of a row its other view."""
     check_points(z1=z1, z2=z2)
     check_matrix(z1, "z1")
-    check_shape(z2, "z2", tuple(z1.shape), "z1")
+    check_shape(z2, "z2", z1.shape, "z1")
     check_reduction(reduction)
     scale = scale_part(temperature, logit_scale, default, z1)
     return Call(
@@ -430,7 +425,7 @@ def info_nce_limit(x: Array, y: Array, temperature: Any) -> Call:
     """
     check_points(x=x, y=y)
     check_matrix(x, "x")
-    check_shape(y, "y", tuple(x.shape), "x")
+    check_shape(y, "y", x.shape, "x")
     if x.shape[0] == 0:
         raise ValueError("x: expected at least one row")
     if temperature is None:

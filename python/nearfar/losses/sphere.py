@@ -46,7 +46,7 @@ def alignment(x: Array, y: Array, *, alpha: float = 2, normalize: bool = True, r
     """
     check_points(x=x, y=y)
     check_matrix(x, "x")
-    check_shape(y, "y", tuple(x.shape), "x")
+    check_shape(y, "y", x.shape, "x")
     check_reduction(reduction)
     alpha = finite(alpha, "alpha", 0.0, strict=True)
     parts = (Part(("x",), (x,)), Part(("y",), (y,)))

@@ -171,7 +171,7 @@ def n_pairs_loss(anchor: Array, positive: Array, *, l2_reg: float = 0.0, reducti
     """
     check_points(anchor=anchor, positive=positive)
     check_matrix(anchor, "anchor")
-    check_shape(positive, "positive", tuple(anchor.shape), "anchor")
+    check_shape(positive, "positive", anchor.shape, "anchor")
     check_reduction(reduction)
     l2_reg = finite(l2_reg, "l2_reg", 0.0)
     parts = (Part(("anchor",), (anchor,)), Part(("positive",), (positive,)))

@@ -71,22 +71,24 @@ class MemoryBank(nn.Module):
 
         Any floating dtype, rounded to that of the bank. Gradients end here.
         """
-        size, dim = self.rows.shape
+        rows, total = self.rows, self.total  # once: a module looks its buffers up for two microseconds
+        size, dim = rows.shape
         if not isinstance(keys, Tensor):
             raise TypeError(f"keys: expected a torch.Tensor, got {type(keys).__name__}")
         if keys.ndim != 2 or keys.shape[1] != dim:
             raise ValueError(f"keys: expected shape (b, {dim}), got {tuple(keys.shape)}")
         if dtype_name(keys) not in FLOATS:
             raise TypeError(f"keys: expected a floating dtype ({', '.join(FLOATS)}), got {dtype_name(keys)}")
-        if keys.device != self.rows.device:
-            raise ValueError(f"keys: expected device {self.rows.device} to match the bank, got {keys.device}")
+        if keys.device != rows.device:
+            raise ValueError(f"keys: expected device {rows.device} to match the bank, got {keys.device}")
         skipped = max(keys.shape[0] - size, 0)
-        if self._lent is not None and self._lent() is not None:
-            self.rows = self.rows.clone()
-        self._lent = None
-        places = (self.total + torch.arange(skipped, keys.shape[0], device=keys.device)) % size
-        self.rows.index_copy_(0, places, keys[skipped:].to(self.rows.dtype))
-        self.total += keys.shape[0]
+        if self._lent is not None:
+            if self._lent() is not None:
+                self.rows = rows = rows.clone()
+            self._lent = None
+        places = torch.arange(skipped, keys.shape[0], device=keys.device).add_(total).remainder_(size)
+        rows.index_copy_(0, places, keys[skipped:].to(rows.dtype))
+        total += keys.shape[0]
 
     def __len__(self) -> int:
         return min(int(self.total), self.rows.shape[0])
