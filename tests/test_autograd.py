@@ -69,6 +69,7 @@ def gram_samples():
     yield x, y, PARAMETERS, PROGRAM
     yield y.double(), None, PARAMETERS, PROGRAM
     yield x.half(), y.half(), PARAMETERS[:0], "dot 0 -1"
+    yield x, y, PARAMETERS[:0], "unit_dot 0 2; dot 2 3; multiply 0 1"
 
 
 def gram_grad_samples():
@@ -286,6 +287,8 @@ CASES = {
     "gram": (lambda q, n: nf.gram(q, n), (Q, NEG)),
     "gram self": (lambda q, t: nf.gram(q, lengthscale=t), (Q, scalar(0.8))),
     "ard": (lambda q, n, scale: nf.kernels.Gaussian(scale)(q, n), (Q, NEG, ARD)),
+    "cosine": (lambda q, n: nf.kernels.Cosine()(q, n), (Q, NEG)),
+    "cosine self": (lambda q, v: (nf.kernels.Cosine() * nf.kernels.Gaussian()).matmul(q, None, v), (Q, leaf(5, 1))),
     "matmul": (lambda q, n, v, t: nf.kernels.Gaussian(t).matmul(q, n, v), (Q, NEG, leaf(4, 2), scalar(0.8))),
     "matmul self": (lambda q, v: nf.kernels.Gaussian().matmul(q, None, v), (Q, leaf(5, 1))),
     "matmul vector": (lambda q, n, v: nf.kernels.Gaussian().matmul(q, n, v), (Q, NEG, leaf(4))),
@@ -379,6 +382,7 @@ def test_third_derivatives_raise(f, arguments):
 MORE = {
     "hsic": (lambda q, k: nf.hsic(q, k, nf.kernels.Gaussian(), nf.kernels.Linear()), (Q, K)),
     "cka": (lambda q, k: nf.cka(q, k, nf.kernels.Gaussian(), unbiased=True), (Q, K)),
+    "cka cosine": (lambda q, k: nf.cka(q, k, nf.kernels.Cosine()), (Q, K)),
     "mmd": (lambda q, n: nf.mmd(q, n), (Q, NEG)),
     "batch_triplet": (lambda q: nf.batch_triplet_loss(q, IDS), (Q,)),
     "batch_triplet none": (lambda q: nf.batch_triplet_loss(q, IDS, mining="all", reduction="none"), (Q,)),
@@ -648,6 +652,7 @@ def test_half_upstream_is_not_rounded(dtype):
         lambda x, y, v: nf.kernels.Gaussian().matmul(x, y, v),
         lambda x, y, v: nf.cdist(x, y) + v.sum(),
         lambda x, y, v: nf.gram(x, y) + v.sum(),
+        lambda x, y, v: nf.kernels.Cosine().matmul(x, y, v),
     )
     for f in functions:
         value = f(x, y, v)
@@ -711,6 +716,7 @@ COMPILED = {
     "pdist": lambda q, k: nf.pdist(q + k, "cosine").sum(),
     "one tensor twice": lambda q, k: nf.info_nce_loss(q, q, k),
     "gram": lambda q, k: nf.kernels.Gaussian(0.5)(q, k).sum(),
+    "cosine": lambda q, k: (nf.kernels.Cosine() ** 2)(q, k).sum() + nf.cka(q, k, "cosine"),
     "matmul": lambda q, k: nf.kernels.Gaussian(0.5).matmul(q, k, k).sum(),
     "knn": lambda q, k: nf.knn(q, k, 2)[0].sum() + nf.knn(q, k=2, metric="cosine")[0].sum(),
     "mmd": lambda q, k: nf.mmd(q, k) + nf.mmd(q, k, nf.kernels.Gaussian(q.mean().exp()), unbiased=False),
@@ -918,6 +924,7 @@ VMAPPED = {
     "siglip": lambda q, k: nf.siglip_loss(q, k, 3.0, -1.0) + nf.n_pairs_loss(q, k, l2_reg=0.1),
     "cdist": lambda q, k: nf.cdist(q, k),
     "matmul": lambda q, k: nf.kernels.Gaussian().matmul(q, k, k),
+    "cosine": lambda q, k: nf.kernels.Cosine()(q, k),
     "knn": lambda q, k: nf.knn(q, k, 2)[0] + nf.knn(k, k=2)[0],
     "kmeans_assign": lambda q, k: nf.kmeans_assign(q, k)[1],
     "cka": lambda q, k: nf.cka(q, k),

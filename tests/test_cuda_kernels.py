@@ -142,6 +142,27 @@ def test_bad_rows_touch_only_their_own_results(name):
     assert dirty_product[[0, 31]].isnan().all()
 
 
+def test_zero_rows_by_cosines():
+    """They have no direction: their cosines are 0, with zero derivatives, also of some columns beside other scores."""
+    x, y = sets(40, 70, 20)
+    x[3] = 0
+    y[9, 2:7] = 0
+    (x, y), wide = leaves(x, y)
+    weights = tensor(g.points(40, 70, seed=3), "float64")
+
+    def expected(columns):
+        u, v = (z[:, columns] for z in wide)
+        return cosine(u, v) * torch.outer(u.detach().any(1), v.detach().any(1))
+
+    assert_gradients(k.Cosine()(x, y), [x, y], expected(slice(None)), wide, weights, 1e-11)
+    text = "unit_dot 2 7; dot 0 -1; add 0 1"
+    value = nf.autograd.apply("gram", (x, y, torch.zeros(0, dtype=torch.float64)), (text,))
+    sums = expected(slice(2, 7)) + wide[0] @ wide[1].T
+    g.assert_value(value, sums, 1e-11, 1e-3)
+    assert_gradients(value, [x, y], sums, wide, weights, 1e-11)
+    assert not torch.autograd.grad(k.Cosine().matmul(x, y, weights[0]).sum(), x)[0][3].any()
+
+
 def test_batches_layouts_and_empty_sets():
     kernel = k.Matern(np.array([1.0, 2.0, 3.0, 4.0])) + k.Linear() * k.RationalQuadratic(3.0)
     x, y = tensor(g.points(12, 4).reshape(2, 1, 6, 4), "float64"), tensor(g.points(21, 4).reshape(3, 7, 4), "float64")

@@ -22,7 +22,7 @@ pytestmark = [test_cuda.pytestmark, pytest.mark.usefixtures("device_memory")]
 on_device, small_strips = test_cuda.on_device, test_cuda.small_strips
 __all__ = ["device_memory"]
 
-KERNELS = (k.Gaussian(2.0), k.Laplacian(5.0), k.Linear(0.5), 0.5 * k.Matern(3.0) + k.Polynomial(2))
+KERNELS = (k.Gaussian(2.0), k.Laplacian(5.0), k.Linear(0.5), 0.5 * k.Matern(3.0) + k.Polynomial(2), k.Cosine())
 TOLERANCE = {"bfloat16": 1e-5, "float32": 1e-5, "float64": 1e-11}
 by_dtype = pytest.mark.parametrize("dtype", TOLERANCE)
 

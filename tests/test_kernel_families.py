@@ -173,6 +173,48 @@ def test_shapes_and_empty_sets(kind):
 
 
 @pytest.mark.isa
+@pytest.mark.parametrize("size", [1e-30, 1e-15, 1e15, 1e30])
+def test_cosine_of_rows_of_any_norm(size):
+    """Squares leave the range of floats; norms do not."""
+    x, y = points(37, 20), points(30, 20, seed=1)
+    for dtype in ("float32", "float64"):
+        factor = size if dtype == "float32" else size**10
+        own = torch.from_numpy((factor * x).astype(dtype)).requires_grad_()
+        other = torch.from_numpy(x).requires_grad_()
+        gram, expected = k.Cosine()(own, torch.from_numpy(y.astype(dtype))), cosine(other, torch.from_numpy(y))
+        assert torch.allclose(gram.double(), expected, rtol=0, atol=8 * EPS[dtype])
+        actual, wanted = (torch.autograd.grad(g.square().sum(), z)[0] for g, z in ((gram, own), (expected, other)))
+        assert torch.allclose(actual.double() * factor, wanted, rtol=0, atol=1e3 * EPS[dtype])
+
+
+def test_gradients_of_zero_rows_by_cosines():
+    """A zero row has no direction: its cosines are 0, with zero derivatives, and so are those of columns that are 0."""
+    x, y, v = (torch.from_numpy(points(n, 5, seed=n)) for n in (9, 7, 7))
+    x[2] = 0
+    y[4, :3] = 0
+    own = [t.clone().requires_grad_() for t in (x, y)]
+    gram, product = k.Cosine()(*own), k.Cosine().matmul(*own, v)
+    assert not gram[2].any()
+    for dx in (torch.autograd.grad(z.sum(), own[0])[0] for z in (gram, product, k.Cosine()(own[0]))):
+        assert dx.isfinite().all()
+        assert not dx[2].any()
+    # Of some columns, as where kernels of different points lie side by side.
+    text = "unit_dot 1 3; unit_dot 0 -1; multiply 0 1"
+    arrays = [t.clone().requires_grad_() for t in (x, y)]
+    apply = nf.autograd.apply("gram", (*arrays, torch.zeros(0, dtype=torch.float64)), (text,))
+    expected = k.Cosine()(own[0][:, 1:3], own[1][:, 1:3]) * k.Cosine()(*own)
+    assert torch.allclose(apply, expected, rtol=1e-12, atol=1e-15)
+    weights = torch.from_numpy(points(9, 7, seed=3))
+    for a, e in zip(
+        torch.autograd.grad((apply * weights).sum(), arrays),
+        torch.autograd.grad((expected * weights).sum(), own),
+        strict=True,
+    ):
+        assert torch.allclose(a, e, rtol=1e-12, atol=1e-14)
+        assert a.isfinite().all()
+
+
+@pytest.mark.isa
 @pytest.mark.parametrize("d", [3, 40])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bad_rows_touch_only_their_own_results(name, d):

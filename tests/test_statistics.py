@@ -18,6 +18,7 @@ KERNELS = (
     nf.kernels.Laplacian(5.0),
     nf.kernels.Linear(0.5),
     0.5 * nf.kernels.Matern(3.0) + nf.kernels.Polynomial(2),
+    nf.kernels.Cosine(),
 )
 TOLERANCE = {"float16": 1e-5, "bfloat16": 1e-5, "float32": 1e-5, "float64": 1e-11}
 
@@ -254,7 +255,7 @@ def test_derivatives(unbiased, monkeypatch):
     scale = torch.tensor(1.3, dtype=torch.float64, requires_grad=True)
 
     def value(x, y, scale):
-        kernels = nf.kernels.Gaussian(scale), nf.kernels.Matern(2.0)
+        kernels = nf.kernels.Gaussian(scale), nf.kernels.Matern(2.0) + nf.kernels.Cosine()
         return nf.cka(x, y, kernels, unbiased) + nf.hsic(x, y, *kernels, unbiased)
 
     assert torch.autograd.gradcheck(value, (x, y, scale), fast_mode=True)
@@ -263,6 +264,7 @@ def test_derivatives(unbiased, monkeypatch):
 
 
 COMPOSED = nf.kernels.Gaussian([1.0, 2.0, 0.5]) * nf.kernels.Polynomial(2) + 0.3 * nf.kernels.Laplacian(4.0)
+COMPOSED += nf.kernels.Cosine()
 
 
 def check_gradients(n, unbiased, dtype, device="cpu"):

@@ -50,7 +50,7 @@ class Scores {
       : count(program.scores), program_(program), same_(same) {
     for (int k = 0; k < count; ++k) {
       const ProgramScore& s = program.score[k];
-      const Operands<T>& made = operands_.add(columns_of(x, s), columns_of(y, s), false,
+      const Operands<T>& made = operands_.add(columns_of(x, s), columns_of(y, s), s.kind == ScoreKind::unit_dot,
                                               s.kind == ScoreKind::sqeuclidean, products, threads, s.kind);
       depth_ += made.d;
       widest_ = widest_ < made.d ? made.d : widest_;
@@ -323,32 +323,42 @@ class ScorePasses {
   template <int N>
   ScorePasses(const Program& program, const Scores<T>& scores, int64_t d, T* dx, T* dy, Cell& cell, StripPlan<T> plan,
               PerScore<StripPass<T, Cell>, N>& passes)
-      : program_(program), scores_(scores), d_(d), dx_(dx), dy_(dy), whole_(scores.count == 1 && scores[0].d == d) {
+      : program_(program),
+        scores_(scores),
+        d_(d),
+        dx_(dx),
+        dy_(dy),
+        whole_(scores.count == 1 && scores[0].d == d && !scores[0].x.normalized()),
+        threads_(plan.threads) {
     for (int s = 0; s < scores.count; ++s) {
-      plan.dx = room(dx, own_dx_[s], scores[s].x.n() * scores[s].d);
-      plan.dy = room(dy, own_dy_[s], scores[s].y.n() * scores[s].d);
+      plan.dx = room(dx, own_dx_[s], scores[s].x);
+      plan.dy = room(dy, own_dy_[s], scores[s].y);
       passes.add(scores[s], cell, plan);
     }
   }
 
   void finish() {
     for (int s = 0; !whole_ && s < scores_.count; ++s) {
-      add(s, own_dx_[s].get(), dx_, scores_[s].x.n());
-      add(s, own_dy_[s].get(), dy_, scores_[s].y.n());
+      add(s, own_dx_[s].get(), dx_, scores_[s].x);
+      add(s, own_dy_[s].get(), dy_, scores_[s].y);
     }
   }
 
  private:
-  /// One score of all columns adds to the results; several, or one of some columns, to memory of their own.
-  T* room(T* result, Buffer<T>& own, int64_t size) const {
+  /// One score of all columns adds to the results; several, or one of some columns or of unit rows, to memory of their
+  /// own.
+  T* room(T* result, Buffer<T>& own, const Source<T>& rows) const {
     if (!result || whole_) return result;
+    const int64_t size = rows.n() * rows.d();
     own = Buffer<T>(size);
     for (int64_t k = 0; k < size; ++k) own[k] = 0;
     return own.get();
   }
-  void add(int s, const T* from, T* to, int64_t rows) const {
-    const int64_t width = scores_[s].d, begin = program_.score[s].begin;
-    for (int64_t i = 0; to && i < rows; ++i)
+  void add(int s, T* from, T* to, const Source<T>& rows) const {
+    if (!to) return;
+    if (rows.normalized()) finish_gradient(rows, 1, threads_, from);
+    const int64_t width = rows.d(), begin = program_.score[s].begin;
+    for (int64_t i = 0; i < rows.n(); ++i)
       for (int64_t k = 0; k < width; ++k) to[i * d_ + begin + k] += from[i * width + k];
   }
 
@@ -357,6 +367,7 @@ class ScorePasses {
   const int64_t d_;
   T *const dx_, *const dy_;
   const bool whole_;
+  const int threads_;
   Buffer<T> own_dx_[Program::kScores], own_dy_[Program::kScores];
 };
 

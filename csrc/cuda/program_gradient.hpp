@@ -2,6 +2,7 @@
 // place of these, and strips multiply them with the points.
 #pragma once
 
+#include "cuda/finish.hpp"
 #include "cuda/program.hpp"
 
 namespace nearfar {
@@ -83,8 +84,7 @@ class ProgramGradient {
       : kernel(c, text, parameters_at, x, y, same, true),
         c_(c),
         text_(text),
-        x_(x),
-        y_(y),
+        d_(x.d),
         dx_(dx),
         dy_(dy),
         dparameters_(dparameters) {
@@ -92,8 +92,8 @@ class ProgramGradient {
       const Pairs<T, T>& pairs = kernel[s];
       Part& part = parts_[s];
       // dX is computed in any case; where it is not wanted, or not all of it, aside.
-      if (points()) part.dx = room(dx, x, pairs.x.d);
-      if (dy) part.dy = room(dy, y, pairs.y.d);
+      if (points()) part.dx = room(dx, pairs.scores.x);
+      if (dy) part.dy = room(dy, pairs.scores.y);
       const bool multiplies = !kernel.by_coordinates(s);
       part.strip.emplace(c, pairs, false, true, multiplies ? part.dx : nullptr, multiplies ? part.dy : nullptr);
     }
@@ -130,12 +130,15 @@ class ProgramGradient {
   }
   void finish() {
     for (int s = 0; s < kernel.program.scores; ++s) {
-      const int64_t d = kernel[s].x.d, begin = text_.score[s].begin;
-      auto add = [&](const T* from, T* to, const Rows& rows) {
-        if (to && from != to) c_.launch_threads(rows.n * d, AddColumns<T>{from, rows.n * d, d, to + begin, rows.d});
+      const int64_t begin = text_.score[s].begin;
+      auto add = [&](T* from, T* to, const Source<T>& source) {
+        if (!to || from == to) return;
+        if (source.inverse) finish_rows(c_, source, from, FinishRows<T>{{}, nullptr, {}, nullptr, 1, nullptr});
+        const int64_t d = source.rows.d, count = source.rows.n * d;
+        c_.launch_threads(count, AddColumns<T>{from, count, d, to + begin, d_});
       };
-      add(parts_[s].dx, dx_, x_);
-      add(parts_[s].dy, dy_, y_);
+      add(parts_[s].dx, dx_, kernel[s].scores.x);
+      add(parts_[s].dy, dy_, kernel[s].scores.y);
     }
   }
 
@@ -147,16 +150,18 @@ class ProgramGradient {
     std::optional<Strip<T, T>> strip;
   };
   bool points() const { return dx_ || dy_; }
-  T* room(T* whole, const Rows& rows, int64_t d) {
-    if (whole && d == rows.d) return whole;
-    T* own = c_.take<T>(rows.n * d);
-    c_.launch_threads(rows.n * d, Fill<T>{own, rows.n * d, T(0)});
+  /// The whole, if that is what the score's part is and nothing is left to do with it.
+  T* room(T* whole, const Source<T>& source) {
+    if (whole && source.rows.d == d_ && !source.inverse) return whole;
+    const int64_t count = source.rows.n * source.rows.d;
+    T* own = c_.take<T>(count);
+    c_.launch_threads(count, Fill<T>{own, count, T(0)});
     return own;
   }
 
   cuda::Context& c_;
   const Program& text_;
-  const Rows x_, y_;
+  const int64_t d_;
   T *dx_, *dy_;
   double *dparameters_, *sums_ = nullptr;
   Part parts_[Program::kScores];

@@ -119,8 +119,8 @@ PackedProgram<T>::PackedProgram(cuda::Context& c, const Program& text, const dou
   for (int s = 0; s < text.scores; ++s) {
     const ProgramScore& score = text.score[s];
     kind_[s] = score.kind;
-    pairs_[s].emplace(c, columns_of(x, score), columns_of(y, score), false, program.square[s], products, false,
-                      by_coordinates(s) ? PairUse::rows : PairUse::scores);
+    pairs_[s].emplace(c, columns_of(x, score), columns_of(y, score), score.kind == ScoreKind::unit_dot,
+                      program.square[s], products, false, by_coordinates(s) ? PairUse::rows : PairUse::scores);
     mend_[s] = same && score.kind == ScoreKind::unit_dot;
   }
 }

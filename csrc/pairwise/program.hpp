@@ -10,7 +10,7 @@ namespace nearfar {
 
 enum class ScoreKind : int {
   dot,
-  unit_dot,     // of rows that have unit norm: where y is x, exactly 1 on the diagonal
+  unit_dot,     // of rows brought to unit norm: where y is x, exactly 1 on the diagonal
   sqeuclidean,  // |x - y|^2
   absolute,     // sum_k |x_k - y_k|
   chi_squared,  // sum_k (x_k - y_k)^2 / (x_k + y_k)

@@ -328,11 +328,7 @@ def common_center(x: Array) -> Array:
 
 
 def unit_rows(x: Array) -> Array:
-    """Rows of unit norm, scaled by their largest entry first; a zero row stays zero, with zero derivatives."""
-    if is_torch(x):
-        from .formulas import unit
-
-        return unit(x)
+    """NumPy rows of unit norm, scaled by their largest entry first; a zero row stays zero."""
     largest = np.abs(x).max(-1, keepdims=True)
     x = x / np.where(largest > 0, largest, np.ones_like(largest))
     square = (x * x).sum(-1, keepdims=True)

@@ -109,8 +109,10 @@ def apply_program(program: str, x: Tensor, y: Tensor, parameters: Tensor) -> Ten
             a, b = (z[..., left : None if right < 0 else right] for z in (x, y))
             if name in _COORDINATE_SCORES:
                 registers.append(_COORDINATE_SCORES[name](a.unsqueeze(-2), b.unsqueeze(-3)).sum(-1).double())
+            elif name == "unit_dot":
+                registers.append(apply_map("dot", unit(a), unit(b)).double())
             else:
-                registers.append(apply_map(name.removeprefix("unit_"), a, b).double())
+                registers.append(apply_map(name, a, b).double())
         elif name == "power":
             registers.append(registers[left] ** right)
         elif name in ("add", "multiply"):

@@ -298,17 +298,8 @@ void gradient(const StoreGradParams<T>& p) {
   plan.dy = p.dx;
   StripPass<T, StoreGradCell<T, Map>>(o, cell, plan).run();
   if (!p.normalize) return;
-  auto finish = [&](const Source<T>& source, T* grad) {
-    parallel_for(source.tasks(), p.threads, [&](int64_t task, int) {
-      Buffer<T> unit(o.d);
-      for (int64_t i = task * Source<T>::kRowsPerTask; i < source.end(task); ++i) {
-        source.get(i, unit.get());
-        normalize_backward(source, i, unit.get(), grad + i * o.d);
-      }
-    });
-  };
-  if (p.dy) finish(o.x, p.dy);
-  if (p.dx) finish(o.y, p.dx);
+  if (p.dy) finish_gradient(o.x, 1, p.threads, p.dy);
+  if (p.dx) finish_gradient(o.y, 1, p.threads, p.dx);
 }
 
 template <class T>

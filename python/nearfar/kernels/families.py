@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, cast, common_center, compute_dtype, is_torch, unit_rows
+from ..arrays import Array, cast, common_center, compute_dtype, is_torch
 from .base import Kernel, plain, scalar
 from .program import LEAST_SCALE, Builder, Register
 
@@ -479,7 +479,7 @@ class Cosine(Kernel):
     is_mercer = True
 
     def _build(self, program: Builder) -> Register:
-        return program.score("unit_dot", "unit", unit_rows, together=True)
+        return program.score("unit_dot")
 
     def _diag(self, x: Array) -> Array:
         return cast((x != 0).any(-1), compute_dtype(x)) + (x * 0).sum(-1)

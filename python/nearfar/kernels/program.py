@@ -4,7 +4,7 @@ A program is a text, ``"name left right; ..."``: first the scores of a pair, the
 are the first registers, every step is one more; the last is the kernel's value).
 
 =====================================  =====================================================================
-``dot``, ``unit_dot``                   <x, y> of the columns [left, right) of the points (-1: all); unit rows
+``dot``, ``unit_dot``                   <x, y> of the columns [left, right) of the points (-1: all); of unit rows
 ``sqeuclidean``, ``absolute``           the squared distance; the L1 distance
 ``chi_squared``                         sum of (x_k - y_k)^2 / (x_k + y_k)
 ``gaussian``, ``matern12`` ...          a map of register `left` with parameters from number `right` on
@@ -85,32 +85,15 @@ class Builder:
         self._keep.append(value)
         return id(value)
 
-    def score(
-        self,
-        kind: str,
-        points: Hashable = None,
-        prepare: Callable[[Array], Array] | None = None,
-        together: bool = False,
-    ) -> Register:
-        """A score of the points as given, or of ``prepare(points)``, which `points` names.
-
-        `together`: both sets may be prepared as one, because nothing but the points has a gradient.
-        """
+    def score(self, kind: str, points: Hashable = None, prepare: Callable[[Array], Array] | None = None) -> Register:
+        """A score of the points as given, or of ``prepare(points)``, which `points` names."""
         if points not in self._sets:
-            self._sets[points] = (self._x, self._y) if prepare is None else self._prepared(prepare, together)
+            if prepare is None:
+                self._sets[points] = self._x, self._y
+            else:
+                x, y = self.wide()
+                self._sets[points] = prepare(x), None if y is None else prepare(y)
         return "score", self._scores.setdefault((kind, points), len(self._scores))
-
-    def _prepared(self, prepare: Callable[[Array], Array], together: bool) -> tuple[Array, Array | None]:
-        x, y = self.wide()
-        if y is None:
-            return prepare(x), None
-        # As one set they take half of torch's operations, but then neither has a gradient without the other.
-        if together and is_torch(x) and x.requires_grad == y.requires_grad:
-            import torch
-
-            rows, columns = torch.tensor_split(prepare(torch.cat((x, y), -2)), (x.shape[-2],), -2)
-            return rows, columns
-        return prepare(x), prepare(y)
 
     def step(self, name: str, left: Register, right: Register | int = 0) -> Register:
         """A step; `right` is a register, an exponent, or the number of its first parameter."""
