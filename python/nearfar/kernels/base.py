@@ -49,6 +49,12 @@ class Kernel:
     # Parameters and text of its program where they are those of any points, kept by the first call.
     _constant: tuple[np.ndarray[Any, Any], str] | None = None
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Once: what is kept of a kernel, and of those made of it, stays true."""
+        if name in self.__dict__ and name != "_constant":
+            raise AttributeError(f"{name}: a kernel is an immutable value; make another one")
+        object.__setattr__(self, name, value)
+
     # Whether it is a program for the engine; else (`Custom`) every node of the expression makes its matrix.
     _compiles = True
 
