@@ -57,11 +57,12 @@ class Source {
       Buffer<T> row(rows_.d);
       for (int64_t i = task * kRowsPerTask; i < end(task); ++i) {
         read(i, row.get());
-        const double norm = norm_of(row.get());
-        inverse_norm_[i] = norm == 0 ? T(0) : static_cast<T>(1 / norm);
+        measure(i, row.get());
       }
     });
   }
+  /// The same for who reads every row by `get_new` first.
+  void normalize_as_read() { inverse_norm_ = Buffer<T>(rows_.n); }
 
   /// Subtract `center` (d values, kept by the caller) from every packed row.
   void shift(const T* center) { center_ = center; }
@@ -86,9 +87,13 @@ class Source {
   /// Row i, normalised if asked for, not shifted: what a distance is defined on.
   void get(int64_t i, T* out) const {
     read(i, out);
+    if (normalized()) scale(i, out);
+  }
+  void get_new(int64_t i, T* out) const {
+    read(i, out);
     if (!normalized()) return;
-    const T scale = inverse_norm_[i];
-    for (int64_t k = 0; k < rows_.d; ++k) out[k] *= scale;
+    measure(i, out);
+    scale(i, out);
   }
 
   /// The same without a copy where the memory holds just that; else `buffer` is filled.
@@ -151,6 +156,15 @@ class Source {
   }
 
  private:
+  void measure(int64_t i, const T* row) const {
+    const double norm = norm_of(row);
+    inverse_norm_[i] = norm == 0 ? T(0) : static_cast<T>(1 / norm);
+  }
+  void scale(int64_t i, T* row) const {
+    const T inverse = inverse_norm_[i];
+    for (int64_t k = 0; k < rows_.d; ++k) row[k] *= inverse;
+  }
+
   template <class S>
   void copy(int64_t i, T* out) const {
     const S* row = static_cast<const S*>(rows_.data) + i * rows_.row_stride;

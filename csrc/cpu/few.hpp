@@ -1,0 +1,166 @@
+// The strip pass for rows of x so few that they would leave lanes empty: coordinates run along the lanes in place of
+// rows, nothing is packed, and a row of y is read once.
+//
+//   for each chunk of columns (in parallel):    S[j][i] = scale <x_i, y_j>, cell.map: weights W
+//                                               dX partial of the chunk = W^T y, its rows still in cache
+//   cell.close;   dY[chunk] += W x;   dX = sum of the chunks' partials times their factors, in order
+//
+// Scores have the layout of a block, so cells and masks are those of the strip pass.
+#pragma once
+
+#include "cpu/strip.hpp"
+
+namespace nearfar {
+namespace {
+
+/// Rows so few that they would leave lanes empty.
+template <class T>
+bool few(int64_t n, int64_t m) {
+  return n < m && n <= 3 * Policy<T>::NR / 4;
+}
+
+/// Of dot products with `few` rows of x, and no triangle; y is not packed.
+template <class T, class Cell>
+class FewPass {
+  using P = Policy<T>;
+  static constexpr int NR = P::NR, L = kLanes<T>;
+
+ public:
+  FewPass(const Operands<T>& operands, Cell& cell, const StripPlan<T>& plan)
+      : o_(operands),
+        cell_(cell),
+        plan_(plan),
+        n_(o_.x.n()),
+        d_(o_.d),
+        stride_(padded<T>(d_)),
+        keeps_(plan.two_phase && plan.dy),
+        size_(o_.chunks.tiles_each * P::MR),
+        x_(NR * stride_) {
+    const int64_t count = o_.chunks.count, workers = worker_count(count, plan.threads);
+    read_rows<NR>(o_.x, 0, x_.get());
+    blocks_ = Buffer<T>((keeps_ ? count : workers) * size_ * NR);
+    rows_ = Buffer<const T*>(workers * (size_ + L));
+    copies_ = Buffer<T>(workers * (size_ + L) * stride_);
+    if (plan.dx) partial_ = Buffer<T>(count * n_ * stride_);
+  }
+
+  void run() {
+    const int64_t count = o_.chunks.count;
+    parallel_for(count, plan_.threads, [&](int64_t chunk, int worker) {
+      const Block<T> block = view(chunk, worker);
+      const T** rows = rows_.get() + worker * (size_ + L);
+      read(block, rows, copies_.get() + worker * (size_ + L) * stride_);
+      scores(block, rows);
+      cell_.map(block);
+      if (plan_.dx) multiply_rows(block, rows, partial_.get() + chunk * n_ * stride_);
+      if (plan_.dy && !keeps_) multiply_x(block, nullptr);
+    });
+    cell_.close(0, n_, count);
+    if (keeps_)
+      parallel_for(count, plan_.threads,
+                   [&](int64_t chunk, int worker) { multiply_x(view(chunk, worker), cell_.factor(chunk)); });
+    for (int64_t chunk = 0; plan_.dx && chunk < count; ++chunk)
+      for (int64_t i = 0; i < n_; ++i) {
+        const T *sum = partial_.get() + (chunk * n_ + i) * stride_, *factor = cell_.factor(chunk);
+        for (int64_t k = 0; k < d_; ++k) plan_.dx[i * d_ + k] += factor ? factor[i] * sum[k] : sum[k];
+      }
+  }
+
+ private:
+  Block<T> view(int64_t chunk, int worker) const {
+    const int64_t t0 = o_.chunks.tile_begin(chunk), t1 = o_.chunks.tile_end(chunk);
+    T* data = blocks_.get() + (keeps_ ? chunk : worker) * size_ * NR;
+    return {chunk, chunk, 0, 1, t0 * P::MR, (t1 - t0) * P::MR, data, size_ * NR, nullptr, nullptr};
+  }
+
+  /// The rows of a chunk, whole vectors of them, where they lie if that is what a vector can read; zeros past the last.
+  void read(const Block<T>& b, const T** rows, T* copies) const {
+    const bool in_place = !o_.y.normalized() && d_ % L == 0;
+    for (int64_t j = 0; j < ceil_div(b.columns, L) * L; ++j, copies += stride_) {
+      const bool there = j < b.columns && b.column + j < o_.y.n();
+      rows[j] = there && in_place ? o_.y.view(b.column + j, copies) : copies;
+      if (there && in_place) continue;
+      if (there) o_.y.get_new(b.column + j, copies);
+      for (int64_t k = there ? d_ : 0; k < stride_; ++k) copies[k] = 0;
+    }
+  }
+
+  /// As many rows together as a vector has lanes: their sums, transposed, are one.
+  void scores(const Block<T>& b, const T* const* rows) const {
+    for (int64_t at = 0; at < b.columns * NR; at += L) store(b.data + at, Vec<T>{});
+    for (int64_t j = 0; j < b.columns; j += L) {
+      const T* row[L];
+      for (int u = 0; u < L; ++u) row[u] = rows[j + u];
+      for (int64_t i = 0; i < n_; ++i) {
+        Vec<T> sum[L] = {};
+        for (int64_t k = 0; k < stride_; k += L) {
+          const Vec<T> own = load(x_.get() + i * stride_ + k);
+#pragma GCC unroll 16
+          for (int u = 0; u < L; ++u) sum[u] += own * load(row[u] + k);
+        }
+        transpose<T>(sum);
+#pragma GCC unroll 4
+        for (int half = L / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+          for (int u = 0; u < half; ++u) sum[u] += sum[u + half];
+        const Vec<T> score = sum[0] * splat<T>(plan_.scale);
+        for (int u = 0; u < L && j + u < b.columns; ++u) b.data[(j + u) * NR + i] = score[u];
+      }
+    }
+  }
+
+  /// out_i = sum_j W[j][i] y_j
+  void multiply_rows(const Block<T>& w, const T* const* rows, T* out) const {
+    for (int64_t k = 0; k < n_ * stride_; ++k) out[k] = 0;
+    for (int64_t j = 0; j < w.columns; j += L) {
+      const T* row[L];
+      for (int u = 0; u < L; ++u) row[u] = rows[j + u];
+      for (int64_t i = 0; i < n_; ++i) {
+        Vec<T> weight[L];
+#pragma GCC unroll 16
+        for (int u = 0; u < L; ++u) weight[u] = splat<T>(j + u < w.columns ? w.data[(j + u) * NR + i] : T(0));
+        for (int64_t k = 0; k < stride_; k += L) {
+          Vec<T> sum = load(out + i * stride_ + k);
+#pragma GCC unroll 16
+          for (int u = 0; u < L; ++u) sum += weight[u] * load(row[u] + k);
+          store(out + i * stride_ + k, sum);
+        }
+      }
+    }
+  }
+
+  /// dY_j += sum_i W[j][i] factor_i x_i
+  void multiply_x(const Block<T>& w, const T* factor) const {
+    for (int64_t j = 0; j < w.columns && w.column + j < o_.y.n(); ++j) {
+      T weight[NR], *out = plan_.dy + (w.column + j) * d_;
+      for (int64_t i = 0; i < n_; ++i) weight[i] = factor ? factor[i] * w.data[j * NR + i] : w.data[j * NR + i];
+      for (int64_t k = 0; k < d_; k += L) {
+        Vec<T> sum = Vec<T>{};
+        for (int64_t i = 0; i < n_; ++i) sum += splat<T>(weight[i]) * load(x_.get() + i * stride_ + k);
+        if (k + L <= d_) {
+          store(out + k, load(out + k) + sum);
+        } else {
+          for (int64_t u = 0; k + u < d_; ++u) out[k + u] += sum[u];
+        }
+      }
+    }
+  }
+
+  const Operands<T>& o_;
+  Cell& cell_;
+  const StripPlan<T> plan_;
+  const int64_t n_, d_, stride_;
+  const bool keeps_;    // weights, until their factors are known
+  const int64_t size_;  // columns of a chunk
+  Buffer<T> x_, blocks_, copies_, partial_;
+  Buffer<const T*> rows_;
+};
+
+/// All pairs, by the pass that fits: where y is not packed, rows of x are few.
+template <class T, class Cell>
+void all_pairs(const Operands<T>& o, Cell& cell, const StripPlan<T>& plan) {
+  o.packed() ? StripPass<T, Cell>(o, cell, plan).run() : FewPass<T, Cell>(o, cell, plan).run();
+}
+
+}  // namespace
+}  // namespace nearfar
