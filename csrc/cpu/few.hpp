@@ -1,6 +1,7 @@
-// The strip pass for rows of x so few that they would leave lanes empty: coordinates run along the lanes in place of
-// rows, nothing is packed, and a row of y is read once.
+// Rows of x so few that they would leave lanes empty. Coordinates run along the lanes in place of rows, nothing is
+// packed, and a row of y is read once, where it lies.
 //
+// The strip pass of such rows:
 //   for each chunk of columns (in parallel):    S[j][i] = scale <x_i, y_j>, cell.map: weights W
 //                                               dX partial of the chunk = W^T y, its rows still in cache
 //   cell.close;   dY[chunk] += W x;   dX = sum of the chunks' partials times their factors, in order
@@ -19,7 +20,41 @@ bool few(int64_t n, int64_t m) {
   return n < m && n <= 3 * Policy<T>::NR / 4;
 }
 
-/// Of dot products with `few` rows of x, and no triangle; y is not packed.
+/// Rows [begin, end) as whole vectors, and up to a whole vector of rows, zeros past the last: where they lie if that is
+/// what they are, else in `copies`.
+template <class T>
+void whole_rows(const Source<T>& source, int64_t begin, int64_t end, const T** rows, T* copies) {
+  const int64_t d = source.d(), stride = padded<T>(d), last = end < source.n() ? end : source.n();
+  const bool in_place = d == stride && !source.normalized();
+  for (int64_t j = begin; j < begin + padded<T>(end - begin); ++j, copies += stride) {
+    rows[j - begin] = in_place && j < last ? source.view(j, copies) : copies;
+    if (in_place && j < last) continue;
+    if (j < last) source.get_new(j, copies);
+    for (int64_t k = j < last ? d : 0; k < stride; ++k) copies[k] = 0;
+  }
+}
+
+/// Scores of a row of x with as many of y as a vector has lanes: their sums, transposed, are one.
+template <class Score, class T>
+Vec<T> row_scores(int64_t stride, const T* x, const T* const* rows) {
+  constexpr int L = kLanes<T>;
+  const T* row[L];
+  for (int u = 0; u < L; ++u) row[u] = rows[u];
+  Vec<T> sum[L] = {};
+  for (int64_t k = 0; k < stride; k += L) {
+    const Vec<T> own = load(x + k);
+#pragma GCC unroll 16
+    for (int u = 0; u < L; ++u) Score::accumulate(sum[u], own, load(row[u] + k));
+  }
+  transpose<T>(sum);
+#pragma GCC unroll 4
+  for (int half = L / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int u = 0; u < half; ++u) sum[u] += sum[u + half];
+  return sum[0];
+}
+
+/// All pairs of `few` rows of x by dot products, without a triangle; y is not packed.
 template <class T, class Cell>
 class FewPass {
   using P = Policy<T>;
@@ -49,7 +84,8 @@ class FewPass {
     parallel_for(count, plan_.threads, [&](int64_t chunk, int worker) {
       const Block<T> block = view(chunk, worker);
       const T** rows = rows_.get() + worker * (size_ + L);
-      read(block, rows, copies_.get() + worker * (size_ + L) * stride_);
+      whole_rows(o_.y, block.column, block.column + block.columns, rows,
+                 copies_.get() + worker * (size_ + L) * stride_);
       scores(block, rows);
       cell_.map(block);
       if (plan_.dx) multiply_rows(block, rows, partial_.get() + chunk * n_ * stride_);
@@ -73,40 +109,13 @@ class FewPass {
     return {chunk, chunk, 0, 1, t0 * P::MR, (t1 - t0) * P::MR, data, size_ * NR, nullptr, nullptr};
   }
 
-  /// The rows of a chunk, whole vectors of them, where they lie if that is what a vector can read; zeros past the last.
-  void read(const Block<T>& b, const T** rows, T* copies) const {
-    const bool in_place = !o_.y.normalized() && d_ % L == 0;
-    for (int64_t j = 0; j < ceil_div(b.columns, L) * L; ++j, copies += stride_) {
-      const bool there = j < b.columns && b.column + j < o_.y.n();
-      rows[j] = there && in_place ? o_.y.view(b.column + j, copies) : copies;
-      if (there && in_place) continue;
-      if (there) o_.y.get_new(b.column + j, copies);
-      for (int64_t k = there ? d_ : 0; k < stride_; ++k) copies[k] = 0;
-    }
-  }
-
-  /// As many rows together as a vector has lanes: their sums, transposed, are one.
   void scores(const Block<T>& b, const T* const* rows) const {
     for (int64_t at = 0; at < b.columns * NR; at += L) store(b.data + at, Vec<T>{});
-    for (int64_t j = 0; j < b.columns; j += L) {
-      const T* row[L];
-      for (int u = 0; u < L; ++u) row[u] = rows[j + u];
+    for (int64_t j = 0; j < b.columns; j += L)
       for (int64_t i = 0; i < n_; ++i) {
-        Vec<T> sum[L] = {};
-        for (int64_t k = 0; k < stride_; k += L) {
-          const Vec<T> own = load(x_.get() + i * stride_ + k);
-#pragma GCC unroll 16
-          for (int u = 0; u < L; ++u) sum[u] += own * load(row[u] + k);
-        }
-        transpose<T>(sum);
-#pragma GCC unroll 4
-        for (int half = L / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-          for (int u = 0; u < half; ++u) sum[u] += sum[u + half];
-        const Vec<T> score = sum[0] * splat<T>(plan_.scale);
+        const Vec<T> score = row_scores<Dot>(stride_, x_.get() + i * stride_, rows + j) * splat<T>(plan_.scale);
         for (int u = 0; u < L && j + u < b.columns; ++u) b.data[(j + u) * NR + i] = score[u];
       }
-    }
   }
 
   /// out_i = sum_j W[j][i] y_j

@@ -52,14 +52,12 @@ class Source {
 
   /// Divide row i by its norm; a zero row stays zero.
   void normalize(int threads) {
-    inverse_norm_ = Buffer<T>(rows_.n);
+    Buffer<T> inverse(rows_.n);
     parallel_for(tasks(), threads, [&](int64_t task, int) {
       Buffer<T> row(rows_.d);
-      for (int64_t i = task * kRowsPerTask; i < end(task); ++i) {
-        read(i, row.get());
-        measure(i, row.get());
-      }
+      for (int64_t i = task * kRowsPerTask; i < end(task); ++i) inverse[i] = inverse_of(view(i, row.get()));
     });
+    inverse_norm_ = static_cast<Buffer<T>&&>(inverse);
   }
   /// The same for who reads every row by `get_new` first.
   void normalize_as_read() { inverse_norm_ = Buffer<T>(rows_.n); }
@@ -92,13 +90,12 @@ class Source {
   void get_new(int64_t i, T* out) const {
     read(i, out);
     if (!normalized()) return;
-    measure(i, out);
+    inverse_norm_[i] = inverse_of(out);
     scale(i, out);
   }
 
   /// The same without a copy where the memory holds just that; else `buffer` is filled.
   const T* view(int64_t i, T* buffer) const {
-    constexpr DType kOwn = sizeof(T) == 8 ? DType::f64 : DType::f32;
     if (rows_.dtype == kOwn && rows_.col_stride == 1 && !normalized())
       return static_cast<const T*>(rows_.data) + i * rows_.row_stride;
     get(i, buffer);
@@ -117,6 +114,23 @@ class Source {
     if (!center_) return get(i, out);
     const T* own = view(i, out);
     for (int64_t k = 0; k < rows_.d; ++k) out[k] = own[k] - center_[k];
+  }
+
+  /// W rows from i0 on side by side, out[k][W], as `get` gives them. Rows shorter than a vector take longer to read one
+  /// by one than all that follows. False where there are no W such rows in memory.
+  template <int W>
+  bool gather(int64_t i0, T* out) const {
+    constexpr int L = kLanes<T>;
+    if (rows_.d >= L || i0 + W > rows_.n || rows_.dtype != kOwn || center_) return false;
+    for (int64_t k = 0; k < rows_.d; ++k)
+      for (int v = 0; v < W; v += L) {
+        const T* from = static_cast<const T*>(rows_.data) + (i0 + v) * rows_.row_stride + k * rows_.col_stride;
+        Vec<T> lanes{};
+#pragma GCC unroll 16
+        for (int u = 0; u < L; ++u) lanes[u] = from[u * rows_.row_stride];
+        store(out + k * W + v, normalized() ? lanes * load(inverse_norm_.get() + i0 + v) : lanes);
+      }
+    return true;
   }
 
   /// Four vectors of partial sums: at D = 128 each lane adds two products, so float32 keeps all its digits.
@@ -156,9 +170,9 @@ class Source {
   }
 
  private:
-  void measure(int64_t i, const T* row) const {
+  T inverse_of(const T* row) const {
     const double norm = norm_of(row);
-    inverse_norm_[i] = norm == 0 ? T(0) : static_cast<T>(1 / norm);
+    return norm == 0 ? T(0) : static_cast<T>(1 / norm);
   }
   void scale(int64_t i, T* row) const {
     const T inverse = inverse_norm_[i];
@@ -174,6 +188,8 @@ class Source {
       for (int64_t k = 0; k < rows_.d; ++k) out[k] = static_cast<T>(widen(row[k * rows_.col_stride]));
     }
   }
+
+  static constexpr DType kOwn = sizeof(T) == 8 ? DType::f64 : DType::f32;
 
   Rows rows_;
   Buffer<T> inverse_norm_;
