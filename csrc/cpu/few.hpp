@@ -20,6 +20,12 @@ bool few(int64_t n, int64_t m) {
   return n < m && n <= 3 * Policy<T>::NR / 4;
 }
 
+/// Whether coordinates run along the lanes. From half a panel of rows on that pays for rows of eight vectors.
+template <class T>
+bool fewest(int64_t n, int64_t m, int64_t d) {
+  return few<T>(n, m) && (n < Policy<T>::NR / 2 || d >= 8 * kLanes<T>);
+}
+
 /// Rows [begin, end) as whole vectors, and up to a whole vector of rows, zeros past the last: where they lie if that is
 /// what they are, else in `copies`.
 template <class T>
@@ -54,7 +60,7 @@ Vec<T> row_scores(int64_t stride, const T* x, const T* const* rows) {
   return sum[0];
 }
 
-/// All pairs of `few` rows of x by dot products, without a triangle; y is not packed.
+/// All pairs of the `fewest` rows of x by dot products, without a triangle; y is not packed.
 template <class T, class Cell>
 class FewPass {
   using P = Policy<T>;

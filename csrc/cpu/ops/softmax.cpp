@@ -28,7 +28,7 @@ class Softmax {
         n(params.x.n),
         m(params.y.n),
         d(params.x.d),
-        few_(params.mode == SoftmaxMode::rows && few<T>(n, m)),
+        few_(params.mode == SoftmaxMode::rows && fewest<T>(n, m, d)),
         o(params.x, params.y, params.normalize && !few_, false, false, params.threads, ScoreKind::dot, !few_),
         positive(params.positive),
         paired(params.paired),

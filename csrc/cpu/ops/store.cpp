@@ -30,7 +30,7 @@ struct MapTiles {
 
   MapTiles(const StoreParams<T>& p, const Map& own)
       : map(own),
-        few_(!kByCoordinate && !p.same && few<T>(p.x.n, p.y.n) && p.x.d >= (p.x.n < P::NR / 2 ? 1 : 8) * kLanes<T>),
+        few_(!kByCoordinate && !p.same && fewest<T>(p.x.n, p.y.n, p.x.d) && p.x.d >= kLanes<T>),
         o(p.y, p.x, p.normalize && !few_, Map::kDistance && !few_, false, p.threads, ScoreKind::dot, !few_),
         same(p.same) {
     if (!few_) return;
@@ -63,8 +63,7 @@ struct MapTiles {
       mend_cosine(i, j0, o.x.n() - j0 < P::NR ? o.x.n() - j0 : P::NR, out + (i - t0 * P::MR) * P::NR);
   }
 
-  /// Few rows of the result: columns are read where they lie. From half a panel on that pays for long rows only.
-  /// Distances come from differences, so none is mended.
+  /// Few rows of the result: columns are read where they lie. Distances come from differences, so none is mended.
   void few_rows(int64_t j0, T* copies, T* out) const {
     using Score = std::conditional_t<Map::kDistance, SquaredDifference, Dot>;
     const T* rows[P::NR];
