@@ -49,6 +49,29 @@ def test_depths(kind, dtype, metric):
 
 
 @pytest.mark.isa
+@pytest.mark.parametrize(("kind", "dtype"), KINDS)
+@pytest.mark.parametrize("few", [1, 2, 3, 7, 8, 9, 12])
+def test_fewest_rows(few, kind, dtype):
+    """They meet the others' rows where these lie."""
+    for d in (1, 2, 8, 20, 64):
+        x, y = of_kind(kind, points(few, d), dtype), of_kind(kind, points(69, d, seed=1), dtype)
+        for metric in METRICS:
+            assert_distances(nf.cdist(x, y, metric), x, y, metric)
+        assert_distances(nf.cdist(y, x), y, x, "euclidean")
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_layouts_beside_few_rows(metric, dtype):
+    for few, d in ((1, 3), (2, 16), (3, 20), (9, 64)):
+        x, y = points(few, d, dtype), points(69, d, dtype, seed=1)
+        expected = nf.cdist(x, y, metric)
+        for layout in layouts(y).values():
+            assert same_bits(nf.cdist(x, layout, metric), expected)
+
+
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("few", [1, 3, 15, 48])
 def test_few_rows_or_columns(few, dtype):

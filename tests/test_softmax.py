@@ -230,6 +230,83 @@ def test_result_type(f, kind):
         assert isinstance(rows, torch.Tensor if kind == "torch" else np.ndarray)
 
 
+# ---- few queries against many keys, whose rows are read once ----------------------------------------------------------
+
+FEW = (1, 2, 3, 7, 8, 9, 12, 13, 24, 25)  # and the first numbers that are not, per width of vectors
+
+
+@dtypes
+@pytest.mark.parametrize("n", FEW)
+@pytest.mark.parametrize(("m", "d"), [(26, 3), (241, 8), (1021, 40)])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_few_queries(dtype, n, m, d, normalize):
+    x, y = pairs(n, d, dtype)
+    arguments = dict(query=x, positive_key=y, negative_keys=points(m, d, dtype, 5), normalize=normalize)
+    arguments["temperature"] = 0.2 if normalize else 2.0 * d**0.5
+    compare(nf.info_nce_loss, ["query", "positive_key", "negative_keys", "temperature"], dtype, **arguments)
+    compare(nf.info_nce_loss, ["query", "temperature"], dtype, **arguments)
+
+
+@pytest.mark.parametrize("n", [2, 7, 9])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("wanted", [["query"], ["query", "positive_key", "negative_keys"]])
+def test_few_queries_weighted(n, dtype, wanted):
+    """With duplicates in the batch left out, and an upstream gradient of each query."""
+    x, y, keys = (of_kind("torch", a, dtype) for a in (*pairs(n, 16), points(300, 16, seed=5)))
+    arguments = dict(query=x, positive_key=y, negative_keys=keys, in_batch=True, reduction="none", temperature=0.2)
+    arguments["ids"] = torch.arange(n) // 2
+    compare(nf.info_nce_loss, wanted, dtype, weights=torch.linspace(-1, 2, n), **arguments)
+
+
+@pytest.mark.parametrize("layout", ["fortran", "strided", "negative rows", "negative columns", "read-only"])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_few_queries_layouts(layout, normalize):
+    x, y = pairs(3, 16, "float32")
+    keys = points(300, 16, "float32")
+    arguments = dict(query=x, positive_key=y, normalize=normalize)
+    wanted = ["query", "negative_keys"]
+    expected = evaluate(nf.info_nce_loss, wanted, negative_keys=keys, **arguments)
+    actual = evaluate(nf.info_nce_loss, wanted, negative_keys=layouts(keys)[layout], **arguments)
+    assert actual[0] == expected[0]
+    assert all(np.array_equal(a, b) for a, b in zip(actual[1], expected[1], strict=True))
+
+
+@dtypes
+@pytest.mark.parametrize("wanted", [["query"], ["query", "negative_keys"]])
+def test_few_queries_bitwise(threads, monkeypatch, dtype, wanted):
+    """For any number of threads; without room for weights, gradients of keys are rounded elsewhere."""
+    x, y = pairs(5, 70, dtype)
+    arguments = dict(query=x, positive_key=y, negative_keys=points(5000, 70, dtype))
+    kept = []
+    for budget in (loss_operations.STRIP_BUDGET, 0):
+        monkeypatch.setattr(loss_operations, "STRIP_BUDGET", budget)
+        results = []
+        for count in (1, 2, 3, 7):
+            threads(count)
+            value, grads = evaluate(nf.info_nce_loss, wanted, **arguments)
+            results.append((value, *grads))
+        for other in results[1:]:
+            assert all(np.array_equal(a, b) for a, b in zip(results[0], other, strict=True))
+        kept.append(results[0])
+    assert kept[0][0] == kept[1][0] == nf.info_nce_loss(**arguments)
+    for grad, other in zip(kept[0][1:], kept[1][1:], strict=True):
+        assert_gradient(other, grad, GRADIENT[dtype])
+
+
+@dtypes
+def test_few_queries_of_any_norm(dtype):
+    """Squares of norms leave the range of numbers before norms do."""
+    x, y = pairs(2, 24, dtype)
+    keys = points(100, 24, dtype)
+    keys[7] = 0
+    loss, (grad,) = evaluate(nf.info_nce_loss, ["query"], query=x, positive_key=y, negative_keys=keys)
+    small, large = (1e-30, 1e30) if dtype == "float32" else (1e-200, 1e200)
+    keys[:50] *= np.asarray([small, large], dtype)[np.arange(50) % 2, None]
+    value, (other,) = evaluate(nf.info_nce_loss, ["query"], query=x, positive_key=y, negative_keys=keys)
+    assert_value(value, loss, VALUE[dtype])
+    assert_gradient(other, grad, GRADIENT[dtype])
+
+
 # ---- memory layouts --------------------------------------------------------------------------------------------------
 
 

@@ -27,8 +27,11 @@ struct Mask {
       T* s = b.panel(p);
       const int64_t row = b.row + p * P::NR;
       const int64_t lanes = n - row < P::NR ? n - row : P::NR;
-      for (int64_t lane = lanes; lane < P::NR; ++lane)
-        for (int64_t j = 0; j < b.columns; ++j) s[j * P::NR + lane] = out;
+      for (int v = static_cast<int>(lanes / kLanes<T>); v < P::kVectors; ++v) {
+        const IVec<T> past = iota<T>() >= isplat<T>(static_cast<IntOf<T>>(lanes - v * kLanes<T>));
+        for (T* place = s + v * kLanes<T>; place < s + b.columns * P::NR; place += P::NR)
+          store(place, select(past, splat<T>(out), load(place)));
+      }
       for (int64_t j = m - b.column < 0 ? 0 : m - b.column; j < b.columns; ++j)
         for (int64_t lane = 0; lane < P::NR; ++lane) s[j * P::NR + lane] = out;
       if (triangle && b.column + b.columns > row)

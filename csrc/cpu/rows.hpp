@@ -52,16 +52,15 @@ class Source {
 
   /// Divide row i by its norm; a zero row stays zero.
   void normalize(int threads) {
-    inverse_norm_ = Buffer<T>(rows_.n);
+    Buffer<T> inverse(rows_.n);
     parallel_for(tasks(), threads, [&](int64_t task, int) {
       Buffer<T> row(rows_.d);
-      for (int64_t i = task * kRowsPerTask; i < end(task); ++i) {
-        read(i, row.get());
-        const double norm = norm_of(row.get());
-        inverse_norm_[i] = norm == 0 ? T(0) : static_cast<T>(1 / norm);
-      }
+      for (int64_t i = task * kRowsPerTask; i < end(task); ++i) inverse[i] = inverse_of(view(i, row.get()));
     });
+    inverse_norm_ = static_cast<Buffer<T>&&>(inverse);
   }
+  /// The same for who reads every row by `get_new` first.
+  void normalize_as_read() { inverse_norm_ = Buffer<T>(rows_.n); }
 
   /// Subtract `center` (d values, kept by the caller) from every packed row.
   void shift(const T* center) { center_ = center; }
@@ -86,14 +85,17 @@ class Source {
   /// Row i, normalised if asked for, not shifted: what a distance is defined on.
   void get(int64_t i, T* out) const {
     read(i, out);
+    if (normalized()) scale(i, out);
+  }
+  void get_new(int64_t i, T* out) const {
+    read(i, out);
     if (!normalized()) return;
-    const T scale = inverse_norm_[i];
-    for (int64_t k = 0; k < rows_.d; ++k) out[k] *= scale;
+    inverse_norm_[i] = inverse_of(out);
+    scale(i, out);
   }
 
   /// The same without a copy where the memory holds just that; else `buffer` is filled.
   const T* view(int64_t i, T* buffer) const {
-    constexpr DType kOwn = sizeof(T) == 8 ? DType::f64 : DType::f32;
     if (rows_.dtype == kOwn && rows_.col_stride == 1 && !normalized())
       return static_cast<const T*>(rows_.data) + i * rows_.row_stride;
     get(i, buffer);
@@ -112,6 +114,23 @@ class Source {
     if (!center_) return get(i, out);
     const T* own = view(i, out);
     for (int64_t k = 0; k < rows_.d; ++k) out[k] = own[k] - center_[k];
+  }
+
+  /// W rows from i0 on side by side, out[k][W], as `get` gives them. Rows shorter than a vector take longer to read one
+  /// by one than all that follows. False where there are no W such rows in memory.
+  template <int W>
+  bool gather(int64_t i0, T* out) const {
+    constexpr int L = kLanes<T>;
+    if (rows_.d >= L || i0 + W > rows_.n || rows_.dtype != kOwn || center_) return false;
+    for (int64_t k = 0; k < rows_.d; ++k)
+      for (int v = 0; v < W; v += L) {
+        const T* from = static_cast<const T*>(rows_.data) + (i0 + v) * rows_.row_stride + k * rows_.col_stride;
+        Vec<T> lanes{};
+#pragma GCC unroll 16
+        for (int u = 0; u < L; ++u) lanes[u] = from[u * rows_.row_stride];
+        store(out + k * W + v, normalized() ? lanes * load(inverse_norm_.get() + i0 + v) : lanes);
+      }
+    return true;
   }
 
   /// Four vectors of partial sums: at D = 128 each lane adds two products, so float32 keeps all its digits.
@@ -151,6 +170,15 @@ class Source {
   }
 
  private:
+  T inverse_of(const T* row) const {
+    const double norm = norm_of(row);
+    return norm == 0 ? T(0) : static_cast<T>(1 / norm);
+  }
+  void scale(int64_t i, T* row) const {
+    const T inverse = inverse_norm_[i];
+    for (int64_t k = 0; k < rows_.d; ++k) row[k] *= inverse;
+  }
+
   template <class S>
   void copy(int64_t i, T* out) const {
     const S* row = static_cast<const S*>(rows_.data) + i * rows_.row_stride;
@@ -160,6 +188,8 @@ class Source {
       for (int64_t k = 0; k < rows_.d; ++k) out[k] = static_cast<T>(widen(row[k * rows_.col_stride]));
     }
   }
+
+  static constexpr DType kOwn = sizeof(T) == 8 ? DType::f64 : DType::f32;
 
   Rows rows_;
   Buffer<T> inverse_norm_;

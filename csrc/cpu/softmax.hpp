@@ -49,9 +49,11 @@ struct LseCell {
     mask_.apply(b);
     if (COLUMNS && common > 0) return both(b);
     if (COLUMNS) columns(b);
+    // Of few rows nobody looks at the lanes behind them.
+    const int64_t vectors = o.packed() ? P::kVectors : ceil_div(o.x.n(), kLanes<T>);
     for (int64_t p = 0; p < b.panels; ++p) {
       T* s = b.panel(p);
-      for (int v = 0; v < P::kVectors; ++v, s += kLanes<T>) {
+      for (int v = 0; v < vectors; ++v, s += kLanes<T>) {
         Vec<T> top = splat<T>(common > 0 ? common : static_cast<T>(-kInfinity)), total = Vec<T>{};
         for (int64_t j = 0; !(common > 0) && j < b.columns; ++j) top = vmax(load(s + j * P::NR), top);
         const Vec<T> base = finite_or_zero<T>(top);

@@ -329,6 +329,7 @@ class Operands {
   }
   int64_t row_buffer() const { return P::NR * padded<T>(d); }
 
+  bool packed() const { return tiles_.get() != nullptr; }
   const T* tile(int64_t t) const { return tiles_.get() + t * tile_stride; }
   const T* squares(int64_t column) const { return squares_.get() + column; }
   /// Of the finite rows of y as they are packed.

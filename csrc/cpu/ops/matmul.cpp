@@ -4,6 +4,7 @@
 //   dx_i   = sum_j <g_i, v_j> pull_ij (x_i - y_j)     (of <g, K v>; v's own gradient is K(y, x) g: the same operation)
 #include <utility>
 
+#include "cpu/few.hpp"
 #include "cpu/program.hpp"
 
 namespace nearfar {
@@ -226,12 +227,6 @@ class Matmul {
   int64_t splits_ = 1, width_ = 1, groups_ = 1;
   Buffer<T> v_, parts_;
 };
-
-/// Rows so few that they would leave lanes empty.
-template <class T>
-bool few(int64_t n, int64_t m) {
-  return n < m && n <= 3 * Policy<T>::NR / 4;
-}
 
 /// The product for them: columns run along the lanes. A task is a run of columns, whose sums are added in order.
 template <class T>

@@ -12,6 +12,7 @@
 // kept.
 #include "cpu/softmax.hpp"
 
+#include "cpu/few.hpp"
 #include "cpu/positives.hpp"
 
 namespace nearfar {
@@ -27,11 +28,13 @@ class Softmax {
         n(params.x.n),
         m(params.y.n),
         d(params.x.d),
-        o(params.x, params.y, params.normalize, false, false, params.threads),
+        few_(params.mode == SoftmaxMode::rows && fewest<T>(n, m, d)),
+        o(params.x, params.y, params.normalize && !few_, false, false, params.threads, ScoreKind::dot, !few_),
         positive(params.positive),
         paired(params.paired),
         sets(params.positives, o.x, params.threads),
         mask{o, -kInfinity, params.mode == SoftmaxMode::pairs, nullptr, params.ids_x, params.ids_y} {
+    if (p.normalize && few_) o.x.normalize(p.threads), o.y.normalize_as_read();
     if (p.normalize && positive.n() > 0) positive.normalize(p.threads);
     if (p.normalize && paired.n() > 0) paired.normalize(p.threads);
     partner_ = Buffer<int64_t>(n);
@@ -46,7 +49,8 @@ class Softmax {
     positive_score_ = Buffer<double>(n);
     first_states();
     const bool gradient = p.dx != nullptr, columns = p.mode != SoftmaxMode::rows;
-    const int64_t strip = m * P::kStripRows * static_cast<int64_t>(sizeof(T));
+    const int64_t lanes = !few_ ? P::kStripRows : p.dy ? P::NR : 0;  // that wait for the rows' log-sum-exps
+    const int64_t strip = m * lanes * static_cast<int64_t>(sizeof(T));
     if (columns) {
       column_states_ = Buffer<LogSumExp>(p.mode == SoftmaxMode::both ? n : 0);
       const int64_t size = StripPass<T, LseCell<T, true>>::kept_size(o, p.mode == SoftmaxMode::pairs);
@@ -124,7 +128,7 @@ class Softmax {
     cell.positive = p.positive_in_sum ? positive_score_.get() : nullptr;
     cell.weights = p.weights;
     cell.weight = p.weight;
-    StripPass<T, LseCell<T, COLUMNS>>(o, cell, plan(keep, keep)).run();
+    all_pairs(o, cell, plan(keep, keep));
     if (!COLUMNS) return;
     for (int64_t j = 0; j < m; ++j) {
       if (p.mode == SoftmaxMode::pairs) {
@@ -188,7 +192,7 @@ class Softmax {
   }
   template <class Cell>
   void multiply(Cell cell) {
-    StripPass<T, Cell>(o, cell, plan(true, false)).run();
+    all_pairs(o, cell, plan(true, false));
   }
 
   /// Losses; and of gradients what is not a column of the engine: positives, own negatives, scale, normalisation.
@@ -254,6 +258,7 @@ class Softmax {
 
   SoftmaxParams<T>& p;
   const int64_t n, m, d;
+  const bool few_;
   Operands<T> o;
   Source<T> positive, paired;
   PositiveSets<T> sets;

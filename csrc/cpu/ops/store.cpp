@@ -2,11 +2,13 @@
 // matrix exists: it is the result.
 //
 // The second index runs along the lanes, so that rows of the result are written in order; the first, where there are
-// too few columns to fill them. Where y is x, tiles on and above the diagonal are computed and mirrored.
+// too few columns to fill them. The fewest meet the others' rows where these lie (few.hpp). Where y is x, tiles on and
+// above the diagonal are computed and mirrored.
 #include <type_traits>
 #include <utility>
 
 #include "cpu/coordinate.hpp"
+#include "cpu/few.hpp"
 #include "cpu/mask.hpp"
 #include "cpu/program.hpp"
 
@@ -24,25 +26,52 @@ template <class T, class Map>
 struct MapTiles {
   using P = Policy<T>;
 
+  static constexpr bool kByCoordinate = std::is_base_of_v<CoordinateMap, Map>;
+
   MapTiles(const StoreParams<T>& p, const Map& own)
-      : map(own), o(p.y, p.x, p.normalize, Map::kDistance, false, p.threads), same(p.same) {}
+      : map(own),
+        few_(!kByCoordinate && !p.same && fewest<T>(p.x.n, p.y.n, p.x.d) && p.x.d >= kLanes<T>),
+        o(p.y, p.x, p.normalize && !few_, Map::kDistance && !few_, false, p.threads, ScoreKind::dot, !few_),
+        same(p.same) {
+    if (!few_) return;
+    if (p.normalize) o.x.normalize_as_read(), o.y.normalize(p.threads);
+    rows_ = Buffer<T>(P::NR * padded<T>(o.d));
+    read_rows<P::NR>(o.y, 0, rows_.get());
+  }
 
   const Chunks& chunks() const { return o.chunks; }
-  int64_t packed() const { return P::NR * o.d; }
+  int64_t packed() const { return P::NR * padded<T>(o.d); }
   int64_t squares() const { return P::NR; }
   int64_t row_buffer() const { return o.row_buffer(); }
-  void pack(int64_t j0, T* rows, T* panel, T* squares) const { o.pack_panel(j0, T(1), rows, panel, squares); }
+  void pack(int64_t j0, T* rows, T* panel, T* squares) const {
+    if (!few_ && !o.x.template gather<P::NR>(j0, panel)) o.pack_panel(j0, T(1), rows, panel, squares);
+  }
 
-  void block(int64_t t0, int64_t t1, int64_t j0, const T* panel, const T* squares, T* out) const {
-    if constexpr (std::is_base_of_v<CoordinateMap, Map>) {
+  void block(int64_t t0, int64_t t1, int64_t j0, T* panel, const T* squares, T* out) const {
+    if constexpr (kByCoordinate) {
       score_block(o.d, t1 - t0, o.tile(t0), o.tile_stride, panel, out, map.score);
+    } else if (few_) {
+      few_rows(j0, panel, out);
     } else {
       o.block(t0, t1, j0, panel, squares, out);
     }
-    for (int64_t k = 0; k < (t1 - t0) * P::MR * P::NR; k += kLanes<T>) store(out + k, map.value(load(out + k)));
+    const int64_t rows = o.y.n() - t0 * P::MR, tiles = (t1 - t0) * P::MR;
+    const int64_t values = (rows < tiles ? rows : tiles) * P::NR;
+    for (int64_t k = 0; k < values; k += kLanes<T>) store(out + k, map.value(load(out + k)));
     if (!std::is_same_v<Map, OneMinusDotMap>) return;
     for (int64_t i = t0 * P::MR; i < t1 * P::MR && i < o.y.n(); ++i)
       mend_cosine(i, j0, o.x.n() - j0 < P::NR ? o.x.n() - j0 : P::NR, out + (i - t0 * P::MR) * P::NR);
+  }
+
+  /// Few rows of the result: columns are read where they lie. Distances come from differences, so none is mended.
+  void few_rows(int64_t j0, T* copies, T* out) const {
+    using Score = std::conditional_t<Map::kDistance, SquaredDifference, Dot>;
+    const T* rows[P::NR];
+    whole_rows(o.x, j0, j0 + P::NR, rows, copies);
+    const int64_t stride = padded<T>(o.d);
+    for (int64_t i = 0; i < o.y.n(); ++i)
+      for (int lane = 0; lane < P::NR; lane += kLanes<T>)
+        store(out + i * P::NR + lane, row_scores<Score>(stride, rows_.get() + i * stride, rows + lane));
   }
 
   /// 1 - <u, v> loses what it measures when u is near v; half the squared difference of the unit rows does not.
@@ -59,8 +88,10 @@ struct MapTiles {
   }
 
   const Map map;
+  const bool few_;
   Operands<T> o;
   const bool same;
+  Buffer<T> rows_;
 };
 
 /// The same of a program.
@@ -77,7 +108,7 @@ struct ProgramTiles {
   int64_t row_buffer() const { return scores.row_buffer(); }
   void pack(int64_t j0, T* rows, T* panel, T* squares) const { scores.pack(j0, rows, panel, squares); }
 
-  void block(int64_t t0, int64_t t1, int64_t j0, const T* panel, const T* squares, T* out) const {
+  void block(int64_t t0, int64_t t1, int64_t j0, T* panel, const T* squares, T* out) const {
     const int64_t size = (t1 - t0) * P::MR * P::NR;
     Buffer<T> others((scores.count - 1) * size);
     T* tiles[Program::kScores] = {out};
@@ -164,7 +195,7 @@ class Store {
     });
   }
 
-  void compute(int64_t t0, int64_t t1, int64_t j0, const T* packed, const T* squares) const {
+  void compute(int64_t t0, int64_t t1, int64_t j0, T* packed, const T* squares) const {
     alignas(64) T block[48 * NR];
     o.block(t0, t1, j0, packed, squares, block);
     write(t0 * P::MR, t1 * P::MR < n ? t1 * P::MR : n, j0, block);
