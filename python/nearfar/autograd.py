@@ -286,13 +286,13 @@ def _requires_grad(tensor: Any, transformed: bool) -> bool:
     return isinstance(tensor, Tensor) and tensor.requires_grad
 
 
-def store_into(out: Tensor, x: Tensor, y: Tensor | None, *config: Any) -> Tensor:
+def store_into(out: Tensor, x: Tensor, y: Tensor | None, map: str, normalize: bool, condensed: bool) -> None:
     """`operations.store` into memory of the caller, which nothing connects to a graph."""
     transformed = _transformed()
     recorded = torch.is_grad_enabled() and (_requires_grad(x, transformed) or _requires_grad(y, transformed))
     if recorded or transformed or _forward_mode():
         raise ValueError("out: not for inputs that require a gradient")
-    return operations.store(operators.detached(x), operators.detached(y), *config, out)
+    operations.store(operators.detached(x), operators.detached(y), map, normalize, condensed, out)
 
 
 def select(map: str, normalize: bool, x: Tensor, y: Tensor | None, exclude_self: bool, k: int) -> tuple[Tensor, Tensor]:

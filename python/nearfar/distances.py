@@ -176,7 +176,8 @@ def matrix(x: Array, y: Array | None, map: str, normalize: bool, condensed: bool
     if not is_torch(x):
         return operations.store(x, y, map, normalize, condensed, out)
     if out is not None:
-        return autograd().store_into(out, x, y, map, normalize, condensed)
+        autograd().store_into(out, x, y, map, normalize, condensed)
+        return out
     return autograd().apply("store", (x, y), (map, normalize, condensed))
 
 
