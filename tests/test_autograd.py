@@ -753,8 +753,10 @@ def test_compile(name, dynamic):
 
 @quiet
 def test_compile_once_for_all_sizes():
+    from torch._dynamo.testing import CompileCounterWithBackend
+
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(COMPILED["info_nce"], fullgraph=True, dynamic=True, backend=counter)
     for n in (6, 9, 17):
         gradients(compiled, (n, 4), (n, 4))
