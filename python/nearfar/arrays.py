@@ -20,7 +20,7 @@ Array = Any  # numpy.ndarray, torch.Tensor or cupy.ndarray
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
-# The names of dtypes that were asked for: NumPy and torch make them anew each time, which takes as long as a few rows.
+# The names of NumPy's dtypes that were asked for: it makes them anew each time, which takes as long as a few rows.
 _NAMES: dict[Any, str] = {}
 
 
@@ -38,10 +38,11 @@ def kind_of(array: Array, name: str) -> str:
 def dtype_name(array: Array) -> str:
     """'float32', 'bfloat16', ... whatever the kind."""
     dtype = array.dtype
+    if not isinstance(dtype, np.dtype):
+        return str(dtype).removeprefix("torch.")  # nor kept: the compiler would compile again when a name is added
     name = _NAMES.get(dtype)
     if name is None:
-        name = dtype.name if isinstance(dtype, np.dtype) else str(dtype).removeprefix("torch.")
-        _NAMES[dtype] = name
+        name = _NAMES[dtype] = dtype.name
     return name
 
 
