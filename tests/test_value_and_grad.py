@@ -1,5 +1,7 @@
 """Gradients for NumPy users: every argument, however it is named, equals the dense form and torch."""
 
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -117,6 +119,14 @@ def test_positional_and_keyword_are_the_same():
     b = nf.value_and_grad(f, (0, 2, 3))(query=X, positive_key=Y, negative_keys=SHARED, temperature=0.2)
     assert a[0] == b[0]
     assert all(np.array_equal(u, v) for u, v in zip(a[1], b[1], strict=True))
+
+
+def test_some_arguments_given_before():
+    whole = nf.value_and_grad(nf.info_nce_loss, argnums=(1, 3))(X, Y, temperature=0.3)
+    some = functools.partial(functools.partial(nf.info_nce_loss, X), temperature=0.3)
+    value, (dy, dtemperature) = nf.value_and_grad(some, argnums=(0, 2))(Y)
+    assert (value, dtemperature) == (whole[0], whole[1][1])
+    assert np.array_equal(dy, whole[1][0])
 
 
 def test_argnums():

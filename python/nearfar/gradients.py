@@ -162,7 +162,7 @@ def value_and_grad(f: Callable[..., Any], argnums: int | Sequence[int] = 0) -> C
     Parameters
     ----------
     f : callable
-        A loss of this package, with a scalar value (``reduction`` "mean" or "sum").
+        A loss of this package, with a scalar value (``reduction`` "mean" or "sum"); also a `functools.partial` of one.
     argnums : int or sequence of int
         Which positional parameters of `f` to differentiate by, also ones that are passed by keyword (``temperature``
         of `info_nce_loss` is its fourth parameter: 3).
@@ -232,8 +232,16 @@ def _torch_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: An
     return value.detach(), torch.autograd.grad(value, leaves)
 
 
+def _plan_of(f: Callable[..., Any]) -> Callable[..., Call] | None:
+    """That of a loss, also with some arguments given."""
+    if isinstance(f, functools.partial):
+        plan = _plan_of(f.func)
+        return plan and functools.partial(plan, *f.args, **f.keywords)
+    return getattr(f, "__nearfar_plan__", None)
+
+
 def _plan_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: Any, kwargs: Any) -> tuple[Any, Any]:
-    plan = getattr(f, "__nearfar_plan__", None)
+    plan = _plan_of(f)
     if plan is None:
         name = getattr(f, "__name__", repr(f))
         raise TypeError(
