@@ -22,6 +22,7 @@ from torch.autograd import Function
 from .. import loss_operations
 from ..arrays import compute_dtype, dtype_name, is_torch
 from ..gradients import Call
+from ..operators import as_tensors
 from .ring import Ring, Tensors
 
 Gradients = list[Any]
@@ -308,6 +309,8 @@ def _sigmoid(
 def _check(ring: Ring, name: str, plan: Callable[[], Call]) -> tuple[Call, list[int], dict[str, Any]]:
     """The call of one process; its rows, its other negatives and whether it wants gradients; what all must agree on."""
     call = plan()
+    # Numbers of this process's own: they are compared, and stand beside the tensors that are exchanged.
+    call = call._replace(parts=tuple(part._replace(arrays=as_tensors(part.arrays)) for part in call.parts))
     arrays = [array for part in call.parts for array in part.arrays]
     x = arrays[0]
     label = call.parts[0].names[0]
