@@ -302,7 +302,7 @@ StandBy::StandBy(int threads) {
   if (threads < 2 || inside_task || standing_by) return;
   std::unique_lock<std::mutex> lock(*pool_mutex, std::try_to_lock);
   if (!lock || !openmp.find() || openmp.max_threads() < threads) return;
-  region_.reset(new Region{std::move(lock), threads});
+  region_.reset(new Region{std::move(lock), threads, {}});
   standing_by = &region_->crew;
   // As many as in torch's operations: another number would end threads of the team and start them again.
   openmp.start(&Region::enter, region_.get(), static_cast<unsigned>(openmp.max_threads()));

@@ -468,7 +468,6 @@ class Operands {
     }
     for (int64_t j = 0; j < y.n(); j += step) {
       const T *row = y.view(j, other.get()), *origin = first.get();
-#pragma GCC ivdep
       for (int64_t k = 0; k < d; ++k) {
         const double from = static_cast<double>(row[k]) - static_cast<double>(origin[k]);
         const bool finite = from - from == 0;

@@ -227,29 +227,29 @@ NEARFAR_INLINE bool any(Mask mask) {
 #endif
 }
 
-// The lanes of a mask that are set: bit i for lane i.
-#if defined(__AVX512F__)
-NEARFAR_INLINE unsigned lanes_set(IVec<float> m) { return _mm512_cmplt_epi32_mask((__m512i)m, __m512i{}); }
-NEARFAR_INLINE unsigned lanes_set(IVec<double> m) { return _mm512_cmplt_epi64_mask((__m512i)m, __m512i{}); }
-#elif defined(__AVX2__)
-NEARFAR_INLINE unsigned lanes_set(IVec<float> m) { return static_cast<unsigned>(_mm256_movemask_ps((__m256)m)); }
-NEARFAR_INLINE unsigned lanes_set(IVec<double> m) { return static_cast<unsigned>(_mm256_movemask_pd((__m256d)m)); }
-#elif defined(__SSE2__)
-NEARFAR_INLINE unsigned lanes_set(IVec<float> m) { return static_cast<unsigned>(_mm_movemask_ps((__m128)m)); }
-NEARFAR_INLINE unsigned lanes_set(IVec<double> m) { return static_cast<unsigned>(_mm_movemask_pd((__m128d)m)); }
-#elif defined(__aarch64__)
-NEARFAR_INLINE unsigned lanes_set(IVec<float> m) { return vaddvq_u32((uint32x4_t)m & uint32x4_t{1, 2, 4, 8}); }
-NEARFAR_INLINE unsigned lanes_set(IVec<double> m) {
-  return static_cast<unsigned>(vaddvq_u64((uint64x2_t)m & uint64x2_t{1, 2}));
-}
-#else
+// The lanes of a mask that are set: bit i for lane i. A mask is whatever integers of a lane's size a comparison gives,
+// which for doubles is `long` of one compiler and `long long` of another.
 template <class Mask>
 NEARFAR_INLINE unsigned lanes_set(Mask m) {
+  [[maybe_unused]] constexpr bool kSingle = sizeof m[0] == 4;
+#if defined(__AVX512F__)
+  if constexpr (kSingle) return _mm512_cmplt_epi32_mask((__m512i)m, __m512i{});
+  return _mm512_cmplt_epi64_mask((__m512i)m, __m512i{});
+#elif defined(__AVX2__)
+  if constexpr (kSingle) return static_cast<unsigned>(_mm256_movemask_ps((__m256)m));
+  return static_cast<unsigned>(_mm256_movemask_pd((__m256d)m));
+#elif defined(__SSE2__)
+  if constexpr (kSingle) return static_cast<unsigned>(_mm_movemask_ps((__m128)m));
+  return static_cast<unsigned>(_mm_movemask_pd((__m128d)m));
+#elif defined(__aarch64__)
+  if constexpr (kSingle) return vaddvq_u32((uint32x4_t)m & uint32x4_t{1, 2, 4, 8});
+  return static_cast<unsigned>(vaddvq_u64((uint64x2_t)m & uint64x2_t{1, 2}));
+#else
   unsigned bits = 0;
   for (unsigned i = 0; i < sizeof m / sizeof m[0]; ++i) bits |= static_cast<unsigned>(m[i] & 1) << i;
   return bits;
-}
 #endif
+}
 
 // ---- across lanes: a fixed binary tree, lane i with lane i + lanes/2 first ------------------------------------------
 
