@@ -112,7 +112,7 @@ def test_large_results(n, m, metric):
     some = rng(n).integers(0, n, 40)
     result = nf.cdist(x, y, metric)
     assert_distances(result[some], x[some], y, metric)
-    assert same_bits(result[-3:], nf.cdist(x[-3:], y, metric))
+    assert same_bits(np.ascontiguousarray(result[:, :1000]), nf.cdist(x, y[:1000], metric))
     offset = np.empty(n * m + 1, np.float32)[1:].reshape(n, m)
     assert same_bits(nf.cdist(x, y, metric, out=offset), result)
     if n < 1000:
