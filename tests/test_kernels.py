@@ -419,6 +419,14 @@ def test_bad_input():
         assert str(caught.value).startswith(message), str(caught.value)
 
 
+def test_attributes_are_set_once():
+    kernel = nf.kernels.Gaussian(2.0)
+    with pytest.raises(AttributeError, match="^lengthscale: a kernel is an immutable value"):
+        kernel.lengthscale = 3.0
+    x = points(7, 3)
+    assert same_bits(kernel(x), nf.kernels.Gaussian(2.0)(x))
+
+
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
 def test_a_kept_program_is_that_of_any_points(kind):
     """A kernel that was called before gives what a new one does: other columns and dtype, a length scale changed since."""
