@@ -286,11 +286,15 @@ def _requires_grad(tensor: Any, transformed: bool) -> bool:
     return isinstance(tensor, Tensor) and tensor.requires_grad
 
 
+def _recorded(x: Tensor, y: Tensor | None, transformed: bool) -> bool:
+    """Whether torch records what is computed of these points."""
+    return torch.is_grad_enabled() and (_requires_grad(x, transformed) or _requires_grad(y, transformed))
+
+
 def store_into(out: Tensor, x: Tensor, y: Tensor | None, map: str, normalize: bool, condensed: bool) -> None:
     """`operations.store` into memory of the caller, which nothing connects to a graph."""
     transformed = _transformed()
-    recorded = torch.is_grad_enabled() and (_requires_grad(x, transformed) or _requires_grad(y, transformed))
-    if recorded or transformed or _forward_mode():
+    if _recorded(x, y, transformed) or transformed or _forward_mode():
         raise ValueError("out: not for inputs that require a gradient")
     operations.store(operators.detached(x), operators.detached(y), map, normalize, condensed, out)
 
@@ -300,8 +304,7 @@ def select(map: str, normalize: bool, x: Tensor, y: Tensor | None, exclude_self:
     transformed = _transformed()
     tensors, config = (x.detach(), None if y is None else y.detach()), (map, normalize, exclude_self, k)
     value, index = _Select.apply(*tensors, *config) if transformed else operators.select(tensors, *config)
-    recorded = torch.is_grad_enabled() and (_requires_grad(x, transformed) or _requires_grad(y, transformed))
-    if not recorded and not _forward_mode():
+    if not _recorded(x, y, transformed) and not _forward_mode():
         return value, index
     # The kernel's values, which are the more accurate ones, with the formula's derivatives.
     slope = formulas.chosen_pairs(map, normalize, x, x if y is None else y, index)

@@ -21,6 +21,7 @@ _library = torch.library.Library("nearfar", "DEF")
 
 
 def detached(value: Any) -> Any:
+    """A tensor as kernels read it, without a graph or a negation that is still to be done; anything else as it is."""
     if not isinstance(value, Tensor):
         return value
     value = value.detach() if value.requires_grad else value

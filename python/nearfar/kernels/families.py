@@ -36,6 +36,11 @@ def _number(value: Any, x: Array) -> Any:
     return value.reshape(()) if is_torch(value) and is_torch(x) else plain(value)
 
 
+def _nothing(x: Array) -> Array:
+    """0 of every point, NaN where a coordinate is none."""
+    return (x * 0).sum(-1)
+
+
 class _Stationary(Kernel):
     """A map of a distance over a length scale.
 
@@ -59,7 +64,7 @@ class _Stationary(Kernel):
         return True
 
     def _diag(self, x: Array) -> Array:
-        return (x * 0).sum(-1) + 1  # NaN where a coordinate is
+        return 1 + _nothing(x)
 
     def _score(self, program: Builder) -> tuple[Register, Any]:
         """The distance, and what it must be multiplied by."""
@@ -290,7 +295,7 @@ class Periodic(Kernel):
     is_mercer = True
 
     def _diag(self, x: Array) -> Array:
-        return (x * 0).sum(-1) + 1  # NaN where a coordinate is
+        return 1 + _nothing(x)
 
     def _build(self, program: Builder) -> Register:
         for name, value in (("lengthscale", self.lengthscale), ("period", self.period)):
@@ -482,7 +487,7 @@ class Cosine(Kernel):
         return program.score("unit_dot")
 
     def _diag(self, x: Array) -> Array:
-        return cast((x != 0).any(-1), compute_dtype(x)) + (x * 0).sum(-1)
+        return cast((x != 0).any(-1), compute_dtype(x)) + _nothing(x)
 
     def __repr__(self) -> str:
         return "Cosine()"
