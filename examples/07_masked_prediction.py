@@ -29,6 +29,7 @@ from nearfar.demo import Digits, judge
 
 def linear(images):
     """The relative error of the linear masked auto-encoder, from the formula and from drawn masks."""
+    torch.manual_seed(0)
     x = (images - images.mean(0)).flatten(1).double()
     c = x.T @ x / len(x)
     print(f"{'linear, kept':<24}{'closed form':>18}{'drawn':>16}")
@@ -39,7 +40,7 @@ def linear(images):
             np.mean([float(((x - x * (torch.rand_like(x) < q) @ w.T) ** 2).sum()) for _ in range(10)]) / (x**2).sum()
         )
         print(f"{q:<24}{exact:>18.4f}{drawn:>16.4f}")
-        assert abs(drawn - exact) < (0.003 if q < 1 else 1e-9), q
+        assert abs(drawn - exact) < (0.006 if q < 1 else 1e-9), q  # five standard deviations of the draws
 
 
 def copy(encoder, decoder, x):
