@@ -153,6 +153,39 @@ def test_one_set(name):
             assert np.array_equal(np.isnan(kernel.diag(x)), np.isnan(kernel(x).diagonal()))
 
 
+SUMS_OF_SCORES = {
+    "linear": (lambda: k.Linear(0.5), lambda x, y: x @ y.mT + 0.5),
+    "two": (lambda: 2 * k.Linear() + 0.5 * k.Cosine(), lambda x, y: 2 * x @ y.mT + 0.5 * cosine(x, y)),
+    "by coordinate": (
+        lambda: k.AdditiveChiSquared() + k.Linear(),
+        lambda x, y: x @ y.mT - ((x[:, None] - y) ** 2 / (x[:, None] + y)).sum(-1),
+    ),
+}
+
+
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (300, 7, 5), (33, 130, 40)])
+@pytest.mark.parametrize("name", SUMS_OF_SCORES)
+def test_gradients_of_sums_of_scores(name, shape, dtype):
+    """Weights of pairs are the same whatever the scores are, which then nobody computes."""
+    build, formula = SUMS_OF_SCORES[name]
+    n, m, d = shape
+    x, y = (abs(points(rows, d, seed=rows)).astype(dtype) + 1 for rows in (n, m))
+    own = [torch.from_numpy(z).requires_grad_() for z in (x, y)]
+    exact = [torch.from_numpy(z.astype("float64")).requires_grad_() for z in (x, y)]
+    upstream, v = (torch.from_numpy(rng(3).standard_normal(size)) for size in ((n, m), (m, 2)))
+    for ours, theirs in (
+        (build()(*own), formula(*exact)),
+        (build().matmul(*own, v.to(own[0].dtype)), formula(*exact) @ v),
+    ):
+        weights = upstream if ours.shape == upstream.shape else upstream[:, :1]
+        found = torch.autograd.grad(ours, own, weights.to(ours.dtype).expand_as(ours))
+        wanted = torch.autograd.grad(theirs, exact, weights.expand_as(theirs))
+        for a, b in zip(found, wanted, strict=True):
+            assert (a - b).norm() <= 16 * EPS[dtype] * b.norm() + 16 * EPS[dtype] * d
+
+
 @pytest.mark.parametrize("kind", ["numpy", "torch"])
 def test_shapes_and_empty_sets(kind):
     kernel = k.Matern(np.array([1.0, 2.0, 3.0, 4.0])) + k.Linear() * k.Laplacian(3.0)

@@ -388,6 +388,8 @@ void program_gradient(const Program& program, const Rows& x, const Rows& y, cons
   StripPlan<T> plan;
   plan.threads = threads;
   plan.depth = depth_of<T>(scores.widest());
+  plan.scored = !sums && program.linear();
+  for (int s = 0; s < scores.count; ++s) plan.scored &= !scores[s].distance();  // their blocks find near pairs too
   PerScore<StripPass<T, Cell>> passes;
   ScorePasses<T, Cell> own(program, scores, x.d, dx, dy, cell, plan, passes);
   InStep::run(passes, scores.count, cell);

@@ -41,7 +41,8 @@ struct StripPlan {
   T* dx = nullptr;         // (n, d) and (m, d), added to; null if not wanted. For dot products dy may be dx (y is x);
   T* dy = nullptr;         // for distances it may not, because dy turns its sign at the end
   T* kept = nullptr;       // of `kept_size`, for blocks: what cell.map leaves there, the next pass finds
-  bool scored = false;     // by a pass before this one, in `kept`
+  bool scored = false;     // no scores are needed: a pass before this one left them in `kept`, or weights are the same
+                           // whatever the scores are
   int64_t depth = 0;       // of the widest of passes that go in step, if there are others
   int threads = 1;
 };

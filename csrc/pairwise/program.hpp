@@ -50,6 +50,15 @@ struct Program {
   ProgramScore score[kScores];
   ProgramStep step[kSteps];
   double parameter[kParameters];
+
+  /// Whether its slopes are the same whatever the scores are: a sum of multiples of them.
+  bool linear() const {
+    for (int s = 0; s < steps; ++s) {
+      const StepKind kind = step[s].kind;
+      if (kind != StepKind::affine && kind != StepKind::scale && kind != StepKind::add) return false;
+    }
+    return true;
+  }
 };
 
 }  // namespace nearfar

@@ -256,6 +256,13 @@ class Store {
   Buffer<T> panels_, squares_;
 };
 
+constexpr int64_t kAhead = 8;  // rows of a matrix of all pairs, which lie far apart: no prefetcher follows them
+
+template <class T>
+void fetch(const T* from, int64_t count) {
+  for (int64_t k = 0; k < count; k += kCacheLine<T>) __builtin_prefetch(from + k);
+}
+
 /// Weights of the gradient: the upstream gradient times the pull of the map.
 template <class T, class Map>
 struct StoreGradCell {
@@ -264,14 +271,13 @@ struct StoreGradCell {
 
   void map(const Block<T>& b) {
     if (b.near) b.near->base = 0;
-    constexpr int64_t kAhead = 8;  // rows of the two matrices, which lie far apart: no prefetcher follows them
+    const int64_t end = b.row + b.panels * P::NR < m ? b.row + b.panels * P::NR : m;
     for (int64_t c = 0; c < b.columns; ++c) {
       const int64_t i = b.column + c;
-      if (i + kAhead < n && c + kAhead < b.columns)
-        for (int64_t k = b.row; k < b.row + b.panels * P::NR && k < m; k += 64 / static_cast<int64_t>(sizeof(T))) {
-          __builtin_prefetch(row_of(p.grad, i + kAhead, m, p.condensed) + k);
-          if (Map::kDistance) __builtin_prefetch(row_of(p.out, i + kAhead, m, p.condensed) + k);
-        }
+      if (i + kAhead < n && c + kAhead < b.columns) {
+        fetch(row_of(p.grad, i + kAhead, m, p.condensed) + b.row, end - b.row);
+        if (Map::kDistance) fetch(row_of(p.out, i + kAhead, m, p.condensed) + b.row, end - b.row);
+      }
       for (int64_t panel = 0; panel < b.panels; ++panel) weights(b, i, panel, panel * b.panel_stride + c * P::NR);
     }
   }
@@ -360,9 +366,17 @@ void gram_gradient(const GramGradParams<T>& p) {
   // As in the result, its columns are lanes.
   auto upstream = [&](const Block<T>& b, int64_t panel, T* out) {
     const int64_t j0 = b.row + panel * P::NR, lanes = m - j0 < P::NR ? m - j0 : P::NR;
-    for (int64_t c = 0; c < b.columns; ++c)
-      for (int64_t lane = 0; lane < P::NR; ++lane)
-        out[c * P::NR + lane] = b.column + c < n && lane < lanes ? p.grad[(b.column + c) * m + j0 + lane] : T(0);
+    for (int64_t c = 0; c < b.columns; ++c) {
+      const int64_t i = b.column + c;
+      const T* grad = p.grad + i * m + j0;
+      T* to = out + c * P::NR;
+      if (i < n && lanes == P::NR) {
+        if (i + kAhead < n && c + kAhead < b.columns) fetch(grad + kAhead * m, P::NR);
+        for (int v = 0; v < P::kVectors; ++v) store(to + v * kLanes<T>, load(grad + v * kLanes<T>));
+        continue;
+      }
+      for (int64_t lane = 0; lane < P::NR; ++lane) to[lane] = i < n && lane < lanes ? grad[lane] : T(0);
+    }
   };
   program_gradient(*p.program, p.y, p.x, upstream, p.dy, p.dx, p.dparameters, p.threads);
 }
