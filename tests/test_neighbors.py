@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from generators import layouts, numpy_of, of_kind, points, rng
@@ -256,8 +258,13 @@ def test_layouts():
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_threads_change_no_bit(metric, threads):
-    for n, m, d in ((2, 5000, 20), (5, 3000, 20), (900, 300, 3), (300, 700, 40)):
+    """Parts of the columns, of which threads have as many as they need, and rows of small integers, which tie."""
+    shapes = (2, 5000, 20), (5, 3000, 20), (900, 300, 3), (300, 700, 40), (300, 5000, 40), (100, 4100, 20)
+    for (n, m, d), ties in itertools.product(shapes, (False, True)):
         x, y = points(n, d, "float32"), points(m, d, "float32", seed=1)
+        if ties:
+            x, y = np.round(x), np.round(y)
+            y[m // 2 :] = y[: m - m // 2]
         results = []
         for count in (1, 2, 3, 7):
             threads(count)

@@ -2,7 +2,8 @@
 //
 // Columns are scanned in ascending order and replace the worst kept one, of equals the last, only when strictly better,
 // so ties go to the lower index. Which columns are kept matters, not where: they are measured again from the original
-// rows and sorted by (value, index) in the end.
+// rows and sorted by (value, index) in the end. Threads with too few rows share the columns: parts have lists of their
+// own, whose k best keys are the k best of all, however many parts there are.
 #include "cpu/lists.hpp"
 #include "cpu/mask.hpp"
 #include "cpu/nearest.hpp"
@@ -37,15 +38,13 @@ class Select {
 
   void run() {
     strips_ = ceil_div(n, P::kStripRows);
-    // Few rows: threads share the columns, cut by the shape alone. Parts are merged in order.
-    constexpr int64_t kParts = 16;
-    if (by_ != By::strips) parts_ = kParts < o.chunks.count ? kParts : o.chunks.count;
+    parts_ = parts();
     kept_ = Buffer<T>(parts_ * strips_ * P::kStripRows * room_);
     index_ = Buffer<int64_t>(parts_ * strips_ * P::kStripRows * room_);
     if (by_ != By::strips) {
       parallel_for(parts_, p.threads, [&](int64_t part, int) { by_ == By::pairs ? pairs(part) : columns(part); });
     } else {
-      parallel_for(strips_, p.threads, [&](int64_t s, int) { strip(s); });
+      parallel_for(strips_ * parts_, p.threads, [&](int64_t task, int) { strip(task % strips_, task / strips_); });
     }
     parallel_for(strips_, p.threads, [&](int64_t s, int) { finish(s); });
   }
@@ -89,57 +88,83 @@ class Select {
     const Lists<T> lists_;
   };
 
-  int64_t column_begin(int64_t chunk) const { return o.chunks.tile_begin(chunk) * P::MR; }
-  int64_t column_end(int64_t chunk) const {
-    const int64_t end = o.chunks.tile_end(chunk) * P::MR;
-    return end < m ? end : m;
+  /// The nearest column alone is found by another pass, which does not cut the columns.
+  bool nearest() const {
+    return KEY != Key::coordinate && by_ == By::strips && k == 1 && !p.exclude_self &&
+           !(screen_ && KEY == Key::negative_dot);
   }
 
-  /// A chunk of columns goes by a panel, as its first or after others.
-  void score(int64_t chunk, const T* tiles, T* block, const Panel& panel, bool first) const {
-    const int64_t t0 = o.chunks.tile_begin(chunk), t1 = o.chunks.tile_end(chunk);
+  /// Each part has the first columns of its lists to keep, so there are no more than threads need.
+  int64_t parts() const {
+    const int64_t threads = p.threads, most = screen_ ? screen_->runs() : o.chunks.count;
+    if (nearest() || most == 0 || strips_ == 0) return 1;
+    int64_t wanted = threads == 1 ? 1 : 2 * threads;
+    if (by_ == By::strips) wanted = strips_ % threads == 0 || strips_ >= 4 * threads ? 1 : ceil_div(wanted, strips_);
+    return wanted < most ? wanted : most;
+  }
+
+  /// Tiles of a part of the columns, and the runs that a screen has of them.
+  struct Part {
+    int64_t run, last_run, tile, last_tile;
+  };
+  Part part_of(int64_t part) const {
+    if (!screen_) {
+      const int64_t chunk = o.chunks.count * part / parts_, last = o.chunks.count * (part + 1) / parts_;
+      return {0, 0, o.chunks.tile_begin(chunk), last ? o.chunks.tile_end(last - 1) : 0};
+    }
+    const int64_t run = screen_->runs() * part / parts_, last = screen_->runs() * (part + 1) / parts_;
+    return {run, last, screen_->run_begin(run) / P::MR, ceil_div(screen_->run_end(last - 1), P::MR)};
+  }
+
+  /// Columns of tiles [t0, t1) go by a panel, as its first or after others.
+  void score(int64_t t0, int64_t t1, const T* tiles, T* block, const Panel& panel, bool first) const {
+    const int64_t column = t0 * P::MR, end = t1 * P::MR < m ? t1 * P::MR : m;
     if constexpr (KEY == Key::coordinate) {
       score_block(o.d, t1 - t0, tiles, o.tile_stride, panel.packed, block, measure.score);
     } else {
       o.raw_block(t1 - t0, tiles, panel.packed, block);
     }
-    if (first) set_bars(block, column_begin(chunk), column_end(chunk), panel);
-    scan(block, column_begin(chunk), column_end(chunk), panel);
+    if (first) set_bars(block, column, end, panel);
+    scan(block, column, end, panel);
   }
 
-  /// A strip of rows against all columns.
-  void strip(int64_t s) const {
-    const int64_t row = s * P::kStripRows;
-    T* kept = kept_.get() + row * room_;
-    int64_t* index = index_.get() + row * room_;
+  /// A strip of rows against a part of the columns.
+  void strip(int64_t s, int64_t number) const {
+    const int64_t row = s * P::kStripRows, place = (number * strips_ * P::kStripRows + row) * room_;
+    T* kept = kept_.get() + place;
+    int64_t* index = index_.get() + place;
     Lists<T>::clear(kept, index, P::kStripRows, room_);
     if constexpr (KEY != Key::coordinate)
-      if (k == 1 && !p.exclude_self && !(screen_ && KEY == Key::negative_dot)) {
-        int64_t nearest[P::kStripRows];
-        Nearest<T, KEY>(o, screen_).strip(row, nearest);
-        for (int64_t i = 0; i < P::kStripRows; ++i) index[i * room_] = nearest[i];
+      if (nearest()) {
+        int64_t found[P::kStripRows];
+        Nearest<T, KEY>(o, screen_).strip(row, found);
+        for (int64_t i = 0; i < P::kStripRows; ++i) index[i * room_] = found[i];
         return;
       }
+    const Part part = part_of(number);
     const int64_t panels = ceil_div(n - row < P::kStripRows ? n - row : P::kStripRows, NR);
     Buffer<T> block(o.chunks.tiles_each * P::MR * NR);
     bool open[P::kPanels];
     for (int64_t q = 0; q < panels; ++q) open[q] = true;
     if constexpr (kScreens)
-      if (screen_ && screen_->helps()) screened(row, panels, open);
+      if (screen_ && screen_->helps()) screened(row, panels, part, open, kept, index);
     for (int64_t first = 0, last; first < panels; first = last) {
       for (last = first + 1; last < panels && open[last] == open[first];) ++last;
       if (!open[first]) continue;
       const Opened r(o, row + first * NR, last - first, k, kept + first * NR * room_, index + first * NR * room_);
-      for (int64_t chunk = 0; chunk < o.chunks.count; ++chunk)
+      for (int64_t t0 = part.tile, t1; t0 < part.last_tile; t0 = t1) {
+        t1 = t0 + o.chunks.tiles_each < part.last_tile ? t0 + o.chunks.tiles_each : part.last_tile;
         for (int64_t q = 0; q < last - first; ++q)
-          score(chunk, o.tile(o.chunks.tile_begin(chunk)), block.get(), r.panel(q, o.d, o.squares(0)), chunk == 0);
+          score(t0, t1, o.tile(t0), block.get(), r.panel(q, o.d, o.squares(0)), t0 == part.tile);
+      }
     }
   }
 
   /// The same by the ranks that columns can have: a column is wanted while its highest rank reaches the k-th best of
   /// the lowest. Panels with a row that no bound covers, or that wants too many, stay open.
-  void screened(int64_t row, int64_t panels, bool* open) const {
+  void screened(int64_t row, int64_t panels, const Part& part, bool* open, T* kept, int64_t* index) const {
     const int64_t width = 4 * k + 1024 < m ? 4 * k + 1024 : m, end = n - row;
+    const int64_t columns = screen_->run_end(part.last_run - 1) - screen_->run_begin(part.run);
     Shortlist list;
     list.open(panels * NR, width);
     Buffer<T> rows(screen_->room(NR)), lowest(panels * NR * k), bars(panels * NR);
@@ -154,7 +179,7 @@ class Select {
     for (int64_t at = 0; at < panels * NR * k; ++at) lowest[at] = static_cast<T>(-kInfinity);
     // Lanes without a row want nothing.
     for (int64_t i = 0; i < panels * NR; ++i) bars[i] = static_cast<T>(i < end ? -kInfinity : kInfinity);
-    for (int64_t run = 0; run < screen_->runs(); ++run)
+    for (int64_t run = part.run; run < part.last_run; ++run)
       for (int64_t q = 0; q < panels; ++q) {
         if (open[q]) continue;
         screen_->template block<false>(run, rounded, q, ranks, nullptr);
@@ -164,7 +189,7 @@ class Select {
     for (int64_t q = 0; q < panels; ++q) {
       const int64_t lanes = end - q * NR < NR ? end - q * NR : NR;
       if (open[q]) {
-        scored += lanes * m;
+        scored += lanes * columns;
         continue;
       }
       Buffer<T> packed(NR * o.d), squares(NR);
@@ -178,10 +203,12 @@ class Select {
       for (int64_t lane = 0; lane < lanes; ++lane) {
         if (lane + 1 < lanes) keep(q * NR + lane + 1);
         scored += list.count(q * NR + lane);
-        settle(row + q * NR, lane, packed.get(), squares.get(), list, q * NR + lane, rows.get());
+        const int64_t i = q * NR + lane;
+        settle(row + q * NR, lane, packed.get(), squares.get(), list, i, rows.get(), kept + i * room_,
+               index + i * room_);
       }
     }
-    screen_->report(scored, end < panels * NR ? end * m : panels * NR * m);
+    screen_->report(scored, (end < panels * NR ? end : panels * NR) * columns);
   }
 
   /// Lists what a panel wants of a run; false where a row wants too many.
@@ -209,7 +236,7 @@ class Select {
   /// The k best of the columns that a row wants, by the keys that `score` would have given them: the same
   /// multiply-adds, with the columns along the lanes.
   void settle(int64_t row, int64_t lane, const T* panel, const T* squares, const Shortlist& list, int64_t listed_as,
-              T* rows) const {
+              T* rows, T* kept, int64_t* places) const {
     const int64_t i = row + lane, listed = list.count(listed_as);
     int64_t count = 0;
     Buffer<T> packed(NR * o.d), pair(2 * o.d), value(k);
@@ -234,10 +261,7 @@ class Select {
         add_sorted(near ? measure.near(i, j, pair.get()) : plain, j, value.get(), index.get(), count);
       }
     }
-    for (int64_t c = 0; c < count; ++c) {
-      kept_[i * room_ + c] = value[c];
-      index_[i * room_ + c] = index[c];
-    }
+    for (int64_t c = 0; c < count; ++c) kept[c] = value[c], places[c] = index[c];
   }
 
   /// Adds what is below infinity to a list of the k best, sorted by (value, index).
@@ -264,7 +288,7 @@ class Select {
       const int64_t t0 = o.chunks.tile_begin(chunk), t1 = o.chunks.tile_end(chunk);
       o.pack_tiles(t0, t1, rows.get(), tiles.get(), squares.get());
       for (int64_t q = 0; q < panels; ++q)
-        score(chunk, tiles.get(), block.get(), r.panel(q, o.d, squares.get() - t0 * P::MR), chunk == begin);
+        score(t0, t1, tiles.get(), block.get(), r.panel(q, o.d, squares.get() - t0 * P::MR), chunk == begin);
     }
   }
 
@@ -398,20 +422,20 @@ class Select {
     }
   }
 
-  /// Merge the parts, measure again, sort.
+  /// Merge the parts by their keys, measure what is left again, sort.
   void finish(int64_t s) const {
     Buffer<T> rows(2 * o.d), value(k);
     Buffer<int64_t> index(k), order(k);
     for (int64_t i = s * P::kStripRows; i < (s + 1) * P::kStripRows && i < n; ++i) {
-      int64_t count = 0;
-      for (int64_t part = 0; part < parts_; ++part) {
+      int64_t kept = 0, count = 0;
+      if (parts_ == 1) kept = Lists<T>::sort(k, room_, kept_.get() + i * room_, index_.get() + i * room_, order.get());
+      for (int64_t part = 0; parts_ > 1 && part < parts_; ++part) {
         const int64_t at = (part * strips_ * P::kStripRows + i) * room_;
-        const int64_t kept = Lists<T>::sort(k, room_, kept_.get() + at, index_.get() + at, order.get());
-        for (int64_t c = 0; c < kept; ++c) {
-          const int64_t j = order[c];
-          add_sorted(measure(i, j, rows.get()), j, value.get(), index.get(), count);
-        }
+        for (int64_t c = at; c < at + k && index_[c] >= 0; ++c)
+          add_sorted(kept_[c], index_[c], value.get(), order.get(), kept);
       }
+      for (int64_t c = 0; c < kept; ++c)
+        add_sorted(measure(i, order[c], rows.get()), order[c], value.get(), index.get(), count);
       for (int64_t c = 0; c < k; ++c) {
         p.value[i * k + c] = c < count ? result(value[c]) : static_cast<T>(__builtin_nan(""));
         p.index[i * k + c] = c < count ? index[c] : -1;
@@ -449,9 +473,10 @@ void run(const SelectParams<T>& p, const Operands<T>& o, By by) {
 template <class T>
 void run(const SelectParams<T>& p) {
   const bool distance = p.map == PairMap::euclidean || p.map == PairMap::sqeuclidean;
-  // Up to 16 strips of rows against many columns: without a packed copy of them.
+  // A strip or two of rows against many columns: without a packed copy of them.
   constexpr int64_t kFew = 4;
-  const bool columns = p.x.n < 16 * Policy<T>::kStripRows && p.y.n >= 4096;
+  const int64_t strips = p.k == 1 || p.x.d > 256 ? 4 : 2;
+  const bool columns = p.x.n < strips * Policy<T>::kStripRows && p.y.n >= 4096;
   const By by = p.x.n <= kFew ? By::pairs : columns ? By::columns : By::strips;
   // A pair is measured from its differences: then distances need neither a centre nor an expansion.
   const Operands<T> o(p.x, p.y, p.normalize, distance && by != By::pairs, false, p.threads, ScoreKind::dot,
