@@ -250,6 +250,22 @@ def test_mahalanobis_of_a_projection():
     assert torch.autograd.gradcheck(lambda f: nf.cdist(torch.from_numpy(x), y, "mahalanobis", M=("factor", f)), (leaf,))
 
 
+@pytest.mark.isa
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(("n", "m"), [(1, 300), (3, 20), (9, 7), (13, 50), (40, 2)])
+@pytest.mark.parametrize("rank", [2, 18, 70])
+def test_mahalanobis_of_equal_rows(n, m, rank, dtype):
+    """Exactly 0, however many rows are asked for: images of few rows sum in another order than those of many."""
+    factor = rng(rank).standard_normal((rank, 70)).astype(dtype)
+    x, y = points(n, 70, dtype), points(m, 70, dtype, seed=1)
+    y[1] = x[0]
+    assert nf.cdist(x, y, "mahalanobis", M=("factor", factor))[0, 1] == 0
+    assert nf.cdist(x[None], np.stack([y, y]), "mahalanobis", M=("factor", factor))[1, 0, 1] == 0
+    distances, index = nf.knn(x[:1], y, 1, metric="mahalanobis", M=("factor", factor))
+    assert distances[0, 0] == 0
+    assert index[0, 0] == 1
+
+
 @pytest.mark.parametrize("d", [1, 3, 18])
 @pytest.mark.parametrize("function", ["cdist", "pdist", "knn"])
 def test_gradient_of_the_mahalanobis_matrix(function, d):

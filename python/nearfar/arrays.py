@@ -282,11 +282,11 @@ def matrix_product(a: Array, b: Array) -> Array:
         return a @ b
 
 
-def concatenate(arrays: Sequence[Array]) -> Array:
-    """Along the first axis."""
+def concatenate(arrays: Sequence[Array], axis: int = 0) -> Array:
+    """One behind the other, along the first axis unless another is named."""
     if is_torch(arrays[0]):
-        return sys.modules["torch"].cat(list(arrays))
-    return namespace(arrays[0]).concatenate(arrays)
+        return sys.modules["torch"].cat(list(arrays), axis)
+    return namespace(arrays[0]).concatenate(arrays, axis)
 
 
 def codes_of(labels: Array) -> tuple[np.ndarray[Any, Any], int]:

@@ -16,6 +16,7 @@ from .arrays import (
     check_points,
     common_center,
     compute_dtype,
+    concatenate,
     dtype_name,
     is_torch,
     kind_of,
@@ -39,15 +40,11 @@ class Metric(NamedTuple):
         """The points between which the map is: x and y, or their images L (x - c) about a common centre c."""
         if self.factor is None:
             return x, y
-        dtype = compute_dtype(x)
-        center = common_center(x)
-        images = [None if a is None else _image(cast(a, dtype) - center, self.factor) for a in (x, y)]
-        return images[0], images[1]
-
-
-def _image(x: Array, factor: Array) -> Array:
-    """``x @ factor.T`` by the engine: equal rows have equal images, which BLAS does not promise, so distance 0."""
-    return matrix(x, batched(factor, tuple(x.shape[:-2])), "dot", False, False)
+        # By the engine, and both sets together: equal rows have equal images, so distance 0. BLAS does not promise
+        # that, and the engine sums in another order where rows are few.
+        rows = cast(x if y is None else concatenate([x, y], -2), compute_dtype(x)) - common_center(x)
+        image = matrix(rows, batched(self.factor, tuple(x.shape[:-2])), "dot", False, False)
+        return (image, None) if y is None else (image[..., : x.shape[-2], :], image[..., x.shape[-2] :, :])
 
 
 # The metrics by their names; a Mahalanobis metric has a factor besides.
