@@ -201,9 +201,9 @@ class Select {
       };
       keep(q * NR);
       for (int64_t lane = 0; lane < lanes; ++lane) {
-        if (lane + 1 < lanes) keep(q * NR + lane + 1);
-        scored += list.count(q * NR + lane);
         const int64_t i = q * NR + lane;
+        if (lane + 1 < lanes) keep(i + 1);
+        scored += list.count(i);
         settle(row + q * NR, lane, packed.get(), squares.get(), list, i, rows.get(), kept + i * room_,
                index + i * room_);
       }
