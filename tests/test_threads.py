@@ -253,6 +253,7 @@ FIRST_CALLS = """
     x = np.eye(8)
     before = set(sys.modules)
     nf.cdist(x), nf.knn(x, k=1), nf.kernels.Gaussian(1.0).matmul(x, x, x), nf.value_and_grad(nf.info_nce_loss)(x, x)
+    nf.KMeans(2).fit(x), nf.KernelPCA(2).fit(x), nf.nystrom("rbf", x, 3), nf.mmd_permutation_test(x, x)
     print(*set(sys.modules) - before)
 """
 

@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy as np
 
+# Here, not by `np.random` at the first fit: a module that a thread imports while another forks is locked in the child.
+from numpy.random import RandomState
+
 from .arrays import FLOATS, Array, check_matrix, check_points, compute_dtype, dtype_name, is_torch
 
 __all__ = ["Estimator", "check_random_state"]
@@ -127,14 +130,14 @@ def weights_of(sample_weight: Any, X: Array) -> np.ndarray[Any, Any] | None:
     return np.ascontiguousarray(weights)
 
 
-def check_random_state(seed: Any) -> np.random.RandomState:
+def check_random_state(seed: Any) -> RandomState:
     """As scikit-learn's: None is NumPy's global generator, an int seeds a new one."""
     if seed is None or seed is np.random:
         return np.random.mtrand._rand
-    if isinstance(seed, np.random.RandomState):
+    if isinstance(seed, RandomState):
         return seed
     try:
-        return np.random.RandomState(seed)
+        return RandomState(seed)
     except (TypeError, ValueError) as error:
         raise ValueError(f"random_state: expected an int, a RandomState or None, got {seed!r}") from error
 
