@@ -320,6 +320,15 @@ def test_second_derivatives_of_mahalanobis():
         assert torch.autograd.gradgradcheck(f, (x, y, root))
 
 
+def test_vmap_over_a_mahalanobis_matrix_is_refused():
+    """By name: its eigenvalues are looked at. Over its factor it works."""
+    x, many = torch.from_numpy(points(5, 3)), torch.eye(3, dtype=torch.float64).expand(2, 3, 3)
+    with pytest.raises(ValueError, match=r"^M: expected values that can be looked at, got what torch.func.vmap maps"):
+        torch.func.vmap(lambda m: nf.pdist(x, "mahalanobis", M=m))(many)
+    values = torch.func.vmap(lambda f: nf.pdist(x, "mahalanobis", M=("factor", f)))(many)
+    assert torch.equal(values[1], nf.pdist(x, "mahalanobis", M=("factor", many[0])))
+
+
 def test_gradient_of_the_mahalanobis_matrix_in_low_precision():
     x, y, m = points(60, 5), points(50, 5, seed=1), spd(5) + np.eye(5)
     for dtype in (torch.float16, torch.bfloat16, torch.float32):

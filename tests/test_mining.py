@@ -257,6 +257,40 @@ def test_any_integer_labels(kind):
         assert as_set(nf.mine_triplets(of_kind(kind, x), own, mining="all")) == expected
 
 
+# ---- torch.func ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own, of forward mode
+@pytest.mark.parametrize("mining", ["all", "hard", "semihard", "band"])
+def test_inside_torch_func(mining):
+    """Indices have no gradient, but what is mined may be part of what is differentiated."""
+    x, labels = (torch.from_numpy(a) for a in batch(12, 4, 3))
+
+    def loss(x):
+        return nf.triplet_margin_loss(*(x[index] for index in nf.mine_triplets(x, labels, mining=mining)), margin=2.0)
+
+    slope = torch.autograd.functional.jacobian(loss, x)
+    torch.testing.assert_close(torch.func.grad(loss)(x), slope)
+    torch.testing.assert_close(torch.func.jvp(loss, (x,), (x,))[1], (slope * x).sum())
+    index = nf.mine_triplets(x, labels, mining=mining)[1]
+    scaled = torch.func.vmap(lambda scale: scale * nf.mine_triplets(x, labels, mining=mining)[1])(torch.arange(3))
+    assert torch.equal(scaled[2], 2 * index)
+
+
+@pytest.mark.parametrize("mining", ["all", "hard", "semihard", "band"])
+def test_vmap_is_refused_where_it_decides_how_many(mining):
+    x, labels = torch.from_numpy(np.stack([X, X + 1])), torch.from_numpy(np.stack([LABELS, LABELS]))
+    message = "expected values that can be looked at, got what torch.func.vmap maps over: they say how many triplets"
+    with pytest.raises(ValueError, match=f"^labels: {message}"):
+        torch.func.vmap(lambda own: nf.mine_triplets(x[0], own, mining=mining))(labels)
+    mapped = torch.func.vmap(lambda own: nf.mine_triplets(own, labels[0], mining=mining), out_dims=None)
+    if mining == "all":  # does not look at distances
+        assert len(mapped(x)[0]) == 6 * 1 * 4
+        return
+    with pytest.raises(ValueError, match=f"^embeddings: {message}"):
+        mapped(x)
+
+
 X, LABELS = points(6, 4), np.array([0, 0, 1, 1, 2, 2])
 
 BAD = {

@@ -5,6 +5,7 @@ Everything above this module is written once for all kinds; everything below it 
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import math
 import operator
@@ -206,6 +207,29 @@ def is_concrete(array: Array) -> bool:
 def is_at_hand(array: Array) -> bool:
     """The same, and looking waits for no device."""
     return is_concrete(array) and not (is_torch(array) and array.device.type != "cpu")
+
+
+def laid_bare(array: Array, name: str, why: str) -> Array:
+    """A tensor without graph and without what `torch.func.grad` or `jvp` wrap it in, for `outside_transforms`.
+
+    What `vmap` maps over is refused.
+    """
+    if not is_torch(array):
+        return array
+    import torch
+
+    functorch = torch._C._functorch
+    while functorch.is_gradtrackingtensor(array):
+        array = functorch.get_unwrapped(array)
+    if functorch.is_batchedtensor(array):
+        raise ValueError(f"{name}: expected values that can be looked at, got what torch.func.vmap maps over: {why}")
+    with torch._C._DisableFuncTorch():
+        return array.detach()
+
+
+def outside_transforms(array: Array) -> Any:
+    """A context in which tensors are themselves, also while torch.func transforms what is around it."""
+    return sys.modules["torch"]._C._DisableFuncTorch() if is_torch(array) else contextlib.nullcontext()
 
 
 def namespace(array: Array) -> Any:

@@ -20,8 +20,10 @@ from .arrays import (
     dtype_name,
     is_torch,
     kind_of,
+    laid_bare,
     number,
     of_kind,
+    outside_transforms,
     to_numpy,
     unbatched,
 )
@@ -96,7 +98,9 @@ def mahalanobis_factor(M: Any, like: Array) -> Array:
         raise ValueError(f"M: expected shape {shape} to match x, got {tuple(array.shape)}")
     if given:
         return cast(array, dtype)
-    wide = _values_of(array)
+    bare = laid_bare(array, "M", "it must be positive semi-definite")
+    with outside_transforms(bare):
+        wide = to_numpy(cast(bare, "float64"))
     size = float(np.abs(wide).max(initial=0.0))
     rounding = 8 * float(np.finfo(dtype).eps) * columns * size
     if not np.isfinite(size) or np.abs(wide - wide.T).max(initial=0.0) > rounding:
@@ -115,18 +119,6 @@ def mahalanobis_factor(M: Any, like: Array) -> Array:
         double = cast(array, "float64")
         return cast(torch.linalg.cholesky((double + double.T) / 2).T, dtype)
     return of_kind((np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T).astype(dtype), array)
-
-
-def _values_of(array: Array) -> np.ndarray[Any, Any]:
-    """In float64, also under `torch.func.grad`."""
-    if not is_torch(array):
-        return to_numpy(cast(array, "float64"))
-    import torch
-
-    while torch._C._functorch.is_gradtrackingtensor(array):
-        array = torch._C._functorch.get_unwrapped(array)
-    with torch._C._DisableFuncTorch():
-        return to_numpy(cast(array.detach(), "float64"))
 
 
 def check_set(array: Array, name: str) -> None:

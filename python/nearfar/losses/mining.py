@@ -16,7 +16,9 @@ from ..arrays import (
     finite,
     integer,
     is_torch,
+    laid_bare,
     of_kind,
+    outside_transforms,
     to_numpy,
 )
 from .softmax import check_labelled
@@ -79,7 +81,8 @@ def mine_triplets(
     Raises
     ------
     ValueError
-        Shapes that do not match, a negative margin, an unknown mining, max_triplets negative.
+        Shapes that do not match, a negative margin, an unknown mining, max_triplets negative; ``torch.func.vmap`` over
+        what decides how many triplets there are: labels, and embeddings unless of "all".
     TypeError
         Arguments that are not arrays or of different kinds, labels that are not integers.
 
@@ -111,15 +114,18 @@ def mine_triplets(
     if max_triplets is not None and (max_triplets := integer(max_triplets, "max_triplets")) < 0:
         raise ValueError(f"max_triplets: expected at least 0, got {max_triplets}")
     seed = check_seed(seed)
-    x = embeddings.detach() if is_torch(embeddings) else embeddings
-    if mining == "all":
-        found = _all(labels, max_triplets, seed)
-    elif mining == "band":
-        found = _band(x, labels, margin, normalize, max_triplets, seed)
-    else:
-        mined = triplets.mined(x, labels, mining, normalize)
-        ranks = _sample(len(mined[0]), max_triplets, seed)
-        found = mined if ranks is None else tuple(index[ranks] for index in mined)  # type: ignore[assignment]
+    why = "they say how many triplets there are"
+    labels = laid_bare(labels, "labels", why)
+    x = embeddings if mining == "all" else laid_bare(embeddings, "embeddings", why)
+    with outside_transforms(labels):
+        if mining == "all":
+            found = _all(labels, max_triplets, seed)
+        elif mining == "band":
+            found = _band(x, labels, margin, normalize, max_triplets, seed)
+        else:
+            mined = triplets.mined(x, labels, mining, normalize)
+            ranks = _sample(len(mined[0]), max_triplets, seed)
+            found = mined if ranks is None else tuple(index[ranks] for index in mined)  # type: ignore[assignment]
     return tuple(of_kind(index, embeddings) for index in found)
 
 
