@@ -53,6 +53,11 @@ class ImplicitGram:
             other = self.x if columns is None else None if columns is rows else rows_at(self.x, columns)
             return to_numpy(self.kernel(own, other))
 
+    def dense(self) -> Numbers:
+        """All entries, of which half are computed: a new matrix, symmetric to the bit."""
+        every = slice(None)
+        return self.block(every, every)
+
     def matmul(self, v: Numbers, x: Array | None = None) -> Numbers:
         """``k(x, self.x) @ v`` for v (n, r) or (n,); x defaults to the points themselves."""
         values = of_kind(np.ascontiguousarray(v, self.dtype), self.x)
@@ -63,8 +68,7 @@ class ImplicitGram:
 
     def stored(self) -> Callable[[Numbers], Numbers]:
         """``k(x, x) @ v`` of a matrix made once: of a few points, multiplied many times."""
-        every = slice(None)
-        matrix = self.block(every, every)
+        matrix = self.dense()
         return lambda v: np.asarray(matrix @ v.astype(self.dtype))
 
 

@@ -83,7 +83,7 @@ class _WeightedGram:
         return self.weighted(self.gram.matmul(self.weighted(v)))
 
     def dense(self) -> Numbers:
-        matrix = self.gram.block(slice(None))
+        matrix = self.gram.dense()
         matrix *= self.root.astype(self.dtype)
         matrix *= self.root.T.astype(self.dtype)
         return matrix
@@ -440,7 +440,7 @@ class KernelPCA(_KernelEstimator):
         return self.eigenvectors_ * self.eigenvalues_**0.5
 
     def _dense(self, gram: ImplicitGram, wanted: int) -> tuple[Numbers, Numbers]:
-        matrix = gram.block(slice(None)).astype(np.float64)
+        matrix = gram.dense().astype(np.float64)
         matrix -= matrix.mean(0)
         matrix -= matrix.mean(1)[:, None]
         values, vectors = np.linalg.eigh((matrix + matrix.T) / 2)

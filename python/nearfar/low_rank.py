@@ -241,7 +241,7 @@ def nystrom(kernel: Any, x: Array, landmarks: Any, *, seed: int = 0) -> LowRank:
             m = min(_count(landmarks, "landmarks"), gram.n)
             indices = np.sort(np.random.default_rng(check_seed(seed)).choice(gram.n, m, replace=False))
         points = rows_at(gram.x, indices)
-    values, vectors = np.linalg.eigh(ImplicitGram(gram.kernel, points).block(slice(None)).astype(np.float64))
+    values, vectors = np.linalg.eigh(ImplicitGram(gram.kernel, points).dense().astype(np.float64))
     noise = NOISE * float(np.finfo(gram.dtype).eps) * float(np.abs(values).max(initial=0.0))
     if values.min(initial=0.0) < -noise:
         raise ValueError(f"kernel: {gram.kernel!r} is not positive semi-definite at the landmarks")
