@@ -824,6 +824,8 @@ def test_inductor():
 
 # ---- autocast --------------------------------------------------------------------------------------------------------
 
+CUSTOM = nf.kernels.Custom(lambda r: (1 + r) ** -1.5, lambda r: -1.5 * (1 + r) ** -2.5)
+
 
 @pytest.mark.parametrize("f", [
     nf.info_nce_loss, nf.nt_xent_loss, nf.clip_loss, lambda x, y: nf.uniformity(x + y), nf.dcl_loss, nf.siglip_loss,
@@ -874,15 +876,26 @@ def test_autocast_does_not_lower_what_is_computed():
     lambda x, y: nf.cka(x, y),
     lambda x, y: nf.hsic(x, y, "linear", "linear"),
     lambda x, y: nf.random_features(nf.kernels.Gaussian(), 4, 8).matmul(x, None, y),
+    lambda x, y: nf.random_features(nf.kernels.Gaussian(), 4, 8).matmul(x, None, y[:, 0]),
+    lambda x, y: CUSTOM.matmul(x, y, y),
+    lambda x, y: (CUSTOM + nf.kernels.Linear()).matmul(x[None], None, y[None]),
+    lambda x, y: nf.mmd(x, y, CUSTOM),
 ])  # fmt: skip
-def test_autocast_does_not_lower_products_of_torch(f):
-    x, y = leaf(20, 4, dtype=torch.float32), leaf(20, 4, seed=1, dtype=torch.float32)
-    expected = f(x, y)
-    with torch.autocast("cpu", torch.bfloat16):
-        own = f(x, y)
-    assert torch.equal(own, expected)
-    slopes = [torch.autograd.grad(value.square().sum(), (x, y)) for value in (own, expected)]
-    assert all(torch.equal(a, b) for a, b in zip(*slopes, strict=True))
+@pytest.mark.parametrize("forward", [False, True])
+@pytest.mark.parametrize("backward", [False, True])
+def test_autocast_does_not_lower_products_of_torch(f, forward, backward):
+    """Nor those of first and second derivatives, whose autocast is that of whoever asks for them."""
+
+    def derivatives(forward, backward):
+        x, y = leaf(20, 4, dtype=torch.float32), leaf(20, 4, seed=1, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=forward):
+            value = f(x, y)
+        with torch.autocast("cpu", torch.bfloat16, enabled=backward):
+            first = torch.autograd.grad(value.square().sum(), (x, y), create_graph=True)
+            return value, *first, *torch.autograd.grad(sum(g.square().sum() for g in first), (x, y))
+
+    for own, expected in zip(derivatives(forward, backward), derivatives(False, False), strict=True):
+        assert torch.equal(own, expected)
 
 
 # ---- function transforms ---------------------------------------------------------------------------------------------
@@ -915,8 +928,6 @@ def test_func_jacrev():
     expected = torch.autograd.functional.jacobian(lambda q: nf.info_nce_loss(q, K.detach(), reduction="none"), Q)
     torch.testing.assert_close(jacobian, expected, rtol=1e-12, atol=1e-14)
 
-
-CUSTOM = nf.kernels.Custom(lambda r: (1 + r) ** -1.5, lambda r: -1.5 * (1 + r) ** -2.5)
 
 VMAPPED = {
     "info_nce": lambda q, k: nf.info_nce_loss(q, k, temperature=0.3),

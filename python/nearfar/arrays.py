@@ -299,11 +299,8 @@ def as_bytes(mask: Array) -> Array:
 
 
 def matrix_product(a: Array, b: Array) -> Array:
-    """``a @ b`` in their own dtype, also under autocast, which would round tensors to a half first."""
-    if not is_torch(a):
-        return a @ b
-    with sys.modules["torch"].autocast(a.device.type, enabled=False):
-        return a @ b
+    """``a @ b`` in their own dtype, also under autocast, which would round tensors to a half first; gradients too."""
+    return autograd().product(a, b) if is_torch(a) else a @ b
 
 
 def concatenate(arrays: Sequence[Array], axis: int = 0) -> Array:

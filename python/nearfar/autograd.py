@@ -261,6 +261,38 @@ class _Select(_Positional):
         return (None,) * ctx.count
 
 
+class _Product(_Positional):
+    """apply(a, b) -> ``a @ b``, of matrices in equal batches.
+
+    A Function because a backward pass has the autocast of whoever asks for it, not that of the forward pass.
+    """
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        if not torch.is_autocast_enabled(a.device.type):  # the context takes longer than a small product
+            return a @ b
+        with torch.autocast(a.device.type, enabled=False):
+            return a @ b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        a, b = ctx.saved_tensors
+        need_a, need_b = ctx.needs_input_grad
+        return product(upstream[0], b.mT) if need_a else None, product(a.mT, upstream[0]) if need_b else None
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        a, b = (
+            z.expand(info.batch_size, *z.shape) if dim is None else z.movedim(dim, 0)
+            for z, dim in zip(args, in_dims, strict=True)
+        )
+        return cls.apply(a, b), 0
+
+
 # ---- what the public functions call ----------------------------------------------------------------------------------
 
 
@@ -289,6 +321,17 @@ def _requires_grad(tensor: Any, transformed: bool) -> bool:
 def _recorded(x: Tensor, y: Tensor | None, transformed: bool) -> bool:
     """Whether torch records what is computed of these points."""
     return torch.is_grad_enabled() and (_requires_grad(x, transformed) or _requires_grad(y, transformed))
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``a @ b`` in their own dtype, and so are its derivatives: autocast would round them to a half."""
+    if b.dim() == 1:
+        return product(a, b[:, None])[:, 0]
+    transformed = _transformed()
+    if _forward_mode() or not (transformed or _recorded(a, b, transformed)):
+        return _Product.forward(a, b)  # written out, which is what forward mode differentiates
+    result: Tensor = _Product.apply(a, b)
+    return result
 
 
 def store_into(out: Tensor, x: Tensor, y: Tensor | None, map: str, normalize: bool, condensed: bool) -> None:
