@@ -320,6 +320,31 @@ def test_second_derivatives_of_mahalanobis():
         assert torch.autograd.gradgradcheck(f, (x, y, root))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on the first jvp
+def test_forward_derivatives_by_the_mahalanobis_matrix():
+    """Also nested ones and those of dual tensors; they were 0."""
+    x, m, v = (torch.from_numpy(z) for z in (points(5, 3), spd(3) + np.eye(3), spd(3)))
+
+    def f(m):
+        return nf.pdist(x, "mahalanobis", M=m).square().sum().exp() ** 0.01
+
+    jvp, grad = torch.func.jvp, torch.func.grad
+    slope = grad(f)(m)
+    torch.testing.assert_close(jvp(f, (m,), (v,))[1], (slope * v).sum())
+    torch.testing.assert_close(torch.func.jacfwd(f)(m), slope)
+    with torch.autograd.forward_ad.dual_level():
+        dual = f(torch.autograd.forward_ad.make_dual(m, v))
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(dual).tangent, (slope * v).sum())
+    outer = jvp(lambda m: grad(lambda s: f(m) * s)(torch.ones_like(m[0, 0])), (m,), (v,))[
+        1
+    ]  # by what the inner one leaves alone
+    torch.testing.assert_close(outer, (slope * v).sum())
+    bend = grad(lambda m: (grad(f)(m) * v).sum())(m)
+    torch.testing.assert_close(jvp(grad(f), (m,), (v,))[1], bend)
+    constant = jvp(lambda x: nf.pdist(x, "mahalanobis", M=torch.diag(x[0] * 0) + m), (x,), (x,))[1]
+    torch.testing.assert_close(constant, nf.pdist(x, "mahalanobis", M=m))
+
+
 def test_vmap_over_a_mahalanobis_matrix_is_refused():
     """By name: its eigenvalues are looked at. Over its factor it works."""
     x, many = torch.from_numpy(points(5, 3)), torch.eye(3, dtype=torch.float64).expand(2, 3, 3)
@@ -382,9 +407,7 @@ def test_bad_parameters():
     m = torch.eye(3, dtype=torch.float64, requires_grad=True)
     singular = torch.ones(3, 3, dtype=torch.float64, requires_grad=True)
     assert nf.cdist(torch.from_numpy(x), metric="mahalanobis", M=singular.detach()).shape == (4, 4)
-    with pytest.raises(
-        ValueError, match="^M: expected a positive definite matrix, since it requires a gradient, got an"
-    ):
+    with pytest.raises(ValueError, match="^M: expected a positive definite matrix, since it has derivatives, got an"):
         nf.cdist(torch.from_numpy(x), metric="mahalanobis", M=singular)
     with pytest.raises(ValueError, match="^out: not for inputs that require a gradient"):
         nf.cdist(torch.from_numpy(x), metric="mahalanobis", M=m, out=torch.empty(4, 4, dtype=torch.float64))

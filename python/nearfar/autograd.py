@@ -318,6 +318,16 @@ def _requires_grad(tensor: Any, transformed: bool) -> bool:
     return isinstance(tensor, Tensor) and tensor.requires_grad
 
 
+def is_variable(tensor: Tensor) -> bool:
+    """Whether a derivative by it may be asked for.
+
+    In forward mode by whatever a transform has wrapped: outer ones hide their tangents from inner ones.
+    """
+    if tensor.requires_grad or not _forward_mode():
+        return tensor.requires_grad
+    return torch._C._functorch.is_gradtrackingtensor(tensor) or forward_ad.unpack_dual(tensor).tangent is not None
+
+
 def _recorded(x: Tensor, y: Tensor | None, transformed: bool) -> bool:
     """Whether torch records what is computed of these points."""
     return torch.is_grad_enabled() and (_requires_grad(x, transformed) or _requires_grad(y, transformed))

@@ -108,10 +108,10 @@ def mahalanobis_factor(M: Any, like: Array) -> Array:
     values, vectors = np.linalg.eigh((wide + wide.T) / 2)
     if values[0] < -rounding:
         raise ValueError(f"M: expected a positive semi-definite matrix, got an eigenvalue {values[0]:.6g}")
-    if is_torch(array) and array.requires_grad:
+    if is_torch(array) and autograd().is_variable(array):
         if values[0] <= rounding:
             raise ValueError(
-                "M: expected a positive definite matrix, since it requires a gradient, got an eigenvalue "
+                "M: expected a positive definite matrix, since it has derivatives, got an eigenvalue "
                 f"{values[0]:.3g}; pass ('factor', L) with M = L^T L"
             )
         import torch
