@@ -663,6 +663,32 @@ def test_half_upstream_is_not_rounded(dtype):
             assert torch.equal(grad, other.to(dtype))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("f", [
+    lambda x, y, v: nf.knn(x, None, 3, metric="sqeuclidean")[0],
+    lambda x, y, v: nf.knn(x, x, 3, metric="cosine", exclude_self=True)[0],
+    lambda x, y, v: nf.info_nce_limit(x, y, 0.3),
+    lambda x, y, v: nf.cdist(x[None], y.reshape(3, 1, 5, 4)),
+    lambda x, y, v: nf.gram(x.reshape(3, 5, 4), y),
+    lambda x, y, v: nf.kernels.Gaussian().matmul(x.reshape(3, 5, 4), y, v),
+    lambda x, y, v: nf.kernels.Gaussian().matmul(x.reshape(3, 5, 4), y.reshape(3, 5, 4), v[:5]),
+])  # fmt: skip
+def test_several_roles_are_rounded_once(f, dtype):
+    """The gradients of rows that stand in several places are added before they are rounded, also beyond their range."""
+    arrays = [leaf(15, 4, seed=seed, dtype=dtype) for seed in range(3)]
+    wide = [a.detach().float().requires_grad_() for a in arrays]
+    value, other = f(*arrays), f(*wide)
+    assert torch.equal(value, other)
+    upstream = 2.0**12 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
+    own, expected = (
+        torch.autograd.grad((z * upstream).sum(), inputs, allow_unused=True)
+        for z, inputs in ((value, arrays), (other, wide))
+    )
+    for grad, exact in zip(own, expected, strict=True):
+        assert (grad is None) == (exact is None)
+        assert grad is None or torch.equal(grad, exact.to(dtype))
+
+
 def test_changed_in_place():
     """What the backward pass needs is guarded as torch guards it."""
     x, y = leaf(6, 3), leaf(6, 3, seed=1)

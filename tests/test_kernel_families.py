@@ -765,6 +765,16 @@ def test_derivatives_of_custom(monkeypatch):
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_custom_in_half_precision(dtype, monkeypatch):
+    """Columns are of every block of rows: their gradient is rounded once, not at every block."""
+    monkeypatch.setattr(k.base, "_BLOCK", 30)
+    halves = [torch.from_numpy(points(n, d)).to(dtype).requires_grad_() for n, d in ((200, 5), (30, 5), (30, 3))]
+    exact = [a.detach().float().requires_grad_() for a in halves]
+    own, expected = (torch.autograd.grad(CUSTOM.matmul(*arrays).sum(), arrays) for arrays in (halves, exact))
+    assert all(torch.equal(a, b.to(dtype)) for a, b in zip(own, expected, strict=True))
+
+
 def test_bad_custom():
     f = lambda r: r  # noqa: E731
     for call, error, message in (

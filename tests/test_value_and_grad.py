@@ -156,6 +156,9 @@ def test_one_array_twice():
     assert_gradient(dy, expected[1], 1e-12)
     # x stands in two places of the limit, with one gradient.
     compare(nf.info_nce_limit, ["x"], x=X, y=X, temperature=0.4)
+    half = X.astype(np.float16)
+    own, exact = (nf.value_and_grad(nf.info_nce_limit)(x, x, 0.4)[1] for x in (half, half.astype(np.float32)))
+    assert np.array_equal(own, exact.astype(np.float16))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])

@@ -26,6 +26,7 @@ from .arrays import (
     outside_transforms,
     to_numpy,
     unbatched,
+    widened,
 )
 
 EXACT = {1.0: "cityblock", 2.0: "euclidean", math.inf: "chebyshev"}  # powers with a map of their own
@@ -157,6 +158,8 @@ def pair_shapes(x: Array, y: Array | None, **others: Array) -> tuple[tuple[int, 
     if y.shape[-1] != x.shape[-1]:
         raise ValueError(f"y: expected {x.shape[-1]} columns to match x, got shape {tuple(y.shape)}")
     batch = common_batch(batch, y, "y")
+    if batch and (x.shape[:-2] != batch or y.shape[:-2] != batch):  # a set that is repeated
+        x, y = widened(x, y)
     return batch, batched(x, batch), batched(y, batch)
 
 

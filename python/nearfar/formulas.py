@@ -268,12 +268,17 @@ def sigmoid_rows(tensors: tuple[Any, ...], config: tuple[Any, ...], rows: slice)
 
 def chosen_pairs(map: str, normalize: bool, x: Tensor, y: Tensor, index: Tensor) -> Tensor:
     """The map for row i of x and the rows index[i] of y, (n, k); NaN where the index is -1."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    x, y = (unit(z.to(dtype)) if normalize else z.to(dtype) for z in (x, y))
+    same, dtype = y is x, torch.promote_types(x.dtype, torch.float32)
+    x = x.to(dtype)  # once for both roles: the sum of their gradients is rounded, not each
+    x, y = (unit(z) if normalize else z for z in (x, x if same else y.to(dtype)))
     # An embedding is differentiated in a fixed order; an index adds rows in that in which threads come.
     chosen = torch.nn.functional.embedding(index.clamp_min(0), y)
-    # A matrix of 1 x k entries for every row.
-    values = apply_map(map, x.unsqueeze(1), chosen).squeeze(1)
+    if map in ("dot", "one_minus_dot"):  # no product of matrices: a backward pass under autocast would round it
+        s = (x.unsqueeze(1) * chosen).sum(-1)
+        values = s if map == "dot" else 1 - s
+    else:
+        # A matrix of 1 x k entries for every row.
+        values = apply_map(map, x.unsqueeze(1), chosen).squeeze(1)
     return values.masked_fill(index < 0, torch.nan)
 
 

@@ -261,6 +261,7 @@ def _plan_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: Any
             gradients = [None if gradient is None else gradient * slope for gradient in gradients]
         value = call.outcome.value(value)
     found: dict[str, Any] = {}
+    dtypes: dict[str, str] = {}
     for part, gradient in zip(call.parts, gradients, strict=False):  # no gradients where none is wanted
         if gradient is None:
             continue
@@ -269,10 +270,12 @@ def _plan_value_and_grad(f: Callable[..., Any], wanted: Sequence[int], args: Any
             if np.ndim(array) == 0:
                 own: Any = gradient[()] * part.slope
             else:
-                own = cast(gradient[begin : begin + len(array)], dtype_name(array))
+                own = gradient[begin : begin + len(array)]
                 begin += len(array)
+                dtypes[name] = dtype_name(array)
             found[name] = found[name] + own if name in found else own
     for name in names:
         if name not in found:
             raise ValueError(f"argnums: {name} has no gradient in this call")
-    return value, [found[name] for name in names]
+    # Rounded to a half precision last, where one argument is several parts.
+    return value, [cast(found[name], dtypes[name]) if name in dtypes else found[name] for name in names]

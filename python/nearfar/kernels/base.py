@@ -27,6 +27,7 @@ from ..arrays import (
     of_kind,
     to_numpy,
     unbatched,
+    widened,
 )
 from ..distances import common_batch, pair_shapes
 from .program import Builder, Register
@@ -148,6 +149,8 @@ class Kernel:
             raise ValueError(f"v: expected {m} rows to match y, got shape {given}")
         if common_batch(batch, v, "v") != batch:
             raise ValueError(f"v: expected batch dimensions to match {batch}, got {given[:-2]}")
+        if batch and tuple(v.shape[:-2]) != batch:
+            xs, ys, v = widened(xs, ys, v)
         vs = batched(v, batch)
         out = (self._product if self._compiles else self._product_by_rows)(xs, ys, vs)
         out = unbatched(out, batch)
@@ -162,6 +165,7 @@ class Kernel:
 
     def _product_by_rows(self, x: Array, y: Array | None, v: Array) -> Array:
         """The same where the kernel is no program: blocks of the matrix, made once more for gradients."""
+        x, y, v = widened(x, y, v)  # columns and v are of every block
         columns = x if y is None else y
         v = cast(v, compute_dtype(v))
         rows = max(1, _BLOCK // max(1, columns.shape[-2]))

@@ -11,7 +11,18 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import Array, check_device, check_matrix, check_points, check_shape, dtype_name, finite, is_torch, kind_of
+from ..arrays import (
+    Array,
+    check_device,
+    check_matrix,
+    check_points,
+    check_shape,
+    dtype_name,
+    finite,
+    is_torch,
+    kind_of,
+    widened,
+)
 from ..gradients import NOTHING, Call, Outcome, Part, differentiable, shows
 
 _REDUCTIONS = ("mean", "sum", "none")
@@ -431,6 +442,7 @@ def info_nce_limit(x: Array, y: Array, temperature: Any) -> Call:
     if temperature is None:
         raise TypeError("temperature: expected a number, got NoneType")
     scale = scale_part(temperature, None, 1.0, x)
+    x, y = widened(x, y)  # x is both rows and columns
     parts = (Part(("x",), (x,)), Part(("x",), (x,)), Part(("y",), (y,)), NOTHING, scale)
     outcome = Outcome(lambda loss: loss - math.log(x.shape[0]))
     return Call("softmax", parts, ("rows", "mean", True, False, 0), extra=(None,), outcome=outcome)
