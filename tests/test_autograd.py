@@ -924,6 +924,36 @@ def test_autocast_does_not_lower_products_of_torch(f, forward, backward):
         assert torch.equal(own, expected)
 
 
+@pytest.mark.parametrize("f", [
+    nf.nt_xent_loss, nf.dcl_loss, nf.hcl_loss, lambda x, y: nf.info_nce_loss(x[:9], y[:9], y[9:], in_batch=True),
+    lambda x, y: nf.cdist(x, y, "mahalanobis", M=torch.eye(4)).sum(),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_to_the_other_half_precision(f, dtype):
+    """Rows are put together as they are; torch refuses to."""
+    x, y = leaf(20, 4, dtype=dtype), leaf(20, 4, seed=1, dtype=dtype)
+    expected = torch.autograd.grad(f(x, y), (x, y))
+    for cast in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", cast):
+            value = f(x, y)
+        assert torch.equal(value, f(x, y))
+        assert all(map(torch.equal, torch.autograd.grad(value, (x, y)), expected))
+
+
+@pytest.mark.parametrize("f", [
+    lambda x, y: nf.knn(x, y, 3, metric="cosine")[0],
+    lambda x, y: nf.knn(x, y, 3, metric="dot")[0],
+    lambda x, y: nf.kmeans_assign(x, y, metric="cosine")[1],
+])  # fmt: skip
+def test_backward_under_autocast(f):
+    """Derivatives of chosen pairs are no matrix products, which autocast would round to bfloat16."""
+    x, y = leaf(20, 4, dtype=torch.float32), leaf(20, 4, seed=1, dtype=torch.float32)
+    expected = torch.autograd.grad(f(x, y).square().sum(), (x, y))
+    with torch.autocast("cpu", torch.bfloat16):
+        own = torch.autograd.grad(f(x, y).square().sum(), (x, y))
+    assert all(map(torch.equal, own, expected))
+
+
 # ---- function transforms ---------------------------------------------------------------------------------------------
 
 

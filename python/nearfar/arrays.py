@@ -316,7 +316,11 @@ def matrix_product(a: Array, b: Array) -> Array:
 def concatenate(arrays: Sequence[Array], axis: int = 0) -> Array:
     """One behind the other, along the first axis unless another is named."""
     if is_torch(arrays[0]):
-        return sys.modules["torch"].cat(list(arrays), axis)
+        torch, own = sys.modules["torch"], list(arrays)
+        if own[0].dtype.itemsize < 4:  # which torch refuses under autocast to the other half precision
+            with torch.autocast(own[0].device.type, enabled=False):
+                return torch.cat(own, axis)
+        return torch.cat(own, axis)
     return namespace(arrays[0]).concatenate(arrays, axis)
 
 
