@@ -1126,6 +1126,21 @@ def test_clamp(module, default):
 
 
 @LEARNABLE
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_parameter_in_half_precision(module, default, dtype):
+    """The multiplier made of it is that of its value: rounded once more it would be off by up to 0.4 %."""
+    x, y = (torch.from_numpy(a).to(dtype) for a in pairs(20, 5))
+    loss = module(learnable_temperature=True).to(dtype)
+    exact = module(learnable_temperature=True).double()
+    exact.load_state_dict(loss.state_dict())
+    value, expected = loss(x, y), exact(x.double(), y.double())
+    assert_value(value, expected.detach().numpy(), 1e-6)
+    slopes = [torch.autograd.grad(v, m.log_logit_scale)[0] for v, m in ((value, loss), (expected, exact))]
+    assert slopes[0].dtype == dtype
+    assert slopes[0].item() == pytest.approx(slopes[1].item(), rel=torch.finfo(dtype).eps / 2 + 1e-5)
+
+
+@LEARNABLE
 def test_training_moves_the_temperature(module, default):
     torch.manual_seed(0)
     x = torch.randn(64, 8)

@@ -32,7 +32,10 @@ class TemperatureLoss(nn.Module):
         """1 / temperature as it is used now."""
         if not self.learnable_temperature:
             return 1 / self.temperature
-        return self.log_logit_scale.clamp(max=math.log(100)).exp()
+        log_scale: Tensor = self.log_logit_scale
+        if log_scale.dtype.itemsize < 4:  # the parameter is a half; the multiplier made of it is not rounded to one
+            log_scale = log_scale.float()
+        return log_scale.clamp(max=math.log(100)).exp()
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}, learnable_temperature={self.learnable_temperature}"
