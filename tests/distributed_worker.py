@@ -334,6 +334,9 @@ def check_kmeans(world):
     torch_model = nf.distributed.KMeans(3, random_state=0).fit(torch.from_numpy(x[mine]))
     assert isinstance(torch_model.labels_, torch.Tensor)
     same_everywhere(world, torch_model.cluster_centers_)
+    half = torch.from_numpy(x[mine]).bfloat16()
+    start = torch.from_numpy(x[:3]).bfloat16()
+    assert nf.distributed.KMeans(3, init=start).fit(half).cluster_centers_.dtype == torch.float32
     unseeded = nf.distributed.KMeans(3).fit(x[mine])  # rank 0's generator, for all
     same_everywhere(world, torch.from_numpy(unseeded.cluster_centers_))
 

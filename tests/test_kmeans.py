@@ -184,6 +184,16 @@ def test_starts(init):
     assert ours.inertia_ <= max(single)
 
 
+def test_weights_in_half_precision():
+    """Also of bfloat16, which NumPy does not have."""
+    x, weights = blobs(200, 5, 3, "float32"), torch.from_numpy(rng(1).uniform(0.5, 2, 200))
+    for dtype in (torch.float16, torch.bfloat16):
+        own, expected = (
+            nf.KMeans(3, random_state=0).fit(x, sample_weight=w) for w in (weights.to(dtype), weights.to(dtype).float())
+        )
+        assert own.inertia_ == expected.inertia_
+
+
 def test_fixed_point():
     """Centroids are the means of their rows, labels the nearest centroids, the inertia theirs."""
     for dtype, tolerance in (("float32", 1e-6), ("float64", 1e-12)):

@@ -26,10 +26,12 @@ def check(low, kernel, x, dtype):
     assert np.linalg.norm(left, 2) <= low.error + 20 * EPS[dtype] * trace
     assert np.allclose(numpy_of(low.transform(x)), factor, atol=1e-7 if dtype == "float64" else 1e-3)
     v = rng(7).standard_normal((len(matrix), 3))
-    product = low.matmul(
-        of_kind("torch" if isinstance(x, torch.Tensor) else "numpy", v, str(low.factor.dtype).removeprefix("torch."))
-    )
-    assert np.allclose(numpy_of(product), factor @ (factor.T @ v), atol=200 * EPS[dtype] * trace)
+    kind = "torch" if isinstance(x, torch.Tensor) else "numpy"
+    for own in (str(low.factor.dtype).removeprefix("torch."), dtype):
+        v = of_kind(kind, v, own)
+        product, v = low.matmul(v), numpy_of(v)
+        assert product.dtype == low.factor.dtype
+        assert np.allclose(numpy_of(product), factor @ (factor.T @ v), atol=200 * EPS[dtype] * trace)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), KINDS)

@@ -18,7 +18,7 @@ import numpy as np
 # Here, not by `np.random` at the first fit: a module that a thread imports while another forks is locked in the child.
 from numpy.random import RandomState
 
-from .arrays import FLOATS, Array, check_matrix, check_points, compute_dtype, dtype_name, is_torch
+from .arrays import FLOATS, Array, check_matrix, check_points, compute_dtype, dtype_name, is_torch, to_numpy
 
 __all__ = ["Estimator", "check_random_state"]
 
@@ -117,7 +117,7 @@ def weights_of(sample_weight: Any, X: Array) -> np.ndarray[Any, Any] | None:
     if sample_weight is None:
         return None
     if is_torch(sample_weight):
-        sample_weight = sample_weight.detach().cpu()
+        sample_weight = to_numpy(sample_weight)  # which knows no bfloat16
     weights = np.asarray(sample_weight, compute_dtype(X))
     if weights.ndim == 0:
         weights = np.full(X.shape[0], weights)

@@ -80,6 +80,7 @@ class LowRank:
 
     def matmul(self, v: Array) -> Array:
         """``factor (factor^T v)`` for v (N, R) or (N,)."""
+        v = cast(v, compute_dtype(v))
         return matrix_product(self.factor, matrix_product(self.factor.T, v))
 
     def transform(self, y: Array) -> Array:

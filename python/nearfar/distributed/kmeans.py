@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from .. import kmeans
-from ..arrays import Array, cast, is_torch
+from ..arrays import Array, cast, is_torch, to_numpy
 from ..distances import cdist
 from ..estimator import check_random_state, weights_of
 from ..lloyd import Data, Numbers, Pass, unit
@@ -203,7 +203,7 @@ class KMeans(kmeans.KMeans):
             if not isinstance(self.random_state, int):
                 options["random_state"] = None
             if not isinstance(self.init, str):  # an array: the same values, whatever they are in
-                options["init"] = np.asarray(self.init.cpu() if is_torch(self.init) else self.init).tolist()
+                options["init"] = (to_numpy(self.init) if is_torch(self.init) else np.asarray(self.init)).tolist()
             options |= {"columns": x.shape[1], "sample_weight": weights is not None, "dtype": str(x.dtype)}
             return (x, weights), [len(x)], options
 
