@@ -185,6 +185,8 @@ def test_shapes_of_a_number(f, name, kind):
             f(x, y, **{name: of_kind(kind, np.full(shape, 0.5))})
     with refuses(TypeError, name, "expected a real number, got complex64"):
         f(TENSOR, TENSOR, **{name: torch.tensor(1j)})
+    with refuses(TypeError, name, "expected a number, got complex128"):
+        f(x, y, **{name: np.complex128(1)})
     with refuses(TypeError, name, "to match the points, got a torch.Tensor"):
         f(X, Y, **{name: torch.tensor(0.5)})
 

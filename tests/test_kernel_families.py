@@ -676,6 +676,8 @@ def test_bad_parameters():
         (lambda: k.Periodic(period=0), ValueError, "period: expected a positive number"),
         (lambda: k.Periodic(period=np.ones(2))(x), ValueError, "period: expected a number or shape (3,)"),
         (lambda: k.Gaussian(True), ValueError, "lengthscale: expected a positive number"),
+        (lambda: k.Gaussian(torch.tensor(1j)), ValueError, "lengthscale: expected a positive number"),
+        (lambda: torch.tensor(1j) * k.Gaussian(), TypeError, "factor: expected a real number, got complex64"),
         (lambda: k.Gaussian(torch.tensor(0.0))(tensor), ValueError, "lengthscale: expected a positive number"),
         (
             lambda: k.Matern(torch.tensor([1.0, -1.0, 1.0]))(tensor),

@@ -502,6 +502,7 @@ def test_bad_input(make):
         (x[:0], ValueError, "expected at least one row"),
         (x[:, :0], ValueError, r"0 feature\(s\)"),
         (x + 1j, ValueError, "Complex data not supported"),
+        (torch.ones(9, 2, dtype=torch.complex64), ValueError, "Complex data not supported, got complex64"),
     ):
         with pytest.raises(error, match=f"^X: .*{message}"):
             make(2).fit(value)

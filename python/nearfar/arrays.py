@@ -153,6 +153,8 @@ def number(value: Any, name: str) -> float:
     try:
         if isinstance(value, (str, bytes, bool)):
             raise TypeError("float() would read the text, and True as 1")
+        if isinstance(value, (np.ndarray, np.generic)) and value.dtype.kind == "c":
+            raise TypeError("float() would leave out the imaginary part")
         return float(value)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}") from error

@@ -101,6 +101,8 @@ class Estimator:
 def floating(values: Any, name: str) -> Array:
     """Tensors as they are; anything else as a NumPy array of a floating dtype, also lists, integers and frames."""
     if is_torch(values):
+        if values.is_complex():
+            raise ValueError(f"{name}: Complex data not supported, got {dtype_name(values)}")
         return values if values.is_floating_point() else values.double()
     if hasattr(values, "tocsr"):
         raise TypeError(f"{name}: expected a dense array, got a sparse one; pass {name}.toarray()")

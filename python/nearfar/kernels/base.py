@@ -286,6 +286,8 @@ def scalar(value: Any, name: str, positive: bool = False) -> Any:
     if is_torch(value):
         if value.numel() != 1:
             raise ValueError(f"{name}: expected a number, got a tensor of shape {tuple(value.shape)}")
+        if value.is_complex():
+            raise TypeError(f"{name}: expected a real number, got {dtype_name(value)}")
         return value
     wanted = "a positive number" if positive else "a finite number"
     try:

@@ -18,7 +18,7 @@ def _check_lengthscale(value: Any) -> Any:
     elif isinstance(value, (int, float)):  # apart, because the compiler does not trace the NumPy form
         good = 0 < value < math.inf
     elif is_torch(value):
-        good = value.ndim <= 1
+        good = value.ndim <= 1 and not value.is_complex()
     else:
         values = np.asarray(value)
         good = values.ndim <= 1 and values.dtype.kind in "fiu" and bool(np.all((values > 0) & np.isfinite(values)))
