@@ -459,6 +459,26 @@ def test_forward_mode_of_some_rows():
         assert torch.linalg.norm(own - expected) <= 2e-2 * torch.linalg.norm(expected)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own forward mode
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("f", [
+    lambda x, y, s: nf.info_nce_loss(x, y), lambda x, y, s: nf.nt_xent_loss(x, y, temperature=s[0].abs()),
+    lambda x, y, s: nf.siglip_loss(x, y, 9.0, s[0]), lambda x, y, s: nf.uniformity(x), lambda x, y, s: nf.alignment(x, y),
+    lambda x, y, s: nf.batch_triplet_loss(x, torch.arange(30) % 3), lambda x, y, s: nf.hcl_loss(x, y),
+])  # fmt: skip
+def test_tangents_of_half_precision(f, dtype):
+    """A loss is float32, and so is its tangent: neither gradients nor their products with vectors are rounded."""
+    inputs, vectors = (
+        tuple(leaf(*shape, seed=seed + k, dtype=dtype).detach() for k, shape in enumerate(((30, 4), (30, 4), (1,))))
+        for seed in (0, 10)
+    )
+    value, along = torch.func.jvp(f, inputs, vectors)
+    other, expected = torch.func.jvp(f, tuple(z.float() for z in inputs), tuple(v.float() for v in vectors))
+    assert along.dtype == value.dtype == torch.float32
+    torch.testing.assert_close(value, other, rtol=1e-6, atol=0)
+    torch.testing.assert_close(along, expected, rtol=1e-5, atol=0)
+
+
 def test_third_derivative_along_a_constant():
     """A Hessian-vector product depends on the points even if the vector does not."""
     (first,) = torch.autograd.grad(nf.info_nce_loss(Q, K), Q, create_graph=True)

@@ -211,7 +211,10 @@ class _DualForward(_Forward):
         vectors = tangents[3 : 3 + operation.count]
         if _is_scalar_loss(ctx.name, ctx.config):
             wanted, one = operations.numbers(v is not None for v in vectors), torch.ones_like(value)
-            grads = _DualBackward.apply(ctx.name, wanted, ctx.count, one, value, *early, *tensors, *ctx.config)
+            # Of the values of halves in float32, so that gradients are not rounded: the tangent is none.
+            own, rest = _split(tensors, operation.count)
+            own = tuple(None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in own)
+            grads = _DualBackward.apply(ctx.name, wanted, ctx.count, one, value, *early, *own, *rest, *ctx.config)
             along = sum((g * v).sum() for g, v in zip(grads, vectors, strict=True) if v is not None)
         else:
             g = torch.zeros_like(value)  # any, as what is asked for is a derivative by it
