@@ -273,12 +273,8 @@ def chosen_pairs(map: str, normalize: bool, x: Tensor, y: Tensor, index: Tensor)
     x, y = (unit(z) if normalize else z for z in (x, x if same else y.to(dtype)))
     # An embedding is differentiated in a fixed order; an index adds rows in that in which threads come.
     chosen = torch.nn.functional.embedding(index.clamp_min(0), y)
-    if map in ("dot", "one_minus_dot"):  # no product of matrices: a backward pass under autocast would round it
-        s = (x.unsqueeze(1) * chosen).sum(-1)
-        values = s if map == "dot" else 1 - s
-    else:
-        # A matrix of 1 x k entries for every row.
-        values = apply_map(map, x.unsqueeze(1), chosen).squeeze(1)
+    # A matrix of 1 x k entries for every row.
+    values = apply_map(map, x.unsqueeze(1), chosen).squeeze(1)
     return values.masked_fill(index < 0, torch.nan)
 
 
