@@ -15,6 +15,7 @@ namespace nearfar {
   namespace name {          \
   const Ops& table();       \
   }
+NEARFAR_LEVEL(v4_bf16)
 NEARFAR_LEVEL(v4_vnni)
 NEARFAR_LEVEL(v4)
 NEARFAR_LEVEL(v3)
@@ -34,7 +35,7 @@ struct Level {
 /// What this CPU has of the levels of the x86-64 ABI. __builtin_cpu_supports asks cpuid and, through xgetbv, the
 /// operating system; names of levels are known to it since GCC 12 and Clang 18 only, three features not even there.
 struct Supported {
-  bool v2 = false, v3 = false, v4 = false, v4_vnni = false;
+  bool v2 = false, v3 = false, v4 = false, v4_vnni = false, v4_bf16 = false;
 
   Supported() {
     __builtin_cpu_init();
@@ -49,8 +50,9 @@ struct Supported {
     v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
     v4_vnni = v4 && __builtin_cpu_supports("avx512vnni");
+    v4_bf16 = v4_vnni && __builtin_cpu_supports("avx512bf16");
 #if defined(NEARFAR_EMULATE_AVX512)
-    v4 = v4_vnni = v3;
+    v4 = v4_vnni = v4_bf16 = v3;
 #endif
   }
 };
@@ -62,6 +64,9 @@ const Ops& choose() {
 #endif
   // Best first.
   const Level levels[] = {
+#if defined(NEARFAR_HAVE_v4_bf16)
+      {"v4_bf16", v4_bf16::table, cpu.v4_bf16},
+#endif
 #if defined(NEARFAR_HAVE_v4_vnni)
       {"v4_vnni", v4_vnni::table, cpu.v4_vnni},
 #endif

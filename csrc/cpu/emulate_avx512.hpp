@@ -1,5 +1,5 @@
 // The instructions of AVX-512 that the kernels name, made of AVX2: a build with NEARFAR_EMULATE_AVX512=ON runs levels
-// v4 and v4_vnni on a CPU without them. It shows lanes, tile shapes, masks and screening of these levels to be right;
+// v4, v4_vnni and v4_bf16 on a CPU without them. It shows lanes, tile shapes, masks and screening of these levels to be right;
 // the compiler takes everything else apart by itself. For tests only: several times slower than v3.
 #pragma once
 
@@ -113,8 +113,11 @@ NEARFAR_EMULATED __m512i dot_bytes(__m512i sum, __m512i a, __m512i b) {
 
 #define __AVX512F__ 1
 #define __AVX512BW__ 1
-#if NEARFAR_EMULATE_AVX512 == 2
+#if NEARFAR_EMULATE_AVX512 >= 2
 #define __AVX512VNNI__ 1
+#endif
+#if NEARFAR_EMULATE_AVX512 >= 3
+#define __AVX512BF16__ 1  // bfloat16.hpp has its instructions in plain code
 #endif
 
 #define _mm512_maskz_max_ps nearfar::emulated::max

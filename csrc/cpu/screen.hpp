@@ -19,7 +19,7 @@
 #include <chrono>
 #include <limits>
 
-#include "cpu/tile.hpp"
+#include "cpu/operands.hpp"
 
 namespace nearfar {
 namespace {

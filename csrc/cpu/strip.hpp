@@ -12,7 +12,7 @@
 // stored.
 #pragma once
 
-#include "cpu/tile.hpp"
+#include "cpu/operands.hpp"
 
 namespace nearfar {
 namespace {
@@ -68,7 +68,7 @@ class StripPass {
     groups_ = ceil_div(c.count, chunks_each_);
     workers_ = worker_count(groups_, plan.threads);
 
-    row_stride_ = padded<T>(d_);
+    row_stride_ = pairs() ? Pairs::row_stride(d_) : padded<T>(d_);
     rows_ = Buffer<T>(P::kStripRows * row_stride_);
     panels_ = Buffer<T>(P::kStripRows * d_);
     squares_ = Buffer<T>(P::kStripRows);
@@ -77,7 +77,8 @@ class StripPass {
     if (products_) {
       x_rows_ = Buffer<T>(depth_panels_ * P::kStripRows * NR);
       partial_ = Buffer<T>(groups_ * partial);
-      if (plan.two_phase) scaled_ = Buffer<T>(workers_ * depth_panels_ * P::kStripRows * NR);
+      if (plan.two_phase && !pairs()) scaled_ = Buffer<T>(workers_ * depth_panels_ * P::kStripRows * NR);
+      if (pairs()) rounded_ = Buffer<T>(workers_ * block);
       if (o_.distance()) {
         row_sums_ = Buffer<T>((groups_ + 1) * P::kStripRows);
         near_ = Buffer<int32_t>(slots * block);
@@ -110,6 +111,8 @@ class StripPass {
     const int64_t count = triangle ? ceil_div(ceil_div(end, P::MR), o.chunks.tiles_each) : o.chunks.count;
     return count < o.chunks.count ? count : o.chunks.count;
   }
+
+  bool pairs() const { return kPairProducts<T> && o_.pairs(); }
 
   void strip(int64_t row) {
     const int64_t rows = n_ - row < P::kStripRows ? n_ - row : P::kStripRows;
@@ -144,6 +147,10 @@ class StripPass {
 
   void pack_rows(int64_t row, int64_t p) {
     T* rows = rows_.get() + p * NR * row_stride_;
+    if constexpr (kPairProducts<T>)
+      if (pairs())
+        return o_.pairs().pack_panel(o_.x, row + p * NR, rows, panels_.get() + p * NR * d_, squares_.get() + p * NR,
+                                     products_ ? x_rows_.get() + p * NR / 2 * NR : nullptr, P::kStripRows / 2 * NR);
     o_.pack_panel(row + p * NR, plan_.scale, rows, panels_.get() + p * NR * d_, squares_.get() + p * NR);
     if (!products_) return;
     for (int64_t panel = 0; panel < depth_panels_; ++panel)
@@ -168,6 +175,12 @@ class StripPass {
     if (Cell::kScores && !plan_.scored)
       for (int64_t p = 0; p < panels; ++p) {
         if (block.near) block.near->base = p * panel_stride_;
+        if constexpr (kPairProducts<T>)
+          if (pairs()) {
+            o_.pairs().block(o_.chunks.tile_begin(chunk), o_.chunks.tile_end(chunk), panels_.get() + p * NR * d_,
+                             squares_.get() + p * NR, plan_.scale, block.panel(p));
+            continue;
+          }
         o_.block(o_.chunks.tile_begin(chunk), o_.chunks.tile_end(chunk), row + p * NR, panels_.get() + p * NR * d_,
                  squares_.get() + p * NR, block.panel(p), block.near);
       }
@@ -192,38 +205,56 @@ class StripPass {
       if (near) take_near(w);
     }
     if (o_.by_coordinates()) return with_coordinate_score(o_.kind(), [&](auto score) { multiply_slopes(w, score); });
-    const int64_t t0 = w.column / P::MR, tiles = w.columns / P::MR;
-    for (int64_t p = 0; plan_.dx && p < w.panels; ++p) {
+    const int64_t t0 = w.column / P::MR;
+    if constexpr (kPairProducts<T>)
+      if (const Pairs& pairs = o_.pairs()) {
+        T *down = rounded_.get() + worker * P::kPanels * panel_stride_, *along = down + P::kPanels * panel_stride_ / 2;
+        for (int64_t p = 0; p < w.panels; ++p)
+          pairs.round(t0, w.columns, w.panel(p), factor ? factor + p * NR : nullptr, squares_.get() + p * NR,
+                      down + p * panel_stride_ / 2, along + p * panel_stride_ / 2);
+        if (plan_.dx) add_dx<PairDot>(w, pairs.columns(t0), pairs.column_stride(), down, factor, add);
+        if (plan_.dy) add_dy<PairDot>(w, along, x_rows_.get());
+        return;
+      }
+    if (plan_.dx) add_dx<Dot>(w, o_.tile(t0), o_.tile_stride, w.data, factor, add);
+    if (plan_.dy) add_dy<Dot>(w, w.data, factor ? scale_rows(factor, w.panels, worker) : x_rows_.get());
+    if (o_.distance()) add_sums(w);
+  }
+
+  /// The partial of the block's group (+)= y^T W times the factors of rows.
+  template <class Score>
+  void add_dx(const Block<T>& w, const T* y_tiles, int64_t y_stride, const T* weights, const T* factor, bool add) {
+    const int64_t tiles = w.columns / P::MR;
+    for (int64_t p = 0; p < w.panels; ++p, weights += panel_stride_ / kPerLane<Score>) {
       T* out = partial_.get() + (w.group * P::kStripRows + p * NR) * depth_;
       const T* lanes = factor ? factor + p * NR : nullptr;
       int64_t k = 0;
       for (; d_ - k > 2 * P::MR / 3; k += P::MR)
-        product_dx<T, P::MR>(k, tiles, o_.tile(t0), o_.tile_stride, w.panel(p), lanes, add, out + k * NR);
+        product_dx<Score, T, P::MR>(k, tiles, y_tiles, y_stride, weights, lanes, add, out + k * NR);
       if (d_ - k > P::MR / 3)
-        product_dx<T, 2 * P::MR / 3>(k, tiles, o_.tile(t0), o_.tile_stride, w.panel(p), lanes, add, out + k * NR);
+        product_dx<Score, T, 2 * P::MR / 3>(k, tiles, y_tiles, y_stride, weights, lanes, add, out + k * NR);
       else if (d_ > k)
-        product_dx<T, P::MR / 3>(k, tiles, o_.tile(t0), o_.tile_stride, w.panel(p), lanes, add, out + k * NR);
+        product_dx<Score, T, P::MR / 3>(k, tiles, y_tiles, y_stride, weights, lanes, add, out + k * NR);
     }
-    if (!plan_.dy) {
-      if (o_.distance()) add_sums(w);
-      return;
-    }
-    const T* x_rows = x_rows_.get();
-    if (factor) x_rows = scale_rows(factor, w.panels, worker);
-    for (int64_t panel = 0; panel < depth_panels_; ++panel) {
+  }
+
+  /// dY of the block's columns += W^T x.
+  template <class Score>
+  void add_dy(const Block<T>& w, const T* weights, const T* x_rows) {
+    constexpr int kPer = kPerLane<Score>;
+    const int64_t tiles = w.columns / P::MR;
+    for (int64_t panel = 0; panel < depth_panels_; ++panel, x_rows += P::kStripRows / kPer * NR) {
       const int64_t lanes = d_ - panel * NR;
-      const T* operand = x_rows + panel * P::kStripRows * NR;
       for (int64_t t = 0; t < tiles; ++t) {
-        const int64_t column = w.column + t * P::MR;
+        const int64_t column = w.column + t * P::MR, rows = o_.y.n() - column;
+        const T* tile = weights + t * P::MR * (NR / kPer);
         T* out = plan_.dy + column * d_ + panel * NR;
-        const T* weights = w.data + t * P::MR * NR;
         if (lanes > kLanes<T>)
-          product_dy<T, 2>(w.panels, weights, w.panel_stride, operand, o_.y.n() - column, lanes, out, d_);
+          product_dy<Score, T, 2>(w.panels, tile, panel_stride_ / kPer, x_rows, rows, lanes, out, d_);
         else
-          product_dy<T, 1>(w.panels, weights, w.panel_stride, operand, o_.y.n() - column, lanes, out, d_);
+          product_dy<Score, T, 1>(w.panels, tile, panel_stride_ / kPer, x_rows, rows, lanes, out, d_);
       }
     }
-    if (o_.distance()) add_sums(w);
   }
 
   /// The same where the gradient is no product: dx_i += w_ij by_x(x_i, y_j), dy_j += w_ij by_y(x_i, y_j).
@@ -347,7 +378,7 @@ class StripPass {
   int64_t panel_stride_ = 0, row_stride_ = 0, depth_ = 0, depth_panels_ = 0, chunks_each_ = 0, groups_ = 0,
           blocks_before_ = 0;
   int workers_ = 1;
-  Buffer<T> rows_, panels_, squares_, blocks_, x_rows_, partial_, scaled_, row_sums_;
+  Buffer<T> rows_, panels_, squares_, blocks_, x_rows_, partial_, scaled_, rounded_, row_sums_;
   Buffer<double> column_sums_;
   Buffer<int32_t> near_;
   Buffer<Places> places_;

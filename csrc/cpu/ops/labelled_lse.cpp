@@ -319,7 +319,7 @@ class LabelledLse {
 
  public:
   explicit LabelledLse(LabelledLseParams<T>& params)
-      : p(params), o(params.x, params.y, params.normalize, false, false, params.threads), pairs(params, o) {}
+      : p(params), o(params.x, params.y, params.normalize, false, params.dx != nullptr, params.threads), pairs(params, o) {}
 
   void run() {
     if (!p.dx) return values();
@@ -396,6 +396,8 @@ void run(LabelledLseParams<T>& p) {
 
 namespace NEARFAR_ISA {
 void labelled_lse(LabelledLseParams<float>& p) { run(p); }
+#if !defined(NEARFAR_BASE)  // else they are those of the base
 void labelled_lse(LabelledLseParams<double>& p) { run(p); }
+#endif
 }  // namespace NEARFAR_ISA
 }  // namespace nearfar

@@ -128,6 +128,8 @@ void run(LloydParams<T>& p) {
 
 namespace NEARFAR_ISA {
 void lloyd(LloydParams<float>& p) { run(p); }
+#if !defined(NEARFAR_BASE)  // else they are those of the base
 void lloyd(LloydParams<double>& p) { run(p); }
+#endif
 }  // namespace NEARFAR_ISA
 }  // namespace nearfar

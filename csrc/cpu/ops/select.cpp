@@ -495,6 +495,8 @@ void run(const SelectParams<T>& p) {
 
 namespace NEARFAR_ISA {
 void select(const SelectParams<float>& p) { run(p); }
+#if !defined(NEARFAR_BASE)  // else they are those of the base
 void select(const SelectParams<double>& p) { run(p); }
+#endif
 }  // namespace NEARFAR_ISA
 }  // namespace nearfar

@@ -66,7 +66,7 @@ class Sigmoid {
 
  public:
   explicit Sigmoid(SigmoidParams<T>& params)
-      : p(params), n(p.x.n), d(p.x.d), o(p.x, p.y, p.normalize, false, false, p.threads), mask{o, -kInfinity, false} {
+      : p(params), n(p.x.n), d(p.x.d), o(p.x, p.y, p.normalize, false, p.dx != nullptr, p.threads), mask{o, -kInfinity, false} {
     const int64_t rows = ceil_div(n, P::kStripRows) * P::kStripRows;
     row_weight_ = Buffer<T>(rows);
     for (int64_t i = 0; i < rows; ++i)
@@ -162,6 +162,8 @@ class Sigmoid {
 
 namespace NEARFAR_ISA {
 void sigmoid(SigmoidParams<float>& p) { Sigmoid<float>(p).run(); }
+#if !defined(NEARFAR_BASE)  // else they are those of the base
 void sigmoid(SigmoidParams<double>& p) { Sigmoid<double>(p).run(); }
+#endif
 }  // namespace NEARFAR_ISA
 }  // namespace nearfar

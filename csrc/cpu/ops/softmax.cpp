@@ -29,7 +29,7 @@ class Softmax {
         m(params.y.n),
         d(params.x.d),
         few_(params.mode == SoftmaxMode::rows && fewest<T>(n, m, d)),
-        o(params.x, params.y, params.normalize && !few_, false, false, params.threads, ScoreKind::dot, !few_),
+        o(params.x, params.y, params.normalize && !few_, false, params.dx != nullptr, params.threads, ScoreKind::dot, !few_),
         positive(params.positive),
         paired(params.paired),
         sets(params.positives, o.x, params.threads),
@@ -274,6 +274,8 @@ class Softmax {
 
 namespace NEARFAR_ISA {
 void softmax(SoftmaxParams<float>& p) { Softmax<float>(p).run(); }
+#if !defined(NEARFAR_BASE)  // else they are those of the base
 void softmax(SoftmaxParams<double>& p) { Softmax<double>(p).run(); }
+#endif
 }  // namespace NEARFAR_ISA
 }  // namespace nearfar

@@ -20,7 +20,7 @@ class SoftmaxBlock {
       : p(params),
         n(p.x.n),
         m(p.y.n),
-        o(p.x, p.y, p.normalize, false, false, p.threads),
+        o(p.x, p.y, p.normalize, false, p.dx != nullptr, p.threads),
         mask{o, -kInfinity, p.same, nullptr, p.ids_x, p.ids_y} {}
 
   void run() {
@@ -91,6 +91,8 @@ class SoftmaxBlock {
 
 namespace NEARFAR_ISA {
 void softmax_block(SoftmaxBlockParams<float>& p) { SoftmaxBlock<float>(p).run(); }
+#if !defined(NEARFAR_BASE)  // else they are those of the base
 void softmax_block(SoftmaxBlockParams<double>& p) { SoftmaxBlock<double>(p).run(); }
+#endif
 }  // namespace NEARFAR_ISA
 }  // namespace nearfar

@@ -13,15 +13,29 @@ const Ops& table();
 
 namespace nearfar::NEARFAR_ISA {
 
+#if defined(__AVX512BF16__)
+void softmax(SoftmaxParams<float>&);
+void softmax_block(SoftmaxBlockParams<float>&);
+void labelled_lse(LabelledLseParams<float>&);
+void sigmoid(SigmoidParams<float>&);
+#else
 void select(const SelectParams<float>&);
 void lloyd(LloydParams<float>&);
+#endif
 
 const Ops& table() {
   static const Ops kOps = [] {
     Ops ops = NEARFAR_BASE::table();
     ops.isa = NEARFAR_NAME(NEARFAR_ISA);
+#if defined(__AVX512BF16__)
+    ops.f32.softmax = softmax;
+    ops.f32.softmax_block = softmax_block;
+    ops.f32.labelled_lse = labelled_lse;
+    ops.f32.sigmoid = sigmoid;
+#else
     ops.f32.select = select;
     ops.f32.lloyd = lloyd;
+#endif
     return ops;
   }();
   return kOps;

@@ -1,0 +1,74 @@
+// Two bfloat16 numbers in a lane of 32 bits: a CPU with AVX512-BF16 multiplies and adds both in the time of one float32
+// product. Products of such numbers are exact in float32 and sums are float32 ones, so scores lose nothing; what is
+// lost is what rounding to bfloat16 takes.
+#pragma once
+
+#include "cpu/vector.hpp"
+
+namespace nearfar {
+namespace {
+
+/// Whether products of two numbers a lane are faster than those of one.
+#if defined(__AVX512BF16__)
+template <class T>
+constexpr bool kPairProducts = sizeof(T) == 4;
+#else
+template <class T>
+constexpr bool kPairProducts = false;
+#endif
+
+/// Numbers that a lane of a score's operands holds.
+template <class Score>
+constexpr int kPerLane = 1;
+
+/// s += x_k y_k + x_{k+1} y_{k+1}; lanes of x and y hold two bfloat16 numbers.
+struct PairDot {
+  NEARFAR_INLINE static void accumulate(Vec<float>& s, Vec<float> x, Vec<float> y) {
+#if defined(__AVX512BF16__) && !defined(NEARFAR_EMULATE_AVX512)
+    s = _mm512_dpbf16_ps(s, (__m512bh)x, (__m512bh)y);
+#else
+    const auto low = [](Vec<float> v) { return (Vec<float>)((IVec<float>)v << 16); };
+    const auto high = [](Vec<float> v) { return (Vec<float>)((IVec<float>)v >> 16 << 16); };
+    s += high(x) * high(y);
+    s += low(x) * low(y);
+#endif
+  }
+};
+template <>
+constexpr int kPerLane<PairDot> = 2;
+
+#if !defined(__AVX512BF16__) || defined(NEARFAR_EMULATE_AVX512)
+/// The bits of v as bfloat16, to nearest even, in the lower half of each lane.
+NEARFAR_INLINE IVec<float> rounded(Vec<float> v) {
+  const IVec<float> bits = (IVec<float>)v, even = bits >> 16 & 1;
+  return select(v == v, bits + (even + 0x7fff), bits | 0x400000) >> 16 & 0xffff;
+}
+#endif
+
+/// Lane i holds a_i and b_i, rounded.
+NEARFAR_INLINE Vec<float> side_by_side(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512BF16__) && !defined(NEARFAR_EMULATE_AVX512)
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (Vec<float>)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+#else
+  return (Vec<float>)(rounded(a) | rounded(b) << 16);
+#endif
+}
+
+/// The numbers of a, then those of b, rounded.
+NEARFAR_INLINE Vec<float> in_sequence(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512BF16__) && !defined(NEARFAR_EMULATE_AVX512)
+  return (Vec<float>)_mm512_cvtne2ps_pbh(b, a);
+#else
+  constexpr int L = kLanes<float>;
+  Vec<float> pairs;
+  uint16_t out[2 * L];
+  for (int i = 0; i < L; ++i) out[i] = static_cast<uint16_t>(rounded(a)[i]), out[L + i] = static_cast<uint16_t>(rounded(b)[i]);
+  std::memcpy(&pairs, out, sizeof pairs);
+  return pairs;
+#endif
+}
+
+}  // namespace
+}  // namespace nearfar
