@@ -13,7 +13,6 @@ from nearfar.bench.case import Case, label, normal
 from nearfar.bench.cases import CASES, select
 
 TIMED = [case for case in CASES if case.timed]
-TOLERANCE = 1e-5
 
 
 def build(function, problem):
@@ -58,7 +57,7 @@ def toy():
 def test_ours_agrees_with_float64(case):
     problem = case.problem(case.quick)
     result = build(case.ours, problem)()
-    assert case.error(problem, result, case.reference(problem)) < TOLERANCE
+    assert case.error(problem, result, case.reference(problem)) < case.tolerance
 
 
 # Not KeOps: it runs a compiler at its first call, and writes into the home directory.
@@ -75,7 +74,7 @@ PEERS = [
 def test_peers_compute_the_same(case, peer):
     problem = case.problem(case.quick)
     result = build(case.peers[peer], problem)()
-    assert case.error(problem, result, case.reference(problem)) < TOLERANCE
+    assert case.error(problem, result, case.reference(problem)) < case.tolerance
 
 
 def test_an_error_is_seen():
@@ -102,7 +101,7 @@ def test_losses_run_without_torch(monkeypatch):
         problem = case.problem(case.quick)
         result = case.ours(problem)()
         assert all(isinstance(a, (np.ndarray, np.generic)) for a in result)
-        assert case.error(problem, result, case.reference(problem)) < TOLERANCE
+        assert case.error(problem, result, case.reference(problem)) < case.tolerance
 
 
 def test_names_are_unique():

@@ -64,7 +64,8 @@ NEARFAR_INLINE Vec<float> in_sequence(Vec<float> a, Vec<float> b) {
   constexpr int L = kLanes<float>;
   Vec<float> pairs;
   uint16_t out[2 * L];
-  for (int i = 0; i < L; ++i) out[i] = static_cast<uint16_t>(rounded(a)[i]), out[L + i] = static_cast<uint16_t>(rounded(b)[i]);
+  for (int i = 0; i < L; ++i)
+    out[i] = static_cast<uint16_t>(rounded(a)[i]), out[L + i] = static_cast<uint16_t>(rounded(b)[i]);
   std::memcpy(&pairs, out, sizeof pairs);
   return pairs;
 #endif

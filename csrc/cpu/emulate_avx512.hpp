@@ -1,6 +1,6 @@
 // The instructions of AVX-512 that the kernels name, made of AVX2: a build with NEARFAR_EMULATE_AVX512=ON runs levels
-// v4, v4_vnni and v4_bf16 on a CPU without them. It shows lanes, tile shapes, masks and screening of these levels to be right;
-// the compiler takes everything else apart by itself. For tests only: several times slower than v3.
+// v4, v4_vnni and v4_bf16 on a CPU without them. It shows lanes, tile shapes, masks and screening of these levels to be
+// right; the compiler takes everything else apart by itself. For tests only: several times slower than v3.
 #pragma once
 
 #include <immintrin.h>

@@ -6,8 +6,8 @@
 //   dy       dY[j][k] += sum_i W[j][i] x[i][k]      W [j][NR/2],        x rows [i/2][NR of k]   pairs of rows
 //
 // Normalised rows would not be bfloat16 numbers, so they are packed as given times a power of two that brings the norm
-// to (1/2, 1]: exact, and no product leaves the range of float32. What is left of the normalisation, a number in (1, 2],
-// multiplies scores, and of gradients the weights before they are rounded.
+// to (1/2, 1]: exact, and no product leaves the range of float32. What is left of the normalisation, a number in (1,
+// 2], multiplies scores, and of gradients the weights before they are rounded.
 #pragma once
 
 #include "cpu/tile.hpp"
@@ -36,24 +36,26 @@ class Pairs {
   Pairs(const Source<T>& y, int64_t tiles, bool products, int threads)
       : steps_(ceil_div(y.d(), 2)),
         tile_stride_(steps_ * MR),
-        column_stride_(ceil_div(y.d(), MR) * MR * (MR / 2)),
+        band_(tiles * kColumnStride),
         tiles_(tiles * tile_stride_),
-        columns_(products ? tiles * column_stride_ : 0),
+        columns_(products ? ceil_div(y.d(), MR) * band_ : 0),
         rest_(tiles * MR) {
     constexpr int64_t kTilesPerTask = 16;
     parallel_for(ceil_div(tiles, kTilesPerTask), threads, [&](int64_t task, int) {
       const int64_t d = y.d(), stride = row_stride(d), last = (task + 1) * kTilesPerTask;
-      Buffer<T> buffer(MR * stride);
+      Buffer<T> buffer(MR * stride), columns(ceil_div(d, MR) * kColumnStride);
       const T* rows = buffer.get();
       for (int64_t t = task * kTilesPerTask; t < last && t < tiles; ++t) {
         for (int r = 0; r < MR; ++r) rest_[t * MR + r] = read(y, t * MR + r, buffer.get() + r * stride);
         pack_rows<MR>(rows, d, tiles_.get() + t * tile_stride_);
         if (!products) continue;
-        T* columns = columns_.get() + t * column_stride_;
-        interleave<MR / 2, T>(d, columns, [&](int r, int64_t k) {
+        T* whole = columns.get();
+        interleave<MR / 2, T>(d, whole, [&](int r, int64_t k) {
           return side_by_side(load(rows + 2 * r * stride + k), load(rows + (2 * r + 1) * stride + k));
         });
-        for (int64_t k = d * (MR / 2); k < column_stride_; ++k) columns[k] = 0;
+        for (int64_t k = d * (MR / 2); k < ceil_div(d, MR) * kColumnStride; ++k) whole[k] = 0;
+        for (int64_t b = 0; b < ceil_div(d, MR); ++b, whole += kColumnStride)
+          std::memcpy(columns_.get() + b * band_ + t * kColumnStride, whole, kColumnStride * sizeof(T));
       }
     });
   }
@@ -72,7 +74,8 @@ class Pairs {
     if (!operand) return;
     for (int64_t r = 0; r < NR; r += 2)
       for (int64_t k = 0; k < stride; k += L)
-        store(operand + k / NR * next + r / 2 * NR + k % NR, side_by_side(load(rows + r * stride + k), load(rows + (r + 1) * stride + k)));
+        store(operand + k / NR * next + r / 2 * NR + k % NR,
+              side_by_side(load(rows + r * stride + k), load(rows + (r + 1) * stride + k)));
   }
 
   /// S[columns][NR] = scale <x_i, y_j> for tiles [t0, t1) and a packed panel.
@@ -91,7 +94,8 @@ class Pairs {
   void round(int64_t t0, int64_t columns, const T* weights, const T* factor, const T* rests, T* down, T* along) const {
     Vec<T> own[P::kVectors];
 #pragma GCC unroll 2
-    for (int v = 0; v < P::kVectors; ++v) own[v] = factor ? load(factor + v * L) * load(rests + v * L) : load(rests + v * L);
+    for (int v = 0; v < P::kVectors; ++v)
+      own[v] = factor ? load(factor + v * L) * load(rests + v * L) : load(rests + v * L);
     const T* rest = rest_.get() + t0 * MR;
     for (int64_t j = 0; j < columns; j += 2, weights += 2 * NR, down += NR, along += NR) {
       Vec<T> w[2][P::kVectors];
@@ -107,9 +111,10 @@ class Pairs {
     }
   }
 
-  /// Tile t of y for the product with weights.
-  const T* columns(int64_t t) const { return columns_.get() + t * column_stride_; }
-  int64_t column_stride() const { return column_stride_; }
+  /// Tile t of y for the product with weights: MR coordinates of MR columns; the next MR lie `band` values behind.
+  static constexpr int64_t kColumnStride = MR * (MR / 2);
+  const T* columns(int64_t t) const { return columns_.get() + t * kColumnStride; }
+  int64_t band() const { return band_; }
 
  private:
   /// Row i as it is packed, zeros behind it and past the last row; returns what is left of its normalisation.
@@ -139,7 +144,7 @@ class Pairs {
     });
   }
 
-  int64_t steps_ = 0, tile_stride_ = 0, column_stride_ = 0;
+  int64_t steps_ = 0, tile_stride_ = 0, band_ = 0;
   Buffer<T> tiles_, columns_, rest_;
 };
 

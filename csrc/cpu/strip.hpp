@@ -212,29 +212,32 @@ class StripPass {
         for (int64_t p = 0; p < w.panels; ++p)
           pairs.round(t0, w.columns, w.panel(p), factor ? factor + p * NR : nullptr, squares_.get() + p * NR,
                       down + p * panel_stride_ / 2, along + p * panel_stride_ / 2);
-        if (plan_.dx) add_dx<PairDot>(w, pairs.columns(t0), pairs.column_stride(), down, factor, add);
+        if (plan_.dx) add_dx<PairDot>(w, pairs.columns(t0), pairs.kColumnStride, pairs.band(), down, factor, add);
         if (plan_.dy) add_dy<PairDot>(w, along, x_rows_.get());
         return;
       }
-    if (plan_.dx) add_dx<Dot>(w, o_.tile(t0), o_.tile_stride, w.data, factor, add);
+    if (plan_.dx) add_dx<Dot>(w, o_.tile(t0), o_.tile_stride, P::MR * P::MR, w.data, factor, add);
     if (plan_.dy) add_dy<Dot>(w, w.data, factor ? scale_rows(factor, w.panels, worker) : x_rows_.get());
     if (o_.distance()) add_sums(w);
   }
 
-  /// The partial of the block's group (+)= y^T W times the factors of rows.
+  /// The partial of the block's group (+)= y^T W times the factors of rows. `band`: from a tile's MR coordinates to the
+  /// next.
   template <class Score>
-  void add_dx(const Block<T>& w, const T* y_tiles, int64_t y_stride, const T* weights, const T* factor, bool add) {
+  void add_dx(const Block<T>& w, const T* y_tiles, int64_t tile_stride, int64_t band, const T* weights, const T* factor,
+              bool add) {
     const int64_t tiles = w.columns / P::MR;
     for (int64_t p = 0; p < w.panels; ++p, weights += panel_stride_ / kPerLane<Score>) {
       T* out = partial_.get() + (w.group * P::kStripRows + p * NR) * depth_;
       const T* lanes = factor ? factor + p * NR : nullptr;
+      const T* y = y_tiles;
       int64_t k = 0;
-      for (; d_ - k > 2 * P::MR / 3; k += P::MR)
-        product_dx<Score, T, P::MR>(k, tiles, y_tiles, y_stride, weights, lanes, add, out + k * NR);
+      for (; d_ - k > 2 * P::MR / 3; k += P::MR, y += band)
+        product_dx<Score, T, P::MR>(tiles, y, tile_stride, weights, lanes, add, out + k * NR);
       if (d_ - k > P::MR / 3)
-        product_dx<Score, T, 2 * P::MR / 3>(k, tiles, y_tiles, y_stride, weights, lanes, add, out + k * NR);
+        product_dx<Score, T, 2 * P::MR / 3>(tiles, y, tile_stride, weights, lanes, add, out + k * NR);
       else if (d_ > k)
-        product_dx<Score, T, P::MR / 3>(k, tiles, y_tiles, y_stride, weights, lanes, add, out + k * NR);
+        product_dx<Score, T, P::MR / 3>(tiles, y, tile_stride, weights, lanes, add, out + k * NR);
     }
   }
 
@@ -242,19 +245,22 @@ class StripPass {
   template <class Score>
   void add_dy(const Block<T>& w, const T* weights, const T* x_rows) {
     constexpr int kPer = kPerLane<Score>;
+    constexpr int64_t kPanelsAtOnce = 8;  // of coordinates: their rows of x stay in L2, and rows of dY are read along
     const int64_t tiles = w.columns / P::MR;
-    for (int64_t panel = 0; panel < depth_panels_; ++panel, x_rows += P::kStripRows / kPer * NR) {
-      const int64_t lanes = d_ - panel * NR;
+    for (int64_t first = 0; first < depth_panels_; first += kPanelsAtOnce)
       for (int64_t t = 0; t < tiles; ++t) {
         const int64_t column = w.column + t * P::MR, rows = o_.y.n() - column;
         const T* tile = weights + t * P::MR * (NR / kPer);
-        T* out = plan_.dy + column * d_ + panel * NR;
-        if (lanes > kLanes<T>)
-          product_dy<Score, T, 2>(w.panels, tile, panel_stride_ / kPer, x_rows, rows, lanes, out, d_);
-        else
-          product_dy<Score, T, 1>(w.panels, tile, panel_stride_ / kPer, x_rows, rows, lanes, out, d_);
+        for (int64_t panel = first; panel < first + kPanelsAtOnce && panel < depth_panels_; ++panel) {
+          const int64_t lanes = d_ - panel * NR;
+          const T* own = x_rows + panel * (P::kStripRows / kPer) * NR;
+          T* out = plan_.dy + column * d_ + panel * NR;
+          if (lanes > kLanes<T>)
+            product_dy<Score, T, 2>(w.panels, tile, panel_stride_ / kPer, own, rows, lanes, out, d_);
+          else
+            product_dy<Score, T, 1>(w.panels, tile, panel_stride_ / kPer, own, rows, lanes, out, d_);
+        }
       }
-    }
   }
 
   /// The same where the gradient is no product: dx_i += w_ij by_x(x_i, y_j), dy_j += w_ij by_y(x_i, y_j).

@@ -105,16 +105,17 @@ void score_block(int64_t d, int64_t tiles, const T* y_tiles, int64_t tile_stride
     score_tiles<true>(depth_from(k0), tiles, y_tiles + k0 * P::MR, tile_stride, x_panel + k0 * P::NR, scores, score);
 }
 
-/// out[M][NR] (+)= y^T W over the columns of a chunk, for the M coordinates from k0 on. `factor` scales lanes.
+/// out[M][NR] (+)= y^T W over the columns of a chunk, for the M coordinates at which the tiles of y begin. `factor`
+/// scales lanes.
 template <class Score, class T, int M>
-void product_dx(int64_t k0, int64_t tiles, const T* y_tiles, int64_t tile_stride, const T* weights, const T* factor,
-                bool add, T* out) {
+void product_dx(int64_t tiles, const T* y_tiles, int64_t tile_stride, const T* weights, const T* factor, bool add,
+                T* out) {
   using P = Policy<T>;
   constexpr int kSteps = P::MR / kPerLane<Score>;
   Vec<T> acc[M][P::kVectors];
   clear<T>(acc);
   for (int64_t t = 0; t < tiles; ++t) {
-    const T* tile = y_tiles + t * tile_stride + k0 * kSteps;
+    const T* tile = y_tiles + t * tile_stride;
     // What the next call reads of this tile: pieces so short and far apart that the CPU does not foresee them.
     for (int u = 0; u < P::MR * kSteps; u += kCacheLine<T>) __builtin_prefetch(tile + P::MR * kSteps + u);
     multiply<Score, T, M, P::kVectors, kSteps, 1>(kSteps, tile, weights + t * kSteps * P::NR, acc);

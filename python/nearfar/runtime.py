@@ -67,7 +67,7 @@ def build_info() -> dict[str, Any]:
     Returns
     -------
     dict
-        version, isa (the level in use: v2, v3, v4, v4_vnni on x86-64, else generic; the variable NEARFAR_ISA
+        version, isa (the level in use: v2, v3, v4, v4_vnni, v4_bf16 on x86-64, else generic; the variable NEARFAR_ISA
         overrides the choice before import), vector_bytes, threads, available_cpus, compiler, debug, cuda (the toolkit
         the CUDA part was compiled with, or None), cuda_devices (0 without a driver).
 

@@ -319,7 +319,9 @@ class LabelledLse {
 
  public:
   explicit LabelledLse(LabelledLseParams<T>& params)
-      : p(params), o(params.x, params.y, params.normalize, false, params.dx != nullptr, params.threads), pairs(params, o) {}
+      : p(params),
+        o(params.x, params.y, params.normalize, false, params.dx != nullptr, params.threads),
+        pairs(params, o) {}
 
   void run() {
     if (!p.dx) return values();

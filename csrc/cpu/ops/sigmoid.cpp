@@ -66,7 +66,11 @@ class Sigmoid {
 
  public:
   explicit Sigmoid(SigmoidParams<T>& params)
-      : p(params), n(p.x.n), d(p.x.d), o(p.x, p.y, p.normalize, false, p.dx != nullptr, p.threads), mask{o, -kInfinity, false} {
+      : p(params),
+        n(p.x.n),
+        d(p.x.d),
+        o(p.x, p.y, p.normalize, false, p.dx != nullptr, p.threads),
+        mask{o, -kInfinity, false} {
     const int64_t rows = ceil_div(n, P::kStripRows) * P::kStripRows;
     row_weight_ = Buffer<T>(rows);
     for (int64_t i = 0; i < rows; ++i)

@@ -74,6 +74,8 @@ class Case:
         ``(shape) -> float``: bytes of a result that is a matrix of all pairs.
     view : callable
         ``(problem, result) -> arrays`` that are compared with the reference, output by output.
+    tolerance : float
+        The error that anybody may have at the quick size.
     timed : bool
         False: memory only.
     sweep : tuple of int
@@ -91,6 +93,7 @@ class Case:
     flops: Callable[[Shape], float]
     writes: Callable[[Shape], float] | None = None
     view: Callable[[Problem, tuple[Any, ...]], tuple[Array, ...]] = field(default=as_numpy)
+    tolerance: float = 1e-5
     timed: bool = True
     sweep: tuple[int, ...] = ()
 

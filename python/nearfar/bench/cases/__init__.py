@@ -19,7 +19,7 @@ from .kernels import (
 )
 from .kmeans import KMEANS, KMEANS_BATCH, KMEANS_SEEDING
 from .log_sum_exp import HCL, MULTI_SIMILARITY
-from .losses import CLIP, INFO_NCE, INFO_NCE_MEMORY, INFO_NCE_QUEUE, NT_XENT, UNIFORMITY
+from .losses import CLIP, INFO_NCE, INFO_NCE_BFLOAT16, INFO_NCE_MEMORY, INFO_NCE_QUEUE, NT_XENT, UNIFORMITY
 from .metric import NCA
 from .neighbors import KMEANS_ASSIGN, KNN, KNN_FEW
 from .ranking import BATCH_TRIPLET_HARD, BATCH_TRIPLET_SEMIHARD
@@ -27,6 +27,7 @@ from .supervised import DCL, SIGLIP, SUP_CON
 
 CASES: tuple[Case, ...] = (
     INFO_NCE,
+    INFO_NCE_BFLOAT16,
     INFO_NCE_MEMORY,
     INFO_NCE_QUEUE,
     CLIP,

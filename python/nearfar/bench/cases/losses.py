@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -30,15 +31,14 @@ def _matching(shape: Shape, rng: np.random.Generator) -> dict[str, Array]:
 # ---- InfoNCE, one direction ------------------------------------------------------------------------------------------
 
 
-def _info_nce_dense(problem: Problem) -> Step:
+def _info_nce_of_matrices(query: Any, key: Any) -> Any:
     torch, F = load("torch"), load("torch.nn.functional")
-    target = torch.arange(problem.shape["n"])
+    logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / TEMPERATURE
+    return F.cross_entropy(logits, torch.arange(len(query)))
 
-    def loss(query: Any, key: Any) -> Any:
-        logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / TEMPERATURE
-        return F.cross_entropy(logits, target)
 
-    return gradient_step(loss, problem["query"], problem["key"])
+def _info_nce_dense(problem: Problem) -> Step:
+    return gradient_step(_info_nce_of_matrices, problem["query"], problem["key"])
 
 
 def _info_nce_reference(problem: Problem) -> tuple[Array, ...]:
@@ -59,6 +59,31 @@ INFO_NCE = Case(
     reference=_info_nce_reference,
     flops=_pairs(3),
     sweep=(1024, 2048, 4096, 8192, 16384),
+)
+
+
+def _matching_bfloat16(shape: Shape, rng: np.random.Generator) -> dict[str, Array]:
+    upper = np.uint32(0xFFFF0000)  # half of a float32: all that a bfloat16 holds
+    return {name: (a.view(np.uint32) & upper).view(np.float32) for name, a in _matching(shape, rng).items()}
+
+
+def _of_bfloat16(loss: Any) -> Any:
+    """As mixed precision hands rows over: gradients are those of float32 parameters behind a cast."""
+    return lambda *rows: loss(*(row.bfloat16() for row in rows)).float()
+
+
+INFO_NCE_BFLOAT16 = dataclasses.replace(
+    INFO_NCE,
+    name="info_nce_bfloat16",
+    what="info_nce_loss of bfloat16 rows, value and gradient",
+    shapes=({"n": 8192, "d": 128}, {"n": 4096, "d": 512}, {"n": 2048, "d": 768}),
+    make=_matching_bfloat16,
+    ours=lambda p: gradient_step(
+        _of_bfloat16(functools.partial(nf.info_nce_loss, temperature=TEMPERATURE)), p["query"], p["key"]
+    ),
+    peers={"torch dense": lambda p: gradient_step(_of_bfloat16(_info_nce_of_matrices), p["query"], p["key"])},
+    tolerance=0.1,  # dense torch rounds scores
+    sweep=(),
 )
 
 # Larger than is comfortable to time densely (over 2 GB): what matters here is memory.
