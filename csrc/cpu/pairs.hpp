@@ -36,26 +36,24 @@ class Pairs {
   Pairs(const Source<T>& y, int64_t tiles, bool products, int threads)
       : steps_(ceil_div(y.d(), 2)),
         tile_stride_(steps_ * MR),
-        band_(tiles * kColumnStride),
+        column_stride_(ceil_div(y.d(), MR) * MR * (MR / 2)),
         tiles_(tiles * tile_stride_),
-        columns_(products ? ceil_div(y.d(), MR) * band_ : 0),
+        columns_(products ? tiles * column_stride_ : 0),
         rest_(tiles * MR) {
     constexpr int64_t kTilesPerTask = 16;
     parallel_for(ceil_div(tiles, kTilesPerTask), threads, [&](int64_t task, int) {
       const int64_t d = y.d(), stride = row_stride(d), last = (task + 1) * kTilesPerTask;
-      Buffer<T> buffer(MR * stride), columns(ceil_div(d, MR) * kColumnStride);
+      Buffer<T> buffer(MR * stride);
       const T* rows = buffer.get();
       for (int64_t t = task * kTilesPerTask; t < last && t < tiles; ++t) {
         for (int r = 0; r < MR; ++r) rest_[t * MR + r] = read(y, t * MR + r, buffer.get() + r * stride);
         pack_rows<MR>(rows, d, tiles_.get() + t * tile_stride_);
         if (!products) continue;
-        T* whole = columns.get();
-        interleave<MR / 2, T>(d, whole, [&](int r, int64_t k) {
+        T* columns = columns_.get() + t * column_stride_;
+        interleave<MR / 2, T>(d, columns, [&](int r, int64_t k) {
           return side_by_side(load(rows + 2 * r * stride + k), load(rows + (2 * r + 1) * stride + k));
         });
-        for (int64_t k = d * (MR / 2); k < ceil_div(d, MR) * kColumnStride; ++k) whole[k] = 0;
-        for (int64_t b = 0; b < ceil_div(d, MR); ++b, whole += kColumnStride)
-          std::memcpy(columns_.get() + b * band_ + t * kColumnStride, whole, kColumnStride * sizeof(T));
+        for (int64_t k = d * (MR / 2); k < column_stride_; ++k) columns[k] = 0;
       }
     });
   }
@@ -111,10 +109,9 @@ class Pairs {
     }
   }
 
-  /// Tile t of y for the product with weights: MR coordinates of MR columns; the next MR lie `band` values behind.
-  static constexpr int64_t kColumnStride = MR * (MR / 2);
-  const T* columns(int64_t t) const { return columns_.get() + t * kColumnStride; }
-  int64_t band() const { return band_; }
+  /// Tile t of y for the product with weights.
+  const T* columns(int64_t t) const { return columns_.get() + t * column_stride_; }
+  int64_t column_stride() const { return column_stride_; }
 
  private:
   /// Row i as it is packed, zeros behind it and past the last row; returns what is left of its normalisation.
@@ -144,7 +141,7 @@ class Pairs {
     });
   }
 
-  int64_t steps_ = 0, tile_stride_ = 0, band_ = 0;
+  int64_t steps_ = 0, tile_stride_ = 0, column_stride_ = 0;
   Buffer<T> tiles_, columns_, rest_;
 };
 

@@ -212,27 +212,25 @@ class StripPass {
         for (int64_t p = 0; p < w.panels; ++p)
           pairs.round(t0, w.columns, w.panel(p), factor ? factor + p * NR : nullptr, squares_.get() + p * NR,
                       down + p * panel_stride_ / 2, along + p * panel_stride_ / 2);
-        if (plan_.dx) add_dx<PairDot>(w, pairs.columns(t0), pairs.kColumnStride, pairs.band(), down, factor, add);
+        if (plan_.dx) add_dx<PairDot>(w, pairs.columns(t0), pairs.column_stride(), down, factor, add);
         if (plan_.dy) add_dy<PairDot>(w, along, x_rows_.get());
         return;
       }
-    if (plan_.dx) add_dx<Dot>(w, o_.tile(t0), o_.tile_stride, P::MR * P::MR, w.data, factor, add);
+    if (plan_.dx) add_dx<Dot>(w, o_.tile(t0), o_.tile_stride, w.data, factor, add);
     if (plan_.dy) add_dy<Dot>(w, w.data, factor ? scale_rows(factor, w.panels, worker) : x_rows_.get());
     if (o_.distance()) add_sums(w);
   }
 
-  /// The partial of the block's group (+)= y^T W times the factors of rows. `band`: from a tile's MR coordinates to the
-  /// next.
+  /// The partial of the block's group (+)= y^T W times the factors of rows.
   template <class Score>
-  void add_dx(const Block<T>& w, const T* y_tiles, int64_t tile_stride, int64_t band, const T* weights, const T* factor,
-              bool add) {
+  void add_dx(const Block<T>& w, const T* y_tiles, int64_t tile_stride, const T* weights, const T* factor, bool add) {
     const int64_t tiles = w.columns / P::MR;
     for (int64_t p = 0; p < w.panels; ++p, weights += panel_stride_ / kPerLane<Score>) {
       T* out = partial_.get() + (w.group * P::kStripRows + p * NR) * depth_;
       const T* lanes = factor ? factor + p * NR : nullptr;
       const T* y = y_tiles;
       int64_t k = 0;
-      for (; d_ - k > 2 * P::MR / 3; k += P::MR, y += band)
+      for (; d_ - k > 2 * P::MR / 3; k += P::MR, y += P::MR * P::MR / kPerLane<Score>)
         product_dx<Score, T, P::MR>(tiles, y, tile_stride, weights, lanes, add, out + k * NR);
       if (d_ - k > P::MR / 3)
         product_dx<Score, T, 2 * P::MR / 3>(tiles, y, tile_stride, weights, lanes, add, out + k * NR);

@@ -19,7 +19,8 @@ NEARFAR_DEVICE uint64_t outside(const Fragment<P>& f, const Block& b, int64_t n,
                    [&](int64_t i, int64_t j) { return b.row + i < n && b.column + j < m; });
 }
 
-/// Inner products of packed rows, and with `distance` squared distances that survive cancellation: see cpu/operands.hpp.
+/// Inner products of packed rows, and with `distance` squared distances that survive cancellation: see
+/// cpu/operands.hpp.
 template <class T>
 struct Scores {
   Source<T> x, y;
