@@ -74,7 +74,7 @@ PEERS = [
 def test_peers_compute_the_same(case, peer):
     problem = case.problem(case.quick)
     result = build(case.peers[peer], problem)()
-    assert case.error(problem, result, case.reference(problem)) < case.tolerance
+    assert case.error(problem, result, case.reference(problem)) < case.peer_tolerance
 
 
 def test_an_error_is_seen():

@@ -1,6 +1,6 @@
 // Two bfloat16 numbers in a lane of 32 bits: a CPU with AVX512-BF16 multiplies and adds both in the time of one float32
-// product. Products of such numbers are exact in float32 and sums are float32 ones, so scores lose nothing; what is
-// lost is what rounding to bfloat16 takes.
+// product. Products of such numbers are exact in float32 and sums are float32 ones, so scores of such rows lose
+// nothing.
 #pragma once
 
 #include "cpu/vector.hpp"
@@ -8,21 +8,22 @@
 namespace nearfar {
 namespace {
 
-/// Whether products of two numbers a lane are faster than those of one.
+/// Whether rows of bfloat16 numbers are multiplied two a lane.
 #if defined(__AVX512BF16__)
 template <class T>
-constexpr bool kPairProducts = sizeof(T) == 4;
+constexpr bool kHalves = sizeof(T) == 4;
 #else
 template <class T>
-constexpr bool kPairProducts = false;
+constexpr bool kHalves = false;
 #endif
 
 /// Numbers that a lane of a score's operands holds.
 template <class Score>
 constexpr int kPerLane = 1;
 
-/// s += x_k y_k + x_{k+1} y_{k+1}; lanes of x and y hold two bfloat16 numbers.
-struct PairDot {
+/// s += x_k y_k + x_{k+1} y_{k+1}; lanes of x and y hold two bfloat16 numbers, whose bits pass through as those of a
+/// float: loads and broadcasts only (`splat` subtracts 0, which compilers leave out).
+struct HalvesDot {
   NEARFAR_INLINE static void accumulate(Vec<float>& s, Vec<float> x, Vec<float> y) {
 #if defined(__AVX512BF16__) && !defined(NEARFAR_EMULATE_AVX512)
     s = _mm512_dpbf16_ps(s, (__m512bh)x, (__m512bh)y);
@@ -35,7 +36,7 @@ struct PairDot {
   }
 };
 template <>
-constexpr int kPerLane<PairDot> = 2;
+constexpr int kPerLane<HalvesDot> = 2;
 
 #if !defined(__AVX512BF16__) || defined(NEARFAR_EMULATE_AVX512)
 /// The bits of v as bfloat16, to nearest even, in the lower half of each lane.
@@ -44,6 +45,9 @@ NEARFAR_INLINE IVec<float> rounded(Vec<float> v) {
   return select(v == v, bits + (even + 0x7fff), bits | 0x400000) >> 16 & 0xffff;
 }
 #endif
+
+/// v rounded to a bfloat16 number, of two that are equally near to the larger; NaN stays NaN.
+NEARFAR_INLINE Vec<float> to_bfloat16(Vec<float> v) { return (Vec<float>)(((IVec<float>)v + 0x8000) >> 16 << 16); }
 
 /// Lane i holds a_i and b_i, rounded.
 NEARFAR_INLINE Vec<float> side_by_side(Vec<float> a, Vec<float> b) {

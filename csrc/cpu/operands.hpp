@@ -1,7 +1,7 @@
 // Operands: both point sets as the engine reads them, and blocks of their scores.
 #pragma once
 
-#include "cpu/pairs.hpp"
+#include "cpu/halves.hpp"
 
 namespace nearfar {
 namespace {
@@ -45,9 +45,9 @@ class Operands {
     if (distance && (products || !direct_)) find_center();
     tile_stride = ceil_div(d, P::MR) * P::MR * P::MR;
     if (!pack_y) return;
-    if constexpr (kPairProducts<T>)
-      if (!distance && kind == ScoreKind::dot && Pairs::serve(x_rows, y_rows)) {
-        pairs_ = Pairs(y, chunks.tiles, products, threads);
+    if constexpr (kHalves<T>)
+      if (!distance && kind == ScoreKind::dot && Halves::serve(x_rows, y_rows)) {
+        halves_ = Halves(x, y, chunks.tiles, products, threads);
         return;
       }
     tiles_ = Buffer<T>(chunks.tiles * tile_stride);
@@ -93,9 +93,9 @@ class Operands {
   }
   int64_t row_buffer() const { return P::NR * padded<T>(d); }
 
-  bool packed() const { return tiles_.get() != nullptr || pairs_; }
-  /// Both sets as pairs of bfloat16 numbers: then `tile` and `block` are not there.
-  const Pairs& pairs() const { return pairs_; }
+  bool packed() const { return tiles_.get() != nullptr || halves_; }
+  /// Both sets as bfloat16 numbers, two a lane: then `tile` and `block` are not there.
+  const Halves& halves() const { return halves_; }
   const T* tile(int64_t t) const { return tiles_.get() + t * tile_stride; }
   const T* squares(int64_t column) const { return squares_.get() + column; }
   /// Of the finite rows of y as they are packed.
@@ -256,7 +256,7 @@ class Operands {
     y.shift(center_.get());
   }
 
-  Pairs pairs_;
+  Halves halves_;
   Buffer<T> tiles_, squares_;
   Buffer<T> center_;
   T largest_square_ = 0;

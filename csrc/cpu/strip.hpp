@@ -37,7 +37,7 @@ template <class T>
 struct StripPlan {
   bool triangle = false;   // y is x and only pairs with column < row are wanted
   bool two_phase = false;  // the strip is kept: weights, or their factors, are known after cell.close only
-  T scale = 1;             // on x, for the scores only
+  T scale = 1;             // on x, for the scores only (of halves on their scores)
   T* dx = nullptr;         // (n, d) and (m, d), added to; null if not wanted. For dot products dy may be dx (y is x);
   T* dy = nullptr;         // for distances it may not, because dy turns its sign at the end
   T* kept = nullptr;       // of `kept_size`, for blocks: what cell.map leaves there, the next pass finds
@@ -68,7 +68,7 @@ class StripPass {
     groups_ = ceil_div(c.count, chunks_each_);
     workers_ = worker_count(groups_, plan.threads);
 
-    row_stride_ = pairs() ? Pairs::row_stride(d_) : padded<T>(d_);
+    row_stride_ = halves() ? Halves::row_stride(d_) : padded<T>(d_);
     rows_ = Buffer<T>(P::kStripRows * row_stride_);
     panels_ = Buffer<T>(P::kStripRows * d_);
     squares_ = Buffer<T>(P::kStripRows);
@@ -77,13 +77,15 @@ class StripPass {
     if (products_) {
       x_rows_ = Buffer<T>(depth_panels_ * P::kStripRows * NR);
       partial_ = Buffer<T>(groups_ * partial);
-      if (plan.two_phase && !pairs()) scaled_ = Buffer<T>(workers_ * depth_panels_ * P::kStripRows * NR);
-      if (pairs()) rounded_ = Buffer<T>(workers_ * block);
+      if (plan.two_phase && !halves()) scaled_ = Buffer<T>(workers_ * depth_panels_ * P::kStripRows * NR);
+      if (halves()) rounded_ = Buffer<T>(workers_ * block);
       if (o_.distance()) {
-        row_sums_ = Buffer<T>((groups_ + 1) * P::kStripRows);
         near_ = Buffer<int32_t>(slots * block);
         places_ = Buffer<Places>(slots);
         for (int64_t s = 0; s < slots; ++s) places_[s] = Places{near_.get() + s * block};
+      }
+      if (sums()) {
+        row_sums_ = Buffer<T>(groups_ * P::kStripRows);
         column_sums_ = Buffer<double>(o_.y.n());
         for (int64_t j = 0; j < o_.y.n(); ++j) column_sums_[j] = 0;
       }
@@ -100,7 +102,7 @@ class StripPass {
 
   void run() {
     for (int64_t row = 0; row < n_; row += P::kStripRows) strip(row);
-    if (plan_.dy && o_.distance()) finish_columns();
+    if (plan_.dy && sums()) finish_columns();
   }
 
  private:
@@ -112,7 +114,9 @@ class StripPass {
     return count < o.chunks.count ? count : o.chunks.count;
   }
 
-  bool pairs() const { return kPairProducts<T> && o_.pairs(); }
+  bool halves() const { return kHalves<T> && o_.halves(); }
+  /// Whether sums of weights, or of what rounding took from them, enter gradients.
+  bool sums() const { return o_.distance() || halves(); }
 
   void strip(int64_t row) {
     const int64_t rows = n_ - row < P::kStripRows ? n_ - row : P::kStripRows;
@@ -147,10 +151,10 @@ class StripPass {
 
   void pack_rows(int64_t row, int64_t p) {
     T* rows = rows_.get() + p * NR * row_stride_;
-    if constexpr (kPairProducts<T>)
-      if (pairs())
-        return o_.pairs().pack_panel(o_.x, row + p * NR, rows, panels_.get() + p * NR * d_, squares_.get() + p * NR,
-                                     products_ ? x_rows_.get() + p * NR / 2 * NR : nullptr, P::kStripRows / 2 * NR);
+    if constexpr (kHalves<T>)
+      if (halves())
+        return o_.halves().pack_panel(o_.x, row + p * NR, rows, panels_.get() + p * NR * d_, squares_.get() + p * NR,
+                                      products_ ? x_rows_.get() + p * NR / 2 * NR : nullptr, P::kStripRows / 2 * NR);
     o_.pack_panel(row + p * NR, plan_.scale, rows, panels_.get() + p * NR * d_, squares_.get() + p * NR);
     if (!products_) return;
     for (int64_t panel = 0; panel < depth_panels_; ++panel)
@@ -175,10 +179,10 @@ class StripPass {
     if (Cell::kScores && !plan_.scored)
       for (int64_t p = 0; p < panels; ++p) {
         if (block.near) block.near->base = p * panel_stride_;
-        if constexpr (kPairProducts<T>)
-          if (pairs()) {
-            o_.pairs().block(o_.chunks.tile_begin(chunk), o_.chunks.tile_end(chunk), panels_.get() + p * NR * d_,
-                             squares_.get() + p * NR, plan_.scale, block.panel(p));
+        if constexpr (kHalves<T>)
+          if (halves()) {
+            o_.halves().block(o_.chunks.tile_begin(chunk), o_.chunks.tile_end(chunk), panels_.get() + p * NR * d_,
+                              squares_.get() + p * NR, plan_.scale, block.panel(p));
             continue;
           }
         o_.block(o_.chunks.tile_begin(chunk), o_.chunks.tile_end(chunk), row + p * NR, panels_.get() + p * NR * d_,
@@ -197,7 +201,7 @@ class StripPass {
   void multiply_weights(const Block<T>& w, const T* factor, int worker) {
     // The first product of a group writes its partial, the others add to it.
     bool add = w.chunk % chunks_each_ != 0;
-    if (o_.distance() && !add)
+    if (sums() && !add)
       for (int64_t k = 0; k < P::kStripRows; ++k) row_sums_[w.group * P::kStripRows + k] = 0;
     if (const bool near = w.near && w.near->count; near || o_.by_coordinates()) {
       if (!add) clear_partial(w);
@@ -206,14 +210,13 @@ class StripPass {
     }
     if (o_.by_coordinates()) return with_coordinate_score(o_.kind(), [&](auto score) { multiply_slopes(w, score); });
     const int64_t t0 = w.column / P::MR;
-    if constexpr (kPairProducts<T>)
-      if (const Pairs& pairs = o_.pairs()) {
+    if constexpr (kHalves<T>)
+      if (const Halves& halves = o_.halves()) {
         T *down = rounded_.get() + worker * P::kPanels * panel_stride_, *along = down + P::kPanels * panel_stride_ / 2;
-        for (int64_t p = 0; p < w.panels; ++p)
-          pairs.round(t0, w.columns, w.panel(p), factor ? factor + p * NR : nullptr, squares_.get() + p * NR,
-                      down + p * panel_stride_ / 2, along + p * panel_stride_ / 2);
-        if (plan_.dx) add_dx<PairDot>(w, pairs.columns(t0), pairs.column_stride(), down, factor, add);
-        if (plan_.dy) add_dy<PairDot>(w, along, x_rows_.get());
+        halves.round_weights(w, o_.y.n(), factor, squares_.get(), down, plan_.dy ? along : nullptr,
+                             row_sums_.get() + w.group * P::kStripRows, column_sums_.get());
+        if (plan_.dx) add_dx<HalvesDot>(w, halves.columns(t0), halves.column_stride(), down, factor, add);
+        if (plan_.dy) add_dy<HalvesDot>(w, along, x_rows_.get());
         return;
       }
     if (plan_.dx) add_dx<Dot>(w, o_.tile(t0), o_.tile_stride, w.data, factor, add);
@@ -350,25 +353,31 @@ class StripPass {
     }
     for (int64_t lane = 0; lane < NR && p * NR + lane < rows; ++lane) {
       T* out = plan_.dx + (row + p * NR + lane) * d_;
+      T total = 0;
+      for (int64_t g = 0; sums() && g < groups; ++g) total += row_sums_[g * P::kStripRows + p * NR + lane];
       if (!o_.distance()) {
         for (int64_t k = 0; k < d_; ++k) out[k] += sum[k * NR + lane];
+        for (int64_t k = 0; halves() && k < d_; ++k) out[k] += total * static_cast<T>(o_.halves().mean_y()[k]);
         continue;
       }
-      T total = 0;
-      for (int64_t g = 0; g < groups; ++g) total += row_sums_[g * P::kStripRows + p * NR + lane];
       const T* own = rows_.get() + (p * NR + lane) * row_stride_;
       for (int64_t k = 0; k < d_; ++k) out[k] += total * own[k] - sum[k * NR + lane];
     }
   }
 
-  /// For distances dY holds W^T X so far: turn its sign and add the column sums times the rows.
+  /// For distances dY holds W^T X so far: turn its sign and add the column sums times the rows. Of halves it lacks the
+  /// column sums times the mean of x.
   void finish_columns() {
     parallel_for(o_.y.tasks(), plan_.threads, [&](int64_t task, int) {
       Buffer<T> own(d_);
       for (int64_t j = task * Source<T>::kRowsPerTask; j < o_.y.end(task); ++j) {
-        o_.y.get_packed(j, own.get());
         T* out = plan_.dy + j * d_;
         const T sum = static_cast<T>(column_sums_[j]);
+        if (halves()) {
+          for (int64_t k = 0; k < d_; ++k) out[k] += sum * static_cast<T>(o_.halves().mean_x()[k]);
+          continue;
+        }
+        o_.y.get_packed(j, own.get());
         for (int64_t k = 0; k < d_; ++k) out[k] = sum * own[k] - out[k];
       }
     });
@@ -382,7 +391,8 @@ class StripPass {
   int64_t panel_stride_ = 0, row_stride_ = 0, depth_ = 0, depth_panels_ = 0, chunks_each_ = 0, groups_ = 0,
           blocks_before_ = 0;
   int workers_ = 1;
-  Buffer<T> rows_, panels_, squares_, blocks_, x_rows_, partial_, scaled_, rounded_, row_sums_;
+  Buffer<T> squares_;  // of the strip's rows, for distances; of halves their rests
+  Buffer<T> rows_, panels_, blocks_, x_rows_, partial_, scaled_, rounded_, row_sums_;
   Buffer<double> column_sums_;
   Buffer<int32_t> near_;
   Buffer<Places> places_;

@@ -8,7 +8,7 @@
 //   dx       dX[k][i] += sum_j y[j][k] W[j][i]      broadcast y tiles  (strides swapped), vectors W [j][NR]
 //   dy       dY[j][k] += sum_i W[j][i] x[i][k]      broadcast W (strides swapped), vectors x rows [i][NR of k]
 //
-// Where a lane holds two numbers (kPerLane, bfloat16.hpp) that is their step: half as many of them along the sum.
+// Where a lane holds two numbers (kPerLane, bfloat16.hpp) a step of the sum takes both, so there are half as many.
 //
 // Vocabulary of sizes: a panel is NR rows of x, a strip is kStripRows rows of x, a tile is MR rows of y, a chunk is a
 // run of tiles. All are functions of the shape alone, so results do not depend on the number of threads.

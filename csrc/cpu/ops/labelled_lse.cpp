@@ -398,7 +398,7 @@ void run(LabelledLseParams<T>& p) {
 
 namespace NEARFAR_ISA {
 void labelled_lse(LabelledLseParams<float>& p) { run(p); }
-#if !defined(NEARFAR_BASE)  // else they are those of the base
+#if !defined(NEARFAR_BASE)  // which a level with a base takes from there
 void labelled_lse(LabelledLseParams<double>& p) { run(p); }
 #endif
 }  // namespace NEARFAR_ISA

@@ -128,7 +128,7 @@ void run(LloydParams<T>& p) {
 
 namespace NEARFAR_ISA {
 void lloyd(LloydParams<float>& p) { run(p); }
-#if !defined(NEARFAR_BASE)  // else they are those of the base
+#if !defined(NEARFAR_BASE)  // which a level with a base takes from there
 void lloyd(LloydParams<double>& p) { run(p); }
 #endif
 }  // namespace NEARFAR_ISA

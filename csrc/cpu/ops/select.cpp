@@ -495,7 +495,7 @@ void run(const SelectParams<T>& p) {
 
 namespace NEARFAR_ISA {
 void select(const SelectParams<float>& p) { run(p); }
-#if !defined(NEARFAR_BASE)  // else they are those of the base
+#if !defined(NEARFAR_BASE)  // which a level with a base takes from there
 void select(const SelectParams<double>& p) { run(p); }
 #endif
 }  // namespace NEARFAR_ISA

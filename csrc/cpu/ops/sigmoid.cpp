@@ -166,7 +166,7 @@ class Sigmoid {
 
 namespace NEARFAR_ISA {
 void sigmoid(SigmoidParams<float>& p) { Sigmoid<float>(p).run(); }
-#if !defined(NEARFAR_BASE)  // else they are those of the base
+#if !defined(NEARFAR_BASE)  // which a level with a base takes from there
 void sigmoid(SigmoidParams<double>& p) { Sigmoid<double>(p).run(); }
 #endif
 }  // namespace NEARFAR_ISA

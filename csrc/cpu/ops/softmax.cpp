@@ -275,7 +275,7 @@ class Softmax {
 
 namespace NEARFAR_ISA {
 void softmax(SoftmaxParams<float>& p) { Softmax<float>(p).run(); }
-#if !defined(NEARFAR_BASE)  // else they are those of the base
+#if !defined(NEARFAR_BASE)  // which a level with a base takes from there
 void softmax(SoftmaxParams<double>& p) { Softmax<double>(p).run(); }
 #endif
 }  // namespace NEARFAR_ISA

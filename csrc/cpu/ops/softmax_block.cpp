@@ -91,7 +91,7 @@ class SoftmaxBlock {
 
 namespace NEARFAR_ISA {
 void softmax_block(SoftmaxBlockParams<float>& p) { SoftmaxBlock<float>(p).run(); }
-#if !defined(NEARFAR_BASE)  // else they are those of the base
+#if !defined(NEARFAR_BASE)  // which a level with a base takes from there
 void softmax_block(SoftmaxBlockParams<double>& p) { SoftmaxBlock<double>(p).run(); }
 #endif
 }  // namespace NEARFAR_ISA

@@ -74,8 +74,8 @@ class Case:
         ``(shape) -> float``: bytes of a result that is a matrix of all pairs.
     view : callable
         ``(problem, result) -> arrays`` that are compared with the reference, output by output.
-    tolerance : float
-        The error that anybody may have at the quick size.
+    tolerance, peer_tolerance : float
+        The errors that we and others may have at the quick size.
     timed : bool
         False: memory only.
     sweep : tuple of int
@@ -94,6 +94,7 @@ class Case:
     writes: Callable[[Shape], float] | None = None
     view: Callable[[Problem, tuple[Any, ...]], tuple[Array, ...]] = field(default=as_numpy)
     tolerance: float = 1e-5
+    peer_tolerance: float = 1e-5
     timed: bool = True
     sweep: tuple[int, ...] = ()
 

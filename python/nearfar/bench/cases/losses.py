@@ -82,7 +82,8 @@ INFO_NCE_BFLOAT16 = dataclasses.replace(
         _of_bfloat16(functools.partial(nf.info_nce_loss, temperature=TEMPERATURE)), p["query"], p["key"]
     ),
     peers={"torch dense": lambda p: gradient_step(_of_bfloat16(_info_nce_of_matrices), p["query"], p["key"])},
-    tolerance=0.1,  # dense torch rounds scores
+    tolerance=5e-3,  # of gradients, rounded
+    peer_tolerance=0.1,  # scores too
     sweep=(),
 )
 

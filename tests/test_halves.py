@@ -1,4 +1,4 @@
-"""Losses of bfloat16 rows whose products are taken two at a time (csrc/cpu/pairs.hpp), where a CPU has AVX512-BF16.
+"""Losses of bfloat16 rows that are multiplied two numbers at a time (csrc/cpu/halves.hpp), where a CPU has AVX512-BF16.
 
 Values are those of the same rows in float32, to rounding. Gradients are those of weights rounded to bfloat16, and are
 returned in bfloat16. Elsewhere, and for problems smaller than these, both are those of float32: the same tests hold.
@@ -44,7 +44,8 @@ LOSSES = {
     "multi_similarity": multi_similarity,
 }
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-SHAPES = [(1024, 17), (1021, 18), (773, 31), (725, 33), (601, 64), (257, 257), (181, 513)]  # 2^24 products and a few
+# 2^24 products and a few.
+SHAPES = [(1024, 16), (1021, 18), (773, 31), (725, 33), (601, 64), (257, 257), (181, 513), (150, 771)]
 every_shape = pytest.mark.parametrize(("n", "d"), SHAPES)
 
 
@@ -133,6 +134,52 @@ def test_zero_rows():
     assert value == pytest.approx(expected, rel=1e-6)
     for grad, wanted in zip(grads, expected_grads, strict=True):
         assert error(grad, wanted.double()) < 2**0.5 * ROUNDING
+
+
+@every_loss
+@pytest.mark.parametrize("normalize", [True, False])
+def test_narrow_cone(loss, normalize):
+    """Rows that are nearly equal: what rounding takes from all of their weights must not be all that is left."""
+    if loss is multi_similarity and not normalize:
+        pytest.skip("its logits are meant for unit rows")
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(601, 64, generator=rng) + 20
+    y = x + 0.7 * torch.randn(601, 64, generator=rng)
+    x, y = (torch.nn.functional.normalize(a).bfloat16() for a in (x, y))
+    options = {} if normalize else {"normalize": False}
+    _, grads = evaluate(loss, x, y, **options)
+    _, expected = evaluate(loss, x, y, torch.float64, **options)
+    for grad, wanted in zip(grads, expected, strict=True):
+        assert error(grad, wanted) < 2**0.5 * ROUNDING
+
+
+def test_what_else_has_a_gradient():
+    """Scale, bias, and sets of different sizes."""
+    x, y = points(601, 64)
+    keys = points(1301, 64, seed=1)[0]
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        wide = torch.promote_types(dtype, torch.float32)
+        a, b, c = (z.detach().to(dtype).requires_grad_() for z in (x, y, keys))
+        scale, bias = (torch.tensor(s, dtype=wide, requires_grad=True) for s in (10.0, -10.0))
+        one = torch.autograd.grad(nf.siglip_loss(a, b, scale, bias), (scale, bias))
+        two = torch.autograd.grad(nf.clip_loss(a, b, logit_scale=scale), scale)
+        three = torch.autograd.grad(nf.info_nce_loss(a, b, c, ids=torch.arange(601) // 2, in_batch=True), (a, b, c))
+        results.append((*one, *two, *three))
+    for index, (actual, expected) in enumerate(zip(*results, strict=True)):
+        assert error(actual, expected) < (1e-3 if index < 3 else 2**0.5 * ROUNDING)
+
+
+def test_rows_too_long_to_normalize():
+    """Norms whose inverse is no normal number: such a row counts as zero, and touches nobody else."""
+    x, y = points(601, 64)
+    expected = nf.info_nce_loss(x.float(), y.float(), reduction="none")
+    y[7] = torch.where(torch.arange(64) % 2 == 0, 3e38, -3e38)
+    rows = nf.info_nce_loss(x, y, reduction="none")
+    wide = nf.info_nce_loss(x.float(), y.float(), reduction="none")
+    assert torch.isfinite(rows).all()
+    torch.testing.assert_close(rows, wide, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(rows, expected)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
