@@ -38,40 +38,28 @@ struct HalvesDot {
 template <>
 constexpr int kPerLane<HalvesDot> = 2;
 
-#if !defined(__AVX512BF16__) || defined(NEARFAR_EMULATE_AVX512)
-/// The bits of v as bfloat16, to nearest even, in the lower half of each lane.
-NEARFAR_INLINE IVec<float> rounded(Vec<float> v) {
-  const IVec<float> bits = (IVec<float>)v, even = bits >> 16 & 1;
-  return select(v == v, bits + (even + 0x7fff), bits | 0x400000) >> 16 & 0xffff;
-}
-#endif
-
 /// v rounded to a bfloat16 number, of two that are equally near to the larger; NaN stays NaN.
 NEARFAR_INLINE Vec<float> to_bfloat16(Vec<float> v) { return (Vec<float>)(((IVec<float>)v + 0x8000) >> 16 << 16); }
 
-/// Lane i holds a_i and b_i, rounded.
+/// Lane i holds a_i and b_i, which are bfloat16 numbers.
 NEARFAR_INLINE Vec<float> side_by_side(Vec<float> a, Vec<float> b) {
-#if defined(__AVX512BF16__) && !defined(NEARFAR_EMULATE_AVX512)
-  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
-                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  return (Vec<float>)_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-#else
-  return (Vec<float>)(rounded(a) | rounded(b) << 16);
-#endif
+  return (Vec<float>)(((IVec<float>)a >> 16 & 0xffff) | (IVec<float>)b);
 }
 
-/// The numbers of a, then those of b, rounded.
+/// The numbers of a, then those of b, which are bfloat16 numbers.
 NEARFAR_INLINE Vec<float> in_sequence(Vec<float> a, Vec<float> b) {
 #if defined(__AVX512BF16__) && !defined(NEARFAR_EMULATE_AVX512)
   return (Vec<float>)_mm512_cvtne2ps_pbh(b, a);
 #else
   constexpr int L = kLanes<float>;
-  Vec<float> pairs;
   uint16_t out[2 * L];
-  for (int i = 0; i < L; ++i)
-    out[i] = static_cast<uint16_t>(rounded(a)[i]), out[L + i] = static_cast<uint16_t>(rounded(b)[i]);
-  std::memcpy(&pairs, out, sizeof pairs);
-  return pairs;
+  for (int i = 0; i < L; ++i) {
+    out[i] = static_cast<uint16_t>(((IVec<float>)a)[i] >> 16);
+    out[L + i] = static_cast<uint16_t>(((IVec<float>)b)[i] >> 16);
+  }
+  Vec<float> result;
+  std::memcpy(&result, out, sizeof result);
+  return result;
 #endif
 }
 

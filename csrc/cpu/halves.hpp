@@ -48,12 +48,11 @@ class Halves {
         mean_y_(products ? y.d() : 0) {
     static_assert(MR % 2 == 0 && P::kVectors == 2 && NR == 2 * L, "two columns, two rows, two vectors at once");
     if (products) mean(x, mean_x_.get()), mean(y, mean_y_.get());
-    constexpr int64_t kTilesPerTask = 16;
-    parallel_for(ceil_div(tiles, kTilesPerTask), threads, [&](int64_t task, int) {
-      const int64_t d = y.d(), stride = row_stride(d), last = (task + 1) * kTilesPerTask;
+    for_tiles(tiles, threads, [&](int64_t first, int64_t last) {
+      const int64_t d = y.d(), stride = row_stride(d);
       Buffer<T> buffer(MR * stride);
       const T* rows = buffer.get();
-      for (int64_t t = task * kTilesPerTask; t < last && t < tiles; ++t) {
+      for (int64_t t = first; t < last; ++t) {
         for (int r = 0; r < MR; ++r) rests_[t * MR + r] = read(y, t * MR + r, buffer.get() + r * stride);
         pack_rows<MR>(rows, d, tiles_.get() + t * tile_stride_);
         if (!products) continue;

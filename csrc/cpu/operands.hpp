@@ -52,11 +52,8 @@ class Operands {
       }
     tiles_ = Buffer<T>(chunks.tiles * tile_stride);
     if (distance) squares_ = Buffer<T>(chunks.tiles * P::MR);
-    constexpr int64_t kTilesPerTask = 16;
-    parallel_for(ceil_div(chunks.tiles, kTilesPerTask), threads, [&](int64_t task, int) {
+    for_tiles(chunks.tiles, threads, [&](int64_t first, int64_t last) {
       Buffer<T> rows(P::MR * padded<T>(d));
-      const int64_t first = task * kTilesPerTask;
-      const int64_t last = first + kTilesPerTask < chunks.tiles ? first + kTilesPerTask : chunks.tiles;
       pack_tiles(first, last, rows.get(), tiles_.get() + first * tile_stride, squares_.get() + first * P::MR);
     });
     if (distance)

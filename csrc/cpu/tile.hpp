@@ -224,6 +224,16 @@ void pack(const T* rows, int64_t d, T scale, T* out) {
   interleave<W, T>(d, out, [&](int r, int64_t k) { return load(rows + r * stride + k) * splat<T>(scale); });
 }
 
+/// f(first, last) for runs of tiles, which are packed at once.
+template <class F>
+void for_tiles(int64_t tiles, int threads, F f) {
+  constexpr int64_t kTilesPerTask = 16;
+  parallel_for(ceil_div(tiles, kTilesPerTask), threads, [&](int64_t task, int) {
+    const int64_t first = task * kTilesPerTask;
+    f(first, first + kTilesPerTask < tiles ? first + kTilesPerTask : tiles);
+  });
+}
+
 /// Where the columns of a problem are cut.
 struct Chunks {
   int64_t columns, tiles, count, tiles_each;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,14 +32,19 @@ def _matching(shape: Shape, rng: np.random.Generator) -> dict[str, Array]:
 # ---- InfoNCE, one direction ------------------------------------------------------------------------------------------
 
 
-def _info_nce_of_matrices(query: Any, key: Any) -> Any:
+def _info_nce_of_matrices(n: int) -> Callable[[Any, Any], Any]:
     torch, F = load("torch"), load("torch.nn.functional")
-    logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / TEMPERATURE
-    return F.cross_entropy(logits, torch.arange(len(query)))
+    target = torch.arange(n)
+
+    def loss(query: Any, key: Any) -> Any:
+        logits = F.normalize(query, dim=1) @ F.normalize(key, dim=1).T / TEMPERATURE
+        return F.cross_entropy(logits, target)
+
+    return loss
 
 
 def _info_nce_dense(problem: Problem) -> Step:
-    return gradient_step(_info_nce_of_matrices, problem["query"], problem["key"])
+    return gradient_step(_info_nce_of_matrices(problem.shape["n"]), problem["query"], problem["key"])
 
 
 def _info_nce_reference(problem: Problem) -> tuple[Array, ...]:
@@ -67,7 +73,7 @@ def _matching_bfloat16(shape: Shape, rng: np.random.Generator) -> dict[str, Arra
     return {name: (a.view(np.uint32) & upper).view(np.float32) for name, a in _matching(shape, rng).items()}
 
 
-def _of_bfloat16(loss: Any) -> Any:
+def _of_bfloat16(loss: Callable[..., Any]) -> Callable[..., Any]:
     """As mixed precision hands rows over: gradients are those of float32 parameters behind a cast."""
     return lambda *rows: loss(*(row.bfloat16() for row in rows)).float()
 
@@ -81,7 +87,9 @@ INFO_NCE_BFLOAT16 = dataclasses.replace(
     ours=lambda p: gradient_step(
         _of_bfloat16(functools.partial(nf.info_nce_loss, temperature=TEMPERATURE)), p["query"], p["key"]
     ),
-    peers={"torch dense": lambda p: gradient_step(_of_bfloat16(_info_nce_of_matrices), p["query"], p["key"])},
+    peers={
+        "torch dense": lambda p: gradient_step(_of_bfloat16(_info_nce_of_matrices(p.shape["n"])), p["query"], p["key"])
+    },
     tolerance=5e-3,  # of gradients, rounded
     peer_tolerance=0.1,  # scores too
     sweep=(),

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ...arrays import finite
+from ...arrays import cast, compute_dtype, finite
 from ..softmax import check_reduction
 
 
@@ -32,9 +32,8 @@ class TemperatureLoss(nn.Module):
         """1 / temperature as it is used now."""
         if not self.learnable_temperature:
             return 1 / self.temperature
-        log_scale: Tensor = self.log_logit_scale
-        if log_scale.dtype.itemsize < 4:  # the parameter is a half; the multiplier made of it is not rounded to one
-            log_scale = log_scale.float()
+        # The parameter may be a half; the multiplier made of it is not rounded to one.
+        log_scale: Tensor = cast(self.log_logit_scale, compute_dtype(self.log_logit_scale))
         return log_scale.clamp(max=math.log(100)).exp()
 
     def extra_repr(self) -> str:
