@@ -288,6 +288,19 @@ def test_empty(name):
     assert all(grad.count_nonzero() == 0 for grad in grads)
 
 
+@pytest.mark.parametrize("loss", [nf.info_nce_loss, nf.nt_xent_loss, nf.hcl_loss, nf.sup_con_loss, nf.siglip_loss])
+def test_gradients_of_numbers_of_an_empty_set_are_zero(loss, monkeypatch):
+    """An empty array has no address, which does not mean that nobody wants its gradient."""
+    empty = backend.empty
+    monkeypatch.setattr(backend, "empty", lambda *args: empty(*args).fill_(7))
+    x, labels = torch.empty(0, 4, device=DEVICE), torch.empty(0, dtype=torch.int64, device=DEVICE)
+    names = ["logit_scale", "logit_bias"] if loss is nf.siglip_loss else ["logit_scale"]
+    numbers = {name: torch.tensor(3.0, device=DEVICE, requires_grad=True) for name in names}
+    value = loss(x, labels if loss is nf.sup_con_loss else x, **numbers)
+    assert value == 0
+    assert all(grad == 0 for grad in torch.autograd.grad(value, list(numbers.values())))
+
+
 def results():
     """Every loss and its gradients."""
     found = []

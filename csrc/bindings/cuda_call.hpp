@@ -1,6 +1,8 @@
 // The arrays of one call on the device, and the call itself: measured, given a workspace, run.
 #pragma once
 
+#include <cstddef>
+
 #include "bindings/call.hpp"
 #include "cuda/device.hpp"
 #include "cuda/ops.hpp"
@@ -49,11 +51,12 @@ class Call {
     constexpr DType dtype = std::is_same_v<T, int64_t> ? DType::i64 : sizeof(T) == 8 ? DType::f64 : DType::f32;
     return static_cast<T*>(output(obj, name, dtype, shape.begin(), static_cast<int>(shape.size())));
   }
-  /// None is null.
+  /// None is null, and nothing else is: an empty array has no address, but gradients of numbers are wanted with it.
   template <class T>
   T* gradient(py::handle obj, const char* name, const Array& like) {
     if (obj.is_none()) return nullptr;
-    return static_cast<T*>(output(obj, name, sizeof(T) == 8 ? DType::f64 : DType::f32, like.shape, like.ndim));
+    void* data = output(obj, name, sizeof(T) == 8 ? DType::f64 : DType::f32, like.shape, like.ndim);
+    return data ? static_cast<T*>(data) : reinterpret_cast<T*>(alignof(std::max_align_t));
   }
 
   /// A number, or where `at` is then set, a 0-d float64 array on the device.
