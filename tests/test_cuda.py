@@ -243,6 +243,15 @@ def test_zero_rows_have_zero_gradients():
     assert query.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("small", [1e-36, 1e-37, 3e-38])
+def test_small_rows_have_a_direction(small, dtype):
+    _, y = pair(20, 24, dtype)
+    near = tensor(g.points(20, 24) * small, dtype)
+    expected, _ = g.reference(nf.clip_loss, ["image_features"], image_features=near, text_features=y)
+    g.assert_value(nf.clip_loss(near, y), expected, 1e-5)
+
+
 # ---- distances and kernels -------------------------------------------------------------------------------------------
 
 

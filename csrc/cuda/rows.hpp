@@ -198,8 +198,10 @@ struct Pack {
     if (kExact && out.factor) {
       const T inverse = inside ? source.scale(i) : T(0);
       T power = 1;
-      if (source.inverse && inverse > 0 && inverse < infinity<T>())
-        power = ldexp(T(1), ilogb(inverse) + 8);  // away from the subnormal numbers of float16
+      if (source.inverse && inverse > 0 && inverse < infinity<T>()) {
+        const int order = ilogb(inverse) + 8;  // away from the subnormal numbers of float16
+        power = ldexp(T(1), order < 127 ? order : 127);
+      }
       multiply = power, factor = inverse / power;
       if (cuda::lane_index() == 0 && i < out.padded) out.factor[i] = factor;
     }
