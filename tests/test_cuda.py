@@ -252,6 +252,20 @@ def test_small_rows_have_a_direction(small, dtype):
     g.assert_value(nf.clip_loss(near, y), expected, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float64"])
+def test_rows_of_denormal_numbers_are_zero(dtype):
+    x, y = pair(20, 24, dtype)
+    x[3] = 5e-310 if dtype == "float64" else 1e-40
+    zero = x.clone()
+    zero[3] = 0
+    x.requires_grad_()
+    loss = nf.clip_loss(x, y)
+    (grad,) = torch.autograd.grad(loss, x)
+    assert torch.equal(loss, nf.clip_loss(zero, y))
+    assert not grad[3].any()
+    assert grad.isfinite().all()
+
+
 # ---- distances and kernels -------------------------------------------------------------------------------------------
 
 

@@ -102,7 +102,8 @@ NEARFAR_DEVICE double warp_dot(const Source<T>& x, int64_t i, const Source<T>& y
 // ---------------------------------------------------------------------------------------------------
 
 /// A warp a row. The norm of float64 rows is taken of the row over its largest entry, so that squares stay in range;
-/// those of float32 do in double. A zero row stays zero.
+/// those of float32 do in double. A zero row stays zero, and so does one of denormal numbers, whose inverse norm is
+/// none.
 template <class T>
 struct InverseNorms {
   Source<T> source;
@@ -124,8 +125,8 @@ struct InverseNorms {
         sum += value * value;
       });
       const double norm = most * sqrt(cuda::warp_sum(sum));
-      if (cuda::lane_index() == 0)
-        inverse[i] = norm == 0 || most == infinity<double>() ? T(0) : static_cast<T>(1 / norm);
+      const T own = static_cast<T>(1 / norm);
+      if (cuda::lane_index() == 0) inverse[i] = own == infinity<T>() || most == infinity<double>() ? T(0) : own;
     });
   }
   template <class Way, class F>
