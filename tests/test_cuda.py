@@ -227,6 +227,23 @@ def test_uniformity_in_blocks_of_points_off_the_sphere(small_strips):
     check(nf.uniformity, ["x"], "float32", x=tensor(g.points(280, 20), "float32"), normalize=False)
 
 
+def test_uniformity_takes_memory_for_its_points_alone(monkeypatch, small_strips):
+    """The workspace, which is asked for before anything runs, has no room for a number of every tile."""
+    sizes, empty = [], backend.empty
+
+    def ask(like, shape, dtype):
+        if dtype == "float64":
+            return empty(like, shape, dtype)
+        sizes.append(shape[0])
+        raise MemoryError
+
+    monkeypatch.setattr(backend, "empty", ask)
+    for n in (1 << 17, 1 << 18):
+        with pytest.raises(MemoryError):
+            nf.uniformity(torch.zeros(n, 2, device=DEVICE))
+    assert sizes[1] < 2.1 * sizes[0]
+
+
 def test_nan_rows_touch_only_their_own_losses():
     query, key = pair(70, 20, "float32")
     query[3] = torch.nan

@@ -77,26 +77,39 @@ struct PotentialEpilogue {
   }
 };
 
-struct LeastOfTiles {
-  const double* values;
-  int64_t count;
-  double* out;
+/// What the tiles of a block have left joins what those before it have: there is no room for all tiles of many points.
+struct JoinTiles {
+  OrderedSum tiles;
+  bool least, first;
+  double* total;
   NEARFAR_DEVICE void operator()() const {
-    double least = infinity<double>();
-    for (int64_t k = cuda::thread_index(); k < count; k += cuda::kThreads) least = fmin(least, values[k]);
-    least = -block_largest(-least);
-    if (cuda::thread_index() == 0) *out = least < infinity<double>() ? least : 0;
+    const double before = first ? (least ? infinity<double>() : 0) : *total;
+    double own = infinity<double>();
+    if (least) {
+      for (int64_t k = cuda::thread_index(); k < tiles.count; k += cuda::kThreads) own = fmin(own, tiles.values[k]);
+      own = fmin(before, -block_largest(-own));
+    } else {
+      own = before + tiles();
+    }
+    if (cuda::thread_index() == 0) *total = own;
+  }
+};
+
+struct FiniteOrZero {
+  double* value;
+  NEARFAR_DEVICE void operator()() const {
+    if (cuda::global_thread() == 0 && !(*value < infinity<double>())) *value = 0;
   }
 };
 
 /// The log of half the sum, pairs having been counted twice; and what turns the products into the gradient.
 struct FinishPotential {
-  OrderedSum sum;
+  const double* sum;
   double t;
   const double* reference;
   double *log_sum, *slope;
   NEARFAR_DEVICE void operator()() const {
-    const double total = sum() / 2;
+    const double total = *sum / 2;
     if (cuda::thread_index() != 0) return;
     *log_sum = log(total) - t * (reference ? static_cast<double>(*reference) : 0);
     if (slope) *slope = -2 * t / total;
@@ -118,12 +131,10 @@ void run(cuda::Context& c, const PotentialDevice<T>& p) {
   Strip<T, E> strip(c, pairs, false, p.dx != nullptr, p.dx, nullptr);
   strip.fit(1);
   // By strips also where nothing is stored: the partial sums are of one launch each.
-  const int64_t per_row = ceil_div(pairs.x.padded, 64);
-  double* of_tiles = c.take<double>(per_row * per_row);
-  double *reference = nullptr, *slope = p.dx ? c.take<double>(1) : nullptr;
+  double* of_tiles = c.take<double>(ceil_div(strip.shape.rows, 64) * tiles_of(strip.shape));
+  double *total = c.take<double>(1), *reference = nullptr, *slope = p.dx ? c.take<double>(1) : nullptr;
 
-  auto pass = [&](bool least, bool store) {
-    int64_t tiles = 0;
+  auto pass = [&](bool least, bool store, double* out) {
     strip.for_blocks([&](Weights<T> weights) {
       const Block& b = weights.block;
       const Plan plan = plan_scores(c, "potential", pairs, b);
@@ -132,21 +143,21 @@ void run(cuda::Context& c, const PotentialDevice<T>& p) {
       if (!store) weights.w = nullptr, weights.blocks.data = nullptr;
       launch_scores(c, plan, pairs, b,
                     PotentialEpilogue<T>{pairs.scores, weights, b, p.x.n, tiles_n, least, static_cast<T>(p.t),
-                                         reference, of_tiles + tiles});
-      tiles += ceil_div(b.rows, plan.tile) * tiles_n;
+                                         reference, of_tiles});
+      const int64_t tiles = ceil_div(b.rows, plan.tile) * tiles_n;
+      c.launch(1, JoinTiles{{of_tiles, tiles}, least, b.row + b.column == 0, out});
       if (store) strip.products(weights);
     });
-    return tiles;
   };
 
   if (!p.normalize || 4 * p.t > kSafeExponent) {
     double* least = c.take<double>(1);
-    const int64_t tiles = pass(true, false);
-    c.launch(1, LeastOfTiles{of_tiles, tiles, least});
+    pass(true, false, least);
+    c.launch_threads(1, FiniteOrZero{least});
     reference = least;
   }
-  const int64_t tiles = pass(false, p.dx != nullptr);
-  c.launch(1, FinishPotential{{of_tiles, tiles}, p.t, reference, p.log_sum_at, slope});
+  pass(false, p.dx != nullptr, total);
+  c.launch(1, FinishPotential{total, p.t, reference, p.log_sum_at, slope});
   if (!p.dx) return;
   FinishRows<T> step{};
   step.scale = slope;
