@@ -45,7 +45,7 @@ def error_of(grad, exact):
     return np.linalg.norm(g.numpy_of(grad).reshape(exact.shape) - exact) / np.linalg.norm(exact)
 
 
-def check(loss, wanted, **arguments):
+def check(loss, wanted, bound=BOUND, /, **arguments):
     """Gradients of rows within the bound of their norm, each part of the call by itself."""
     expected = dict(zip(wanted, g.reference(loss, wanted, **arguments)[1], strict=True))
     worst = 0.0
@@ -55,7 +55,7 @@ def check(loss, wanted, **arguments):
         assert grad.dtype == torch.float32
         exact = np.concatenate([expected[name].reshape(-1, grad.shape[-1]) for name in names])
         worst = max(worst, error_of(grad, exact))
-    assert 0 < worst <= BOUND, f"error {worst:.3g} of the norm"
+    assert 0 < worst <= bound, f"error {worst:.3g} of the norm"
 
 
 def keys(n, d, **options):

@@ -97,6 +97,13 @@ NEARFAR_DEVICE double largest(double a, double b) { return fmax(a, b); }
 NEARFAR_DEVICE float smallest(float a, float b) { return fminf(a, b); }
 NEARFAR_DEVICE double smallest(double a, double b) { return fmin(a, b); }
 
+/// The power of two that takes numbers up to `most` below 2^order; 1 where there are none.
+NEARFAR_DEVICE float power_below(double most, int order) {
+  if (!(most > 0)) return 1;
+  const int power = order - 1 - ilogb(most);
+  return ldexpf(1.0f, power < -100 ? -100 : power > 100 ? 100 : power);
+}
+
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 

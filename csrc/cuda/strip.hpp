@@ -42,13 +42,6 @@ struct Numbers {
   int64_t count;
 };
 
-/// The power of two that takes numbers up to `most` below 2^order; 1 where there are none.
-NEARFAR_DEVICE float power_below(double most, int order) {
-  if (!(most > 0)) return 1;
-  const int power = order - 1 - ilogb(most);
-  return ldexpf(1.0f, power < -100 ? -100 : power > 100 ? 100 : power);
-}
-
 /// Factors of rows, times what takes numbers up to times * *largest below 2^order.
 template <class T>
 struct FitFactors {
@@ -100,11 +93,13 @@ struct MergeParts {
   T* out;
   const T* factor = nullptr;
   const T* weight = nullptr;  // of row i; null: 1
+  MeanTimes<T> more{};        // to the product
   NEARFAR_DEVICE void operator()() const {
     const int64_t across = (d + kSpan - 1) / kSpan, i = cuda::global_warp() / across;
     if (i >= rows) return;
     const int64_t begin = (cuda::global_warp() - i * across) * kSpan, end = begin + kSpan < d ? begin + kSpan : d;
-    const bool wide = d % Wide<T>::kWide == 0 && aligned(parts) && aligned(out) && (!own || aligned(own));
+    const bool wide = d % Wide<T>::kWide == 0 && aligned(parts) && aligned(out) && (!own || aligned(own)) &&
+                      (!more.mean || aligned(more.mean));
     wide ? merge(Wide<T>{}, i, begin, end) : merge(Single<T>{}, i, begin, end);
   }
   static void launch(cuda::Context& c, const MergeParts& step) {
@@ -115,7 +110,7 @@ struct MergeParts {
   template <class Way>
   NEARFAR_DEVICE void merge(Way, int64_t i, int64_t begin, int64_t end) const {
     constexpr int W = Way::kWide;
-    const T by_row = sums ? sums[i] : reciprocal(factor, i), weighed = weight ? weight[i] : T(1);
+    const T by_row = sums ? sums[i] : reciprocal(factor, i), weighed = weight ? weight[i] : T(1), times = more.of(i);
     NEARFAR_ROLLED
     for (int64_t k = begin + cuda::lane_index() * W; k < end; k += cuda::kWarp * W) {
       Piece<T, W> total = load_piece<W>(out + i * d + k), sum{};
@@ -124,6 +119,11 @@ struct MergeParts {
         const Piece<T, W> part = load_piece<W>(parts + (split * padded + i) * d + k);
         NEARFAR_UNROLL
         for (int e = 0; e < W; ++e) sum[e] += part[e];
+      }
+      if (times != 0) {
+        const Piece<T, W> mean = load_piece<W>(more.mean + k);
+        NEARFAR_UNROLL
+        for (int e = 0; e < W; ++e) sum[e] += times * mean[e];
       }
       const Piece<T, W> of_row = sums ? load_piece<W>(own + i * pitch + k) : Piece<T, W>{};
       NEARFAR_UNROLL
@@ -168,9 +168,11 @@ struct AddRows {
   const T* own;
   int64_t pitch;
   const T* factor = nullptr;
+  MeanTimes<T> more{};  // to the product of blocked rows
   NEARFAR_DEVICE bool wants(int64_t, int64_t, int, int) const { return true; }
   template <class P>
   NEARFAR_DEVICE void apply(const Fragment<P>& f, int64_t, int64_t, int64_t) const {
+    if constexpr (is_product<P>) more.add(f, rows, d);
     // Of distances, what is not the product is added apart: MergeParts, without parts.
     if constexpr (is_product<P>)
       return put_rows<true>(f, out, rows, d, [&](int64_t i) { return sums ? T(-1) : reciprocal(factor, i); });
@@ -273,6 +275,13 @@ class Strip {
     parts_ = c.take<T>(plan_.splits * shape.rows * pairs.x.d);
     row_sums_ = c.take<T>(shape.rows);
     column_sums_ = c.take<T>(shape.columns);
+    if constexpr (sizeof(E) == 2) {
+      if (!blocked) return;
+      weights_.rounding = {c.take<T>(Rounding<T>::size(size))};
+      tile_weights_ = c.take<T>(shape.rows / kPadRows);
+      mean_x_ = c.take<T>(pairs.x.d), mean_y_ = c.take<T>(pairs.y.d);
+      c.launch(1, MeanRows<T, E>{{pairs.x, pairs.y}, {mean_x_, mean_y_}, dy ? 2 : 1, weights_.rounding});
+    }
   }
 
   /// No weight of a pair is further from 0 than `times` the largest of numbers on the device; without these, than
@@ -399,15 +408,22 @@ class Strip {
     Plan across = plan_;  // every part has a step at least, also in a narrow last block
     across.splits = std::min(plan_.splits, b.columns / Blocked::kColumns);
     multiply_blocked<E>(c_, across, weights.blocks, pairs_.y.blocks(b.column / Blocked::kRows), b, d, parts_);
+    if (of_rows && dy_) {
+      if (largest_row_) c_.launch(1, LargestOf<T>{of_rows, b.rows, largest_row_, false});
+      const int64_t tiles = b.rows / kPadRows;
+      c_.launch_warps(tiles, TileWeights<T>{of_rows, largest_row_, kRowOrder, tiles, tile_weights_});
+    }
+    MergeRounding<T>::launch(
+        c_, {weights.rounding, b, of_rows ? tile_weights_ : nullptr, row_sums_, dy_ ? column_sums_ : nullptr});
+    const MeanTimes<T> lost_of_rows{row_sums_, mean_y_}, lost_of_columns{column_sums_, mean_x_};
     MergeParts<T>::launch(c_, {parts_, across.splits, b.rows, rows, d, nullptr, nullptr, 0, dx_ + b.row * d,
-                               offset(weights.x_factor, b.row), of_rows});
+                               offset(weights.x_factor, b.row), of_rows, lost_of_rows});
     if (!dy_) return;
     Blocked own = pairs_.x.blocks(b.row / Blocked::kRows);
     const T* divisor = offset(y_divisor_, b.column);
     if (of_rows) {
       const int64_t count = b.rows * pairs_.x.pitch;
       if (largest_row_) {
-        c_.launch(1, LargestOf<T>{of_rows, b.rows, largest_row_, false});
         c_.launch_threads(b.columns, FitFactors<T>{divisor, b.columns, 1, largest_row_, kRowOrder, weighed_divisor_});
         divisor = weighed_divisor_;
       }
@@ -416,8 +432,9 @@ class Strip {
       own = weighed_rows_;
     }
     const Plan down = plan_blocked_product<E>(c_, kTransposedProduct, b.columns, d, b.rows, false);
-    multiply_blocked_transposed<E>(c_, down, weights.blocks, own, b, d,
-                                   AddRows<T>{dy_ + b.column * d, columns, d, nullptr, nullptr, 0, divisor});
+    multiply_blocked_transposed<E>(
+        c_, down, weights.blocks, own, b, d,
+        AddRows<T>{dy_ + b.column * d, columns, d, nullptr, nullptr, 0, divisor, lost_of_columns});
   }
   static constexpr int kWeightOrder = 15, kRowOrder = 7;
   static constexpr const char *kProduct = "weights times rows", *kTransposedProduct = "weights' transpose times rows";
@@ -444,6 +461,7 @@ class Strip {
   SplitRows of_x_, of_y_;  // float32 on Hopper
   Plan plan_{}, down_{};
   T *parts_ = nullptr, *row_sums_ = nullptr, *column_sums_ = nullptr;
+  T *mean_x_ = nullptr, *mean_y_ = nullptr, *tile_weights_ = nullptr;  // of blocked rows: rounding.hpp
 };
 
 }  // namespace device

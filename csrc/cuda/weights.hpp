@@ -1,7 +1,7 @@
 // Weights of a block of pairs, what a gradient multiplies; and those of its pairs that enter by their difference.
 #pragma once
 
-#include "cuda/scores.hpp"
+#include "cuda/rounding.hpp"
 
 namespace nearfar {
 inline namespace device {
@@ -19,6 +19,7 @@ struct Weights {
   Block block;
   Blocked blocks{};
   const T *x_factor = nullptr, *y_factor = nullptr;
+  Rounding<T> rounding{};  // what they lose: blocked ones of a gradient
 
   NEARFAR_DEVICE bool stored() const { return w || blocks.data; }
   /// A whole tile of accumulators, which the strip has room for: of blocked weights once in an epilogue, at its end.
@@ -46,7 +47,9 @@ struct Weights {
         f, rows, columns,
         [&](const float* x, const float* y, float v, int a, int b) { return value(x, y, v, a, b) * (x[R] * y[C]); },
         [&](int half) {
-          if (stored()) store_half(f, blocks, f.i0 / P::kM, f.j0 / P::kN, half);
+          if (!stored()) return;
+          store_half(f, blocks, f.i0 / P::kM, f.j0 / P::kN, half);
+          rounding.sum_half(f, block, half);
         });
   }
 

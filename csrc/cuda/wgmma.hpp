@@ -338,8 +338,8 @@ NEARFAR_DEVICE void with_hidden(bool whole, Has has, Body body) {
 
 /// Halves N values a lane over lanes that differ in `mask`: each keeps the sums of its half, the upper lane the upper.
 template <int N>
-NEARFAR_DEVICE void fold(float* v, int mask) {
-  const bool upper = cuda::lane_index() & mask;
+NEARFAR_DEVICE void fold(float* v, int lane, int mask) {
+  const bool upper = lane & mask;
   NEARFAR_UNROLL
   for (int k = 0; k < N / 2; ++k) {
     const float send = upper ? v[k] : v[k + N / 2], keep = upper ? v[k + N / 2] : v[k];
@@ -358,26 +358,27 @@ NEARFAR_DEVICE void place_rows(const float (&sums)[P::kRows], Place place) {
   }
 }
 
-/// Sums of every column of the tile; place(j, sum), once each.
-template <class P, class Place>
-NEARFAR_DEVICE void sum_columns(const Fragment<P>& f, Place place) {
-  const int lane = cuda::lane_index();
-  float v[P::kCols];
+/// Sums of every column of the tile, or of one of PARTS of them; place(j, sum), once each.
+template <int PARTS = 1, class P, class Place>
+NEARFAR_DEVICE void sum_columns(const Fragment<P>& f, Place place, int part = 0) {
+  constexpr int kCols = P::kCols / PARTS;  // of a thread
+  const int thread = cuda::opaque(cuda::thread_index()), lane = thread % cuda::kWarp, first = part * kCols;
+  float v[kCols];
   NEARFAR_UNROLL
-  for (int b = 0; b < P::kCols; ++b) v[b] = f(0, b) + f(1, b);
-  fold<32>(v, 16);
-  fold<16>(v, 8);
-  fold<8>(v, 4);
+  for (int b = 0; b < kCols; ++b) v[b] = f(0, first + b) + f(1, first + b);
+  fold<kCols>(v, lane, 16);
+  fold<kCols / 2>(v, lane, 8);
+  fold<kCols / 4>(v, lane, 4);
   NEARFAR_SHARED float parts[cuda::kWarps][P::kN];
   cuda::sync_block();
   NEARFAR_UNROLL
-  for (int k = 0; k < 4; ++k) {
-    const int b = (lane & 16) + (lane & 8) + (lane & 4) + k;  // halves of 32, 16, 8
-    parts[cuda::warp_index()][P::col(b)] = v[k];
+  for (int k = 0; k < kCols / 8; ++k) {
+    const int b = first + (lane & 28) * kCols / 32 + k;  // halves of halves of halves
+    parts[thread / cuda::kWarp][b / 2 * 8 + b % 2 + lane % 4 * 2] = v[k];
   }
   cuda::sync_block();
-  const int j = cuda::thread_index();
-  if (j >= P::kN) return;
+  if (thread >= P::kN / PARTS) return;
+  const int j = part * (P::kN / PARTS) + thread;
   float sum = 0;
   NEARFAR_UNROLL
   for (int w = 0; w < cuda::kWarps; ++w) sum += parts[w][j];
