@@ -78,14 +78,27 @@ class Team {
   StandBy stand_by_;
 };
 
-/// f(batch, threads) for every batch: batches side by side where one alone would not fill the threads.
-template <class F>
-void for_batches(int64_t batches, double work, int threads, F f) {
+/// Problems of one shape, `problem(batch, threads)` each, for an operation that takes several: runs of tiny ones,
+/// others one by one; side by side where one alone would not fill the threads, unless they must go `in_turn`.
+template <class Params, class F>
+void for_batches(int64_t batches, double work, int threads, bool in_turn,
+                 void (*operation)(const Params*, int64_t count), F problem) {
+  constexpr double kTiny = 2e4;   // multiply-adds: a run of so small problems is hardly worth a thread
   constexpr double kSmall = 1e7;  // multiply-adds that are not worth a second thread's wake-up many times over
-  if (batches > 1 && work < kSmall) {
-    parallel_for(batches, threads, [&](int64_t batch, int) { f(batch, 1); });
+  constexpr int64_t kRun = 16;    // lanes of the longest vector; half of them do no harm, so runs are evened out
+  const bool runs = batches >= kRun / 2 && work < kTiny;
+  const int64_t tasks = runs ? (batches + kRun - 1) / kRun : batches;
+  const auto run = [&](int64_t task, int own) {
+    Params problems[kRun];
+    int64_t count = 0;
+    for (int64_t batch = task * batches / tasks; batch < (task + 1) * batches / tasks; ++batch)
+      problems[count++] = problem(batch, own);
+    operation(problems, count);
+  };
+  if (batches > 1 && (in_turn ? runs : work < kSmall)) {
+    parallel_for(tasks, in_turn ? 1 : threads, [&](int64_t task, int) { run(task, 1); });
   } else {
-    for (int64_t batch = 0; batch < batches; ++batch) f(batch, threads);
+    for (int64_t task = 0; task < tasks; ++task) run(task, threads);
   }
 }
 

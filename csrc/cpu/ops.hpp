@@ -320,10 +320,12 @@ struct SeedingParams {
   int threads;
 };
 
+/// What takes a `count` solves as many problems of one shape, each with memory of its own but that of a program and its
+/// parameters; many tiny ones at once (together.hpp).
 template <class T>
 struct OpsOf {
-  void (*store)(const StoreParams<T>&);
-  void (*store_grad)(const StoreGradParams<T>&);
+  void (*store)(const StoreParams<T>*, int64_t count);
+  void (*store_grad)(const StoreGradParams<T>*, int64_t count);
   void (*softmax)(SoftmaxParams<T>&);
   void (*softmax_block)(SoftmaxBlockParams<T>&);
   void (*labelled_lse)(LabelledLseParams<T>&);
@@ -331,13 +333,13 @@ struct OpsOf {
   void (*alignment)(AlignmentParams<T>&);
   void (*sigmoid)(SigmoidParams<T>&);
   void (*triplet)(TripletParams<T>&);
-  void (*gram)(const GramParams<T>&);
-  void (*gram_grad)(const GramGradParams<T>&);
-  void (*matmul)(const MatmulParams<T>&);
-  void (*matmul_grad)(const MatmulGradParams<T>&);
+  void (*gram)(const GramParams<T>*, int64_t count);
+  void (*gram_grad)(const GramGradParams<T>*, int64_t count);
+  void (*matmul)(const MatmulParams<T>*, int64_t count);
+  void (*matmul_grad)(const MatmulGradParams<T>*, int64_t count);
   void (*hsic)(const HsicParams<T>&);
   void (*hsic_grad)(const HsicGradParams<T>&);
-  void (*select)(const SelectParams<T>&);
+  void (*select)(const SelectParams<T>*, int64_t count);
   void (*lloyd)(LloydParams<T>&);
   void (*seeding)(const SeedingParams<T>&);
   void (*vector_math)(int function, const T* x, T* y, int64_t n);

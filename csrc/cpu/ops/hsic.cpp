@@ -16,8 +16,8 @@
 
 namespace nearfar {
 namespace NEARFAR_ISA {
-void matmul(const MatmulParams<float>&);
-void matmul(const MatmulParams<double>&);
+void matmul(const MatmulParams<float>*, int64_t);
+void matmul(const MatmulParams<double>*, int64_t);
 }  // namespace NEARFAR_ISA
 namespace {
 
@@ -246,7 +246,8 @@ void guess_offsets(const Rows& points, const Program& program, int threads, doub
   ones.data = &one, ones.n = columns.n, ones.d = 1, ones.row_stride = 0;
   ones.dtype = sizeof(T) == 8 ? DType::f64 : DType::f32;
   Buffer<T> sums(n);
-  NEARFAR_ISA::matmul(MatmulParams<T>{points, columns, ones, &program, false, sums.get(), threads});
+  const MatmulParams<T> product{points, columns, ones, &program, false, sums.get(), threads};
+  NEARFAR_ISA::matmul(&product, 1);
   const double count = static_cast<double>(columns.n);
   double mean = 0;
   for (int64_t i = 0; i < n; i += step) mean += static_cast<double>(sums[i]) / count;

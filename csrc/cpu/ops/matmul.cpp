@@ -5,7 +5,7 @@
 #include <utility>
 
 #include "cpu/few.hpp"
-#include "cpu/program.hpp"
+#include "cpu/together.hpp"
 
 namespace nearfar {
 namespace {
@@ -299,12 +299,38 @@ void product(const MatmulParams<T>& p) {
   Matmul<T>(p).run();
 }
 
+template <class T>
+void product_each(const MatmulParams<T>* problems, int64_t count) {
+  const int64_t widest = problems->x.d < problems->v.d ? problems->v.d : problems->x.d;
+  each_or_together<T>(problems, count, widest, product<T>, [](const MatmulParams<T>* p, int64_t several) {
+    const ScoresTogether<T> scores(p, several, p->same);
+    const Turned<T> v(several, [&](int u) { return p[u].v; });
+    const int64_t size = p->x.n * v.d;
+    Buffer<T> sums(size * kLanes<T>);
+    sum_over(p->x.n, sums.get(), v, v.n, 1, times_other(scores.values()), sums.get());
+    turn_back<false>(several, size, sums.get(), [&](int u) { return p[u].out; });
+  });
+}
+
+template <class T>
+void gradient_each(const MatmulGradParams<T>* problems, int64_t count) {
+  const int64_t widest = problems->x.d < problems->v.d ? problems->v.d : problems->x.d;
+  each_or_together<T>(problems, count, widest, gradient<T>, [](const MatmulGradParams<T>* p, int64_t several) {
+    const ScoresTogether<T> scores(p, several, false);
+    const Turned<T> v(several, [&](int u) { return p[u].v; });
+    const Turned<T> grad(several, [&](int u) { return p[u].grad; }, false, Turned<T>::Empty::zero);
+    Buffer<T> upstream(scores.size);
+    scores_of(grad, v, upstream.get(), Dot{});
+    scores.gradient(upstream.get(), [&](int u) { return p[u].dx; }, [&](int u) { return p[u].dy; }, p->dparameters);
+  });
+}
+
 }  // namespace
 
 namespace NEARFAR_ISA {
-void matmul(const MatmulParams<float>& p) { product(p); }
-void matmul(const MatmulParams<double>& p) { product(p); }
-void matmul_grad(const MatmulGradParams<float>& p) { gradient(p); }
-void matmul_grad(const MatmulGradParams<double>& p) { gradient(p); }
+void matmul(const MatmulParams<float>* p, int64_t count) { product_each(p, count); }
+void matmul(const MatmulParams<double>* p, int64_t count) { product_each(p, count); }
+void matmul_grad(const MatmulGradParams<float>* p, int64_t count) { gradient_each(p, count); }
+void matmul_grad(const MatmulGradParams<double>* p, int64_t count) { gradient_each(p, count); }
 }  // namespace NEARFAR_ISA
 }  // namespace nearfar

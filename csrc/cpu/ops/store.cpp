@@ -10,7 +10,7 @@
 #include "cpu/coordinate.hpp"
 #include "cpu/few.hpp"
 #include "cpu/mask.hpp"
-#include "cpu/program.hpp"
+#include "cpu/store_together.hpp"
 
 namespace nearfar {
 namespace {
@@ -339,6 +339,11 @@ void gradient(const StoreGradParams<T>& p) {
   if (p.dx) finish_gradient(o.y, 1, p.threads, p.dx);
 }
 
+template <class F>
+void with_any_map(PairMap map, double power, F f) {
+  by_coordinate(map) ? with_coordinate_map(map, power, f) : with_map(map, f);
+}
+
 template <class T>
 void store_all(const StoreParams<T>& given) {
   const bool turn = turns<T>(given);
@@ -347,7 +352,7 @@ void store_all(const StoreParams<T>& given) {
     const MapTiles<T, decltype(map)> tiles(p, map);
     Store<T, MapTiles<T, decltype(map)>>({p.x.n, p.y.n, p.same, p.condensed, turn, p.out, p.threads}, tiles).run();
   };
-  by_coordinate(p.map) ? with_coordinate_map(p.map, p.power, run) : with_map(p.map, run);
+  with_any_map(p.map, p.power, run);
 }
 
 template <class T>
@@ -411,16 +416,49 @@ void gradient_all(const StoreGradParams<T>& p) {
   with_map(p.map, [&](auto map) { gradient<T, decltype(map)>(p); });
 }
 
+template <class T>
+void store_each(const StoreParams<T>* problems, int64_t count) {
+  each_or_together<T>(problems, count, problems->x.d, store_all<T>, [](const StoreParams<T>* p, int64_t several) {
+    with_any_map(p->map, p->power, [&](const auto& map) { store_together(p, several, map); });
+  });
+}
+template <class T>
+void gradient_each(const StoreGradParams<T>* problems, int64_t count) {
+  each_or_together<T>(problems, count, problems->x.d, gradient_all<T>,
+                      [](const StoreGradParams<T>* p, int64_t several) {
+                        with_any_map(p->map, p->power, [&](const auto& map) { gradient_together(p, several, map); });
+                      });
+}
+template <class T>
+void gram_each(const GramParams<T>* problems, int64_t count) {
+  each_or_together<T>(problems, count, problems->x.d, gram_all<T>, [](const GramParams<T>* p, int64_t several) {
+    const ScoresTogether<T> scores(p, several, p->same);
+    turn_back<false>(several, scores.size / kLanes<T>, scores.values(), [&](int u) { return p[u].out; });
+  });
+}
+template <class T>
+void gram_gradient_each(const GramGradParams<T>* problems, int64_t count) {
+  each_or_together<T>(
+      problems, count, problems->x.d, gram_gradient<T>, [](const GramGradParams<T>* p, int64_t several) {
+        const ScoresTogether<T> scores(p, several, false);
+        const int64_t pairs = p->x.n * p->y.n;
+        const Turned<T> upstream(
+            several, [&](int u) { return row_of_numbers(p[u].grad, pairs); }, false, Turned<T>::Empty::zero);
+        scores.gradient(
+            upstream.data(), [&](int u) { return p[u].dx; }, [&](int u) { return p[u].dy; }, p->dparameters);
+      });
+}
+
 }  // namespace
 
 namespace NEARFAR_ISA {
-void store(const StoreParams<float>& p) { store_all(p); }
-void store(const StoreParams<double>& p) { store_all(p); }
-void store_grad(const StoreGradParams<float>& p) { gradient_all(p); }
-void store_grad(const StoreGradParams<double>& p) { gradient_all(p); }
-void gram(const GramParams<float>& p) { gram_all(p); }
-void gram(const GramParams<double>& p) { gram_all(p); }
-void gram_grad(const GramGradParams<float>& p) { gram_gradient(p); }
-void gram_grad(const GramGradParams<double>& p) { gram_gradient(p); }
+void store(const StoreParams<float>* p, int64_t count) { store_each(p, count); }
+void store(const StoreParams<double>* p, int64_t count) { store_each(p, count); }
+void store_grad(const StoreGradParams<float>* p, int64_t count) { gradient_each(p, count); }
+void store_grad(const StoreGradParams<double>* p, int64_t count) { gradient_each(p, count); }
+void gram(const GramParams<float>* p, int64_t count) { gram_each(p, count); }
+void gram(const GramParams<double>* p, int64_t count) { gram_each(p, count); }
+void gram_grad(const GramGradParams<float>* p, int64_t count) { gram_gradient_each(p, count); }
+void gram_grad(const GramGradParams<double>* p, int64_t count) { gram_gradient_each(p, count); }
 }  // namespace NEARFAR_ISA
 }  // namespace nearfar

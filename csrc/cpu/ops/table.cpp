@@ -19,7 +19,7 @@ void softmax_block(SoftmaxBlockParams<float>&);
 void labelled_lse(LabelledLseParams<float>&);
 void sigmoid(SigmoidParams<float>&);
 #else
-void select(const SelectParams<float>&);
+void select(const SelectParams<float>*, int64_t);
 void lloyd(LloydParams<float>&);
 #endif
 
@@ -45,10 +45,10 @@ const Ops& table() {
 #else
 namespace nearfar::NEARFAR_ISA {
 
-void store(const StoreParams<float>&);
-void store(const StoreParams<double>&);
-void store_grad(const StoreGradParams<float>&);
-void store_grad(const StoreGradParams<double>&);
+void store(const StoreParams<float>*, int64_t);
+void store(const StoreParams<double>*, int64_t);
+void store_grad(const StoreGradParams<float>*, int64_t);
+void store_grad(const StoreGradParams<double>*, int64_t);
 void softmax(SoftmaxParams<float>&);
 void softmax(SoftmaxParams<double>&);
 void softmax_block(SoftmaxBlockParams<float>&);
@@ -63,20 +63,20 @@ void sigmoid(SigmoidParams<float>&);
 void sigmoid(SigmoidParams<double>&);
 void triplet(TripletParams<float>&);
 void triplet(TripletParams<double>&);
-void gram(const GramParams<float>&);
-void gram(const GramParams<double>&);
-void gram_grad(const GramGradParams<float>&);
-void gram_grad(const GramGradParams<double>&);
-void matmul(const MatmulParams<float>&);
-void matmul(const MatmulParams<double>&);
-void matmul_grad(const MatmulGradParams<float>&);
-void matmul_grad(const MatmulGradParams<double>&);
+void gram(const GramParams<float>*, int64_t);
+void gram(const GramParams<double>*, int64_t);
+void gram_grad(const GramGradParams<float>*, int64_t);
+void gram_grad(const GramGradParams<double>*, int64_t);
+void matmul(const MatmulParams<float>*, int64_t);
+void matmul(const MatmulParams<double>*, int64_t);
+void matmul_grad(const MatmulGradParams<float>*, int64_t);
+void matmul_grad(const MatmulGradParams<double>*, int64_t);
 void hsic(const HsicParams<float>&);
 void hsic(const HsicParams<double>&);
 void hsic_grad(const HsicGradParams<float>&);
 void hsic_grad(const HsicGradParams<double>&);
-void select(const SelectParams<float>&);
-void select(const SelectParams<double>&);
+void select(const SelectParams<float>*, int64_t);
+void select(const SelectParams<double>*, int64_t);
 void lloyd(LloydParams<float>&);
 void lloyd(LloydParams<double>&);
 void seeding(const SeedingParams<float>&);
