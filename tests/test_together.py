@@ -19,6 +19,7 @@ MAPS = {
     "chebyshev": {},
     "minkowski": {"p": 3.0},
     "minkowski, any p": {"p": 2.3},
+    "minkowski, below 1": {"p": 0.7},
 }
 KERNELS = {
     "Gaussian": kernels.Gaussian(1.3),

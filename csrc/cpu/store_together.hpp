@@ -1,6 +1,7 @@
 // Matrices of a map, and gradients through them, of problems that go together.
 #pragma once
 
+#include <limits>
 #include <type_traits>
 
 #include "cpu/together.hpp"
@@ -59,7 +60,7 @@ void gradient_together(const StoreGradParams<T>* p, int64_t count, const Map& ma
     for (int64_t j = 0; j < m; ++j, weight += L, aside += L) {
       const bool none = p->condensed && j <= i;
       const Vec<T> upstream = none ? Vec<T>{} : load(grad.data() + at);
-      const Vec<T> value = none ? Vec<T>{} : load(values.data() + at);
+      const Vec<T> value = none ? splat(std::numeric_limits<T>::quiet_NaN()) : load(values.data() + at);  // slope 0
       at += none ? 0 : L;
       if constexpr (std::is_base_of_v<CoordinateMap, Map>) {
         store(weight, upstream);
