@@ -136,6 +136,19 @@ def test_products(columns, dtype):
 
 
 @pytest.mark.isa
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_lanes_without_a_problem_weigh_nothing(dtype):
+    """Also where the score of every problem beside them is infinite."""
+    scale = torch.tensor(0.5, dtype=torch.float64, requires_grad=True)
+    kernel = scale * kernels.Linear()
+    for count in (9, 17):
+        x = torch.ones(count, 2, 3, dtype=getattr(torch, dtype))
+        x[count - 1] = torch.finfo(x.dtype).max
+        for value in (kernel(x, None), kernel.matmul(x, None, torch.ones_like(x))):
+            assert torch.autograd.grad(value, scale, torch.ones_like(value))[0] == np.inf
+
+
+@pytest.mark.isa
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_halves(dtype):
     x, y = (of_kind("torch", batch(21, 8, 4, "float32", seed=seed), dtype) for seed in (0, 1))

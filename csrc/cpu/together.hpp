@@ -36,17 +36,16 @@ Rows row_of_numbers(const T* data, int64_t size) {
   return {data, 1, size, size, 1, sizeof(T) == 8 ? DType::f64 : DType::f32};
 }
 
-/// Rows (n, d) of up to kLanes problems as [row][coordinate][problem]. A lane without a problem has the first one's
-/// points, which do no harm; or zeros, which weigh nothing.
+/// Rows (n, d) of up to kLanes problems as [row][coordinate][problem]. A lane without a problem has zeros: no score of
+/// these overflows, so the sums over all lanes do not feel it.
 template <class T>
 class Turned {
  public:
   static constexpr int L = kLanes<T>;
-  enum class Empty { first, zero };
 
   /// rows(u): those of problem u. unit: brought to unit norm.
   template <class F>
-  Turned(int64_t count, F rows, bool unit = false, Empty empty = Empty::first) {
+  Turned(int64_t count, F rows, bool unit = false) {
     const Rows shape = rows(0);
     n = shape.n, d = shape.d;
     const int64_t size = n * d, stride = padded<T>(size);
@@ -56,15 +55,9 @@ class Turned {
     const T* flat[L];
     for (int u = 0; u < L; ++u) {
       T* copy = copies.get() + u * stride;
-      flat[u] = copy;
-      if (u < count) {
-        flat[u] = read(rows(u), unit, u, stride == size, copy);
-      } else if (empty == Empty::zero) {
-        for (int64_t k = 0; k < stride; ++k) copy[k] = 0;
-      } else {
-        flat[u] = flat[0];
-        for (int64_t i = 0; unit && i < n; ++i) inverse_[i * L + u] = inverse_[i * L];
-      }
+      flat[u] = u < count ? read(rows(u), unit, u, stride == size, copy) : copy;
+      for (int64_t k = 0; u >= count && k < stride; ++k) copy[k] = 0;
+      for (int64_t i = 0; u >= count && unit && i < n; ++i) inverse_[i * L + u] = 0;
     }
     interleave<L, T>(size, data_.get(), [&](int u, int64_t k) { return load(flat[u] + k); });
   }

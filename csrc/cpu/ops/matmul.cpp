@@ -318,7 +318,7 @@ void gradient_each(const MatmulGradParams<T>* problems, int64_t count) {
   each_or_together<T>(problems, count, widest, gradient<T>, [](const MatmulGradParams<T>* p, int64_t several) {
     const ScoresTogether<T> scores(p, several, false);
     const Turned<T> v(several, [&](int u) { return p[u].v; });
-    const Turned<T> grad(several, [&](int u) { return p[u].grad; }, false, Turned<T>::Empty::zero);
+    const Turned<T> grad(several, [&](int u) { return p[u].grad; });
     Buffer<T> upstream(scores.size);
     scores_of(grad, v, upstream.get(), Dot{});
     scores.gradient(upstream.get(), [&](int u) { return p[u].dx; }, [&](int u) { return p[u].dy; }, p->dparameters);

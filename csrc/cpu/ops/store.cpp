@@ -442,8 +442,7 @@ void gram_gradient_each(const GramGradParams<T>* problems, int64_t count) {
       problems, count, problems->x.d, gram_gradient<T>, [](const GramGradParams<T>* p, int64_t several) {
         const ScoresTogether<T> scores(p, several, false);
         const int64_t pairs = p->x.n * p->y.n;
-        const Turned<T> upstream(
-            several, [&](int u) { return row_of_numbers(p[u].grad, pairs); }, false, Turned<T>::Empty::zero);
+        const Turned<T> upstream(several, [&](int u) { return row_of_numbers(p[u].grad, pairs); });
         scores.gradient(
             upstream.data(), [&](int u) { return p[u].dx; }, [&](int u) { return p[u].dy; }, p->dparameters);
       });
