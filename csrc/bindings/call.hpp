@@ -78,27 +78,41 @@ class Team {
   StandBy stand_by_;
 };
 
-/// Problems of one shape, `problem(batch, threads)` each, for an operation that takes several: runs of tiny ones,
-/// others one by one; side by side where one alone would not fill the threads, unless they must go `in_turn`.
-template <class Params, class F>
-void for_batches(int64_t batches, double work, int threads, bool in_turn,
-                 void (*operation)(const Params*, int64_t count), F problem) {
-  constexpr double kTiny = 2e4;   // multiply-adds: a run of so small problems is hardly worth a thread
+/// f(batch, threads) for every batch: batches side by side where one alone would not fill the threads.
+template <class F>
+void for_batches(int64_t batches, double work, int threads, F f) {
   constexpr double kSmall = 1e7;  // multiply-adds that are not worth a second thread's wake-up many times over
-  constexpr int64_t kRun = 16;    // lanes of the longest vector; half of them do no harm, so runs are evened out
-  const bool runs = batches >= kRun / 2 && work < kTiny;
-  const int64_t tasks = runs ? (batches + kRun - 1) / kRun : batches;
-  const auto run = [&](int64_t task, int own) {
-    Params problems[kRun];
-    int64_t count = 0;
-    for (int64_t batch = task * batches / tasks; batch < (task + 1) * batches / tasks; ++batch)
-      problems[count++] = problem(batch, own);
-    operation(problems, count);
-  };
-  if (batches > 1 && (in_turn ? runs : work < kSmall)) {
-    parallel_for(tasks, in_turn ? 1 : threads, [&](int64_t task, int) { run(task, 1); });
+  if (batches > 1 && work < kSmall) {
+    parallel_for(batches, threads, [&](int64_t batch, int) { f(batch, 1); });
   } else {
-    for (int64_t task = 0; task < tasks; ++task) run(task, threads);
+    for (int64_t batch = 0; batch < batches; ++batch) f(batch, threads);
+  }
+}
+
+/// The same for an operation that takes several problems, `problem(batch, threads)` each: runs of tiny ones, others one
+/// by one. `in_turn`: where they add to the same sums.
+template <class Params, class F>
+void for_problems(const PairInputs& in, int threads, void (*operation)(const Params*, int64_t count), F problem,
+                  bool in_turn = false) {
+  constexpr double kTiny = 2e4;  // multiply-adds: a run of so small problems is hardly worth a thread
+  constexpr int64_t kRun = 16;   // lanes of the longest vector; half of them do no harm, so runs are evened out
+  const int64_t batches = in.batches(), runs = (batches + kRun - 1) / kRun;
+  const auto alone = [&](int64_t batch, int own) {
+    const Params params = problem(batch, own);
+    operation(&params, 1);
+  };
+  if (batches >= kRun / 2 && in.work() < kTiny) {
+    parallel_for(runs, in_turn ? 1 : threads, [&](int64_t run, int) {
+      Params problems[kRun];
+      int64_t count = 0;
+      for (int64_t batch = run * batches / runs; batch < (run + 1) * batches / runs; ++batch)
+        problems[count++] = problem(batch, 1);
+      operation(problems, count);
+    });
+  } else if (in_turn) {
+    for (int64_t batch = 0; batch < batches; ++batch) alone(batch, threads);
+  } else {
+    for_batches(batches, in.work(), threads, alone);
   }
 }
 

@@ -27,13 +27,13 @@ void gram(py::handle x, py::handle y, const std::string& text, py::handle parame
     T* data = output<T>(out, "out", {in.batches(), in.n(), in.m()});
     const Team team(threads, in.batches() * in.work());
     advise_huge_pages(data, in.batches() * size * static_cast<int64_t>(sizeof(T)));
-    for_batches(in.batches(), in.work(), team.threads, false, of<T>(ops()).gram, [&](int64_t b, int t) {
+    for_problems(in, team.threads, of<T>(ops()).gram, [&](int64_t b, int t) {
       return GramParams<T>{rows_of(in.x, b), rows_of(in.y, b), &program, same, data + b * size, t};
     });
   });
 }
 
-/// What both gradients write; batches in turn where they add to the gradient of the parameters.
+/// What both gradients write.
 template <class T>
 struct Gradients {
   T *dx, *dy;
@@ -42,6 +42,12 @@ struct Gradients {
       : dx(optional_output<T>(x, "dx", {in.batches(), in.n(), in.d()})),
         dy(optional_output<T>(y, "dy", {in.batches(), in.m(), in.d()})),
         dparameters(optional_output<double>(p, "dparameters", {program.parameters})) {}
+
+  /// Batches in turn where they add to the gradient of the parameters.
+  template <class Params, class F>
+  void for_each(const PairInputs& in, int threads, void (*operation)(const Params*, int64_t), F problem) const {
+    for_problems(in, threads, operation, problem, dparameters != nullptr);
+  }
 };
 
 void gram_grad(py::handle x, py::handle y, const std::string& text, py::handle parameters, py::handle grad,
@@ -53,17 +59,16 @@ void gram_grad(py::handle x, py::handle y, const std::string& text, py::handle p
     const T* upstream = output<T>(grad, "grad", {in.batches(), in.n(), in.m()});
     const Gradients<T> g(in, program, dx, dy, dparameters);
     const Team team(threads, in.batches() * in.work());
-    for_batches(in.batches(), in.work(), team.threads, g.dparameters != nullptr, of<T>(ops()).gram_grad,
-                [&](int64_t b, int t) {
-                  return GramGradParams<T>{rows_of(in.x, b),
-                                           rows_of(in.y, b),
-                                           &program,
-                                           upstream + b * in.n() * in.m(),
-                                           moved(g.dx, b * in.n() * in.d()),
-                                           moved(g.dy, b * in.m() * in.d()),
-                                           g.dparameters,
-                                           t};
-                });
+    g.for_each(in, team.threads, of<T>(ops()).gram_grad, [&](int64_t b, int t) {
+      return GramGradParams<T>{rows_of(in.x, b),
+                               rows_of(in.y, b),
+                               &program,
+                               upstream + b * in.n() * in.m(),
+                               moved(g.dx, b * in.n() * in.d()),
+                               moved(g.dy, b * in.m() * in.d()),
+                               g.dparameters,
+                               t};
+    });
   });
 }
 
@@ -80,7 +85,7 @@ void matmul(py::handle x, py::handle y, py::handle v, const std::string& text, p
     const int64_t size = in.n() * values.shape[2];
     T* data = output<T>(out, "out", {in.batches(), in.n(), values.shape[2]});
     const Team team(threads, in.batches() * in.work());
-    for_batches(in.batches(), in.work(), team.threads, false, of<T>(ops()).matmul, [&](int64_t b, int t) {
+    for_problems(in, team.threads, of<T>(ops()).matmul, [&](int64_t b, int t) {
       return MatmulParams<T>{
           rows_of(in.x, b), rows_of(in.y, b), rows_of(values, b), &program, same, data + b * size, t};
     });
@@ -100,18 +105,17 @@ void matmul_grad(py::handle x, py::handle y, py::handle v, py::handle grad, cons
     using T = decltype(zero);
     const Gradients<T> g(in, program, dx, dy, dparameters);
     const Team team(threads, in.batches() * in.work());
-    for_batches(in.batches(), in.work(), team.threads, g.dparameters != nullptr, of<T>(ops()).matmul_grad,
-                [&](int64_t b, int t) {
-                  return MatmulGradParams<T>{rows_of(in.x, b),
-                                             rows_of(in.y, b),
-                                             rows_of(values, b),
-                                             rows_of(upstream, b),
-                                             &program,
-                                             moved(g.dx, b * in.n() * in.d()),
-                                             moved(g.dy, b * in.m() * in.d()),
-                                             g.dparameters,
-                                             t};
-                });
+    g.for_each(in, team.threads, of<T>(ops()).matmul_grad, [&](int64_t b, int t) {
+      return MatmulGradParams<T>{rows_of(in.x, b),
+                                 rows_of(in.y, b),
+                                 rows_of(values, b),
+                                 rows_of(upstream, b),
+                                 &program,
+                                 moved(g.dx, b * in.n() * in.d()),
+                                 moved(g.dy, b * in.m() * in.d()),
+                                 g.dparameters,
+                                 t};
+    });
   });
 }
 

@@ -20,7 +20,7 @@ void store(py::handle x, py::handle y, const std::string& map, double power, boo
     const PairMap pair_map = map_of(map);
     const Team team(threads, in.batches() * in.work());
     advise_huge_pages(data, in.batches() * in.results(condensed) * static_cast<int64_t>(sizeof(T)));
-    for_batches(in.batches(), in.work(), team.threads, false, of<T>(ops()).store, [&](int64_t b, int t) {
+    for_problems(in, team.threads, of<T>(ops()).store, [&](int64_t b, int t) {
       return StoreParams<T>{rows_of(in.x, b),
                             rows_of(in.y, b),
                             pair_map,
@@ -45,7 +45,7 @@ void store_grad(py::handle x, py::handle y, const std::string& map, double power
     if (condensed && (dx.is_none() || dy.is_none())) refuse_value("dx", "expected both gradients of condensed pairs");
     const PairMap pair_map = map_of(map);
     const Team team(threads, in.batches() * in.work());
-    for_batches(in.batches(), in.work(), team.threads, false, of<T>(ops()).store_grad, [&](int64_t b, int t) {
+    for_problems(in, team.threads, of<T>(ops()).store_grad, [&](int64_t b, int t) {
       return StoreGradParams<T>{rows_of(in.x, b),
                                 rows_of(in.y, b),
                                 pair_map,
@@ -74,9 +74,9 @@ void select(py::handle x, py::handle y, const std::string& map, double power, bo
     int64_t* indices = output<int64_t>(index, "index", {in.batches(), in.n(), k});
     const PairMap pair_map = map_of(map);
     const Team team(threads, in.batches() * in.work());
-    for_batches(in.batches(), in.work(), team.threads, false, of<T>(ops()).select, [&](int64_t b, int t) {
-      return SelectParams<T>{rows_of(in.x, b),        rows_of(in.y, b),         pair_map, normalize, exclude_self, k,
-                             values + b * in.n() * k, indices + b * in.n() * k, mode,     t,         power};
+    for_batches(in.batches(), in.work(), team.threads, [&](int64_t b, int t) {
+      of<T>(ops()).select({rows_of(in.x, b), rows_of(in.y, b), pair_map, normalize, exclude_self, k,
+                           values + b * in.n() * k, indices + b * in.n() * k, mode, t, power});
     });
   });
 }

@@ -339,7 +339,7 @@ struct OpsOf {
   void (*matmul_grad)(const MatmulGradParams<T>*, int64_t count);
   void (*hsic)(const HsicParams<T>&);
   void (*hsic_grad)(const HsicGradParams<T>&);
-  void (*select)(const SelectParams<T>*, int64_t count);
+  void (*select)(const SelectParams<T>&);
   void (*lloyd)(LloydParams<T>&);
   void (*seeding)(const SeedingParams<T>&);
   void (*vector_math)(int function, const T* x, T* y, int64_t n);

@@ -494,13 +494,9 @@ void run(const SelectParams<T>& p) {
 }  // namespace
 
 namespace NEARFAR_ISA {
-void select(const SelectParams<float>* p, int64_t count) {
-  for (int64_t k = 0; k < count; ++k) run(p[k]);
-}
+void select(const SelectParams<float>& p) { run(p); }
 #if !defined(NEARFAR_BASE)  // which a level with a base takes from there
-void select(const SelectParams<double>* p, int64_t count) {
-  for (int64_t k = 0; k < count; ++k) run(p[k]);
-}
+void select(const SelectParams<double>& p) { run(p); }
 #endif
 }  // namespace NEARFAR_ISA
 }  // namespace nearfar

@@ -19,7 +19,7 @@ void softmax_block(SoftmaxBlockParams<float>&);
 void labelled_lse(LabelledLseParams<float>&);
 void sigmoid(SigmoidParams<float>&);
 #else
-void select(const SelectParams<float>*, int64_t);
+void select(const SelectParams<float>&);
 void lloyd(LloydParams<float>&);
 #endif
 
@@ -75,8 +75,8 @@ void hsic(const HsicParams<float>&);
 void hsic(const HsicParams<double>&);
 void hsic_grad(const HsicGradParams<float>&);
 void hsic_grad(const HsicGradParams<double>&);
-void select(const SelectParams<float>*, int64_t);
-void select(const SelectParams<double>*, int64_t);
+void select(const SelectParams<float>&);
+void select(const SelectParams<double>&);
 void lloyd(LloydParams<float>&);
 void lloyd(LloydParams<double>&);
 void seeding(const SeedingParams<float>&);
