@@ -177,6 +177,20 @@ def test_layouts():
 
 
 @pytest.mark.isa
+def test_neighbours_change_nothing():
+    """A problem has the same bits wherever it lies, and whatever lies beside it."""
+    x, y = np.abs(batch(35, 8, 5, "float32")), np.abs(batch(35, 6, 5, "float32", seed=1))
+    order = np.random.default_rng(0).permutation(35)[:19]
+    for _, function in functions():
+        expected = function(x, y)[order]
+        a, b = x[order], y[order]
+        assert same_bits(function(a, b), expected)
+        a[4], b[7] = np.inf, np.nan
+        others = np.delete(np.arange(19), (4, 7))
+        assert same_bits(function(a, b)[others], expected[others])
+
+
+@pytest.mark.isa
 def test_threads_change_nothing():
     x, y = (torch.tensor(batch(1100, 8, 4, "float32", seed=seed), requires_grad=True) for seed in (0, 1))
     found = []

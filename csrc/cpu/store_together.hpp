@@ -44,8 +44,7 @@ void store_together(const StoreParams<T>* p, int64_t count, const Map& map) {
   turn_back<false>(count, kept, pairs.get(), [&](int u) { return p[u].out; });
 }
 
-/// The gradient of sum_ij grad[i, j] * map(x_i, y_j) of as
-/// many.
+/// The gradient of sum_ij grad[i, j] * map(x_i, y_j) of as many.
 template <class T, class Map>
 void gradient_together(const StoreGradParams<T>* p, int64_t count, const Map& map) {
   constexpr int L = kLanes<T>;

@@ -150,8 +150,7 @@ void scores_of(const Turned<T>& x, const Turned<T>& y, T* out, Score score) {
   }
 }
 
-/// out[i][k] = sum_j by(where x_i[k] is, y_j[k], place of the pair), for i < n; the pairs of i are i * row + j *
-/// column.
+/// out[i][k] = sum_j by(where x_i[k] is, y_j[k], place of the pair), for i < n; pair (i, j) is i * row + j * column.
 template <class T, class By>
 void sum_over(int64_t n, const T* x, const Turned<T>& y, int64_t row, int64_t column, const By& by, T* out) {
   constexpr int L = kLanes<T>;
