@@ -101,4 +101,3 @@ def test_upstream_factors_of_rows(loss, dtype):
     _, expected = g.reference(loss, names, weights, **dict(zip(names, rows, strict=True)), **options)
     for grad, exact in zip(grads, expected, strict=False):
         assert 0 < error_of(grad, exact) <= BOUNDS[dtype]
-

@@ -52,7 +52,7 @@ struct Rounding {
 template <class T, class E>
 struct MeanRows {
   static constexpr int64_t kSamples = 32;  // one after the other: more would take longer than a tile
-  static constexpr double kLean = 0.75;  // of the mean square: about the mean cosine of two rows
+  static constexpr double kLean = 0.75;    // of the mean square: about the mean cosine of two rows
   Packed<T, E> sets[2];
   T* means[2];
   int sides;
