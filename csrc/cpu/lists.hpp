@@ -34,6 +34,9 @@ struct Lists {
     return {k, room, worst + lane, count + lane, place + lane, kept + lane * room, index + lane * room};
   }
 
+  /// The index of the worst of k, which gives way to an equal one of a lower index; -1 while there are fewer.
+  int64_t last(int64_t lane) const { return count[lane] < k ? -1 : index[lane * room + place[lane]]; }
+
   /// Adds a column to a lane's list, in place of the worst of k.
   void keep(T key, int64_t j, int64_t lane) const {
     T* own = kept + lane * room;

@@ -28,9 +28,11 @@ class Operands {
 
   /// products: the packed points are also multiplied by weights (gradients), so for distances they must be centred.
   /// kind: looked at where the score is none that a product gives; then `distance` is false. pack_y: false where the
-  /// caller packs a chunk of y when it comes to it, so that no copy of all of y is made.
+  /// caller packs a chunk of y when it comes to it, so that no copy of all of y is made. x_order, y_order: in which
+  /// rows are packed, null for their own.
   Operands(const Rows& x_rows, const Rows& y_rows, bool normalize, bool distance, bool products, int threads,
-           ScoreKind kind = ScoreKind::dot, bool pack_y = true)
+           ScoreKind kind = ScoreKind::dot, bool pack_y = true, const int32_t* x_order = nullptr,
+           const int32_t* y_order = nullptr)
       : x(x_rows),
         y(y_rows),
         d(x_rows.d),
@@ -38,6 +40,8 @@ class Operands {
         direct_(distance && d <= kDirectDims),
         kind_(kind),
         chunks(Chunks::of<T>(y_rows.n)) {
+    x.arrange(x_order);
+    y.arrange(y_order);
     if (normalize) {
       x.normalize(threads);
       y.normalize(threads);

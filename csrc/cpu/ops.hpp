@@ -272,8 +272,9 @@ struct HsicGradParams {
   int threads;
 };
 
-/// Whether a search first scores its columns with 8-bit integers, which does not change what it finds: where that is
-/// faster, or as the tests want it.
+/// Whether a search first rules columns out, by their scores with 8-bit integers (cpu/screen.hpp) or in few dimensions
+/// by boxes around them (cpu/boxes.hpp), which does not change what it finds: where that is faster, or as the tests
+/// want it.
 enum class Screening : int { automatic, always, never };
 
 /// The k best columns of every row: smallest distance, or largest dot; ties by lower index.

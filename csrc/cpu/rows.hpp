@@ -65,6 +65,12 @@ class Source {
   /// Subtract `center` (d values, kept by the caller) from every packed row.
   void shift(const T* center) { center_ = center; }
 
+  /// Rows are packed in this order (n indices, kept by the caller); where no packed rows are meant they go by their
+  /// own.
+  void arrange(const int32_t* order) { order_ = order; }
+  /// The row that is packed at a place.
+  int64_t row_at(int64_t place) const { return order_ ? order_[place] : place; }
+
   T inverse_norm(int64_t i) const { return inverse_norm_.get() ? inverse_norm_[i] : T(1); }
   bool normalized() const { return inverse_norm_.get() != nullptr; }
 
@@ -109,8 +115,9 @@ class Source {
     for (int64_t at = 0; at < rows_.d * size_of(rows_.dtype); at += 64) __builtin_prefetch(row + at, 0, 2);
   }
 
-  /// Row i as it is packed: normalised, shifted.
-  void get_packed(int64_t i, T* out) const {
+  /// The row at place i as it is packed: normalised, shifted.
+  void get_packed(int64_t place, T* out) const {
+    const int64_t i = row_at(place);
     if (!center_) return get(i, out);
     const T* own = view(i, out);
     for (int64_t k = 0; k < rows_.d; ++k) out[k] = own[k] - center_[k];
@@ -121,7 +128,7 @@ class Source {
   template <int W>
   bool gather(int64_t i0, T* out) const {
     constexpr int L = kLanes<T>;
-    if (rows_.d >= L || i0 + W > rows_.n || rows_.dtype != kOwn || center_) return false;
+    if (rows_.d >= L || i0 + W > rows_.n || rows_.dtype != kOwn || center_ || order_) return false;
     for (int64_t k = 0; k < rows_.d; ++k)
       for (int v = 0; v < W; v += L) {
         const T* from = static_cast<const T*>(rows_.data) + (i0 + v) * rows_.row_stride + k * rows_.col_stride;
@@ -194,6 +201,7 @@ class Source {
   Rows rows_;
   Buffer<T> inverse_norm_;
   const T* center_ = nullptr;
+  const int32_t* order_ = nullptr;
 };
 
 /// From the gradient of the normalised row to the gradient of the row itself, in place: for u = x / |x|,

@@ -4,9 +4,9 @@
 // so ties go to the lower index. Which columns are kept matters, not where: they are measured again from the original
 // rows and sorted by (value, index) in the end. Threads with too few rows share the columns: parts have lists of their
 // own, whose k best keys are the k best of all, however many parts there are.
-#include "cpu/lists.hpp"
-#include "cpu/mask.hpp"
-#include "cpu/nearest.hpp"
+#include "cpu/arrangement.hpp"
+#include "cpu/boxes.hpp"
+#include "cpu/keep.hpp"
 
 namespace nearfar {
 namespace {
@@ -20,12 +20,13 @@ class Select {
   using P = Policy<T>;
   static constexpr int NR = P::NR;
   static constexpr bool kScreens = std::is_same_v<T, float> && KEY != Key::direct && KEY != Key::coordinate;
-  static constexpr bool kMends = KEY == Key::expanded || KEY == Key::cosine;  // small keys are computed again
+  static constexpr bool kArranges = KEY == Key::direct || KEY == Key::coordinate;
+  using Panel = typename Keep<T, KEY, Score>::Panel;
 
  public:
-  /// screen: null where every column is scored in full.
+  /// screen: null where every column is scored in full. boxes: those of columns that are packed near ones together.
   Select(const SelectParams<T>& params, const Operands<T>& operands, By by, const Screen* screen = nullptr,
-         Score score = {})
+         const Boxes<T>* boxes = nullptr, Score score = {})
       : p(params),
         n(p.x.n),
         m(p.y.n),
@@ -33,8 +34,10 @@ class Select {
         room_(padded<T>(k)),
         o(operands),
         measure{o, score},
+        keep_(o, measure, k, p.exclude_self),
         by_(by),
-        screen_(kScreens ? screen : nullptr) {}
+        screen_(kScreens ? screen : nullptr),
+        boxes_(kArranges ? boxes : nullptr) {}
 
   void run() {
     strips_ = ceil_div(n, P::kStripRows);
@@ -50,15 +53,6 @@ class Select {
   }
 
  private:
-  /// One panel of rows while its columns go by.
-  struct Panel {
-    int64_t row;
-    const T* packed;
-    const T* squares;
-    const T* columns;  // squares of all columns, by column
-    Lists<T> lists;
-  };
-
   /// The panels of some rows, ready for columns to go by.
   struct Opened {
     Buffer<T> packed, squares, worst;
@@ -90,14 +84,14 @@ class Select {
 
   /// The nearest column alone is found by another pass, which does not cut the columns.
   bool nearest() const {
-    return KEY != Key::coordinate && by_ == By::strips && k == 1 && !p.exclude_self &&
+    return KEY != Key::coordinate && !boxes_ && by_ == By::strips && k == 1 && !p.exclude_self &&
            !(screen_ && KEY == Key::negative_dot);
   }
 
   /// Each part has the first columns of its lists to keep, so there are no more than threads need.
   int64_t parts() const {
     const int64_t threads = p.threads, most = screen_ ? screen_->runs() : o.chunks.count;
-    if (nearest() || most == 0 || strips_ == 0) return 1;
+    if (nearest() || boxes_ || most == 0 || strips_ == 0) return 1;
     int64_t wanted = threads == 1 ? 1 : 2 * threads;
     if (by_ == By::strips) wanted = strips_ % threads == 0 || strips_ >= 4 * threads ? 1 : ceil_div(wanted, strips_);
     return wanted < most ? wanted : most;
@@ -117,6 +111,7 @@ class Select {
   }
 
   /// Columns of tiles [t0, t1) go by a panel, as its first or after others.
+  template <bool ARRANGED = false>
   void score(int64_t t0, int64_t t1, const T* tiles, T* block, const Panel& panel, bool first) const {
     const int64_t column = t0 * P::MR, end = t1 * P::MR < m ? t1 * P::MR : m;
     if constexpr (KEY == Key::coordinate) {
@@ -124,8 +119,8 @@ class Select {
     } else {
       o.raw_block(t1 - t0, tiles, panel.packed, block);
     }
-    if (first) set_bars(block, column, end, panel);
-    scan(block, column, end, panel);
+    if (first) keep_.set_bars(block, column, end, panel);
+    keep_.template scan<ARRANGED>(block, column, end, panel);
   }
 
   /// A strip of rows against a part of the columns.
@@ -144,6 +139,8 @@ class Select {
     const Part part = part_of(number);
     const int64_t panels = ceil_div(n - row < P::kStripRows ? n - row : P::kStripRows, NR);
     Buffer<T> block(o.chunks.tiles_each * P::MR * NR);
+    if constexpr (kArranges)
+      if (boxes_) return visit(row, panels, block.get(), kept, index);
     bool open[P::kPanels];
     for (int64_t q = 0; q < panels; ++q) open[q] = true;
     if constexpr (kScreens)
@@ -157,6 +154,17 @@ class Select {
         for (int64_t q = 0; q < last - first; ++q)
           score(t0, t1, o.tile(t0), block.get(), r.panel(q, o.d, o.squares(0)), t0 == part.tile);
       }
+    }
+  }
+
+  /// The same where near columns are together: each panel meets those that can be among its nearest.
+  void visit(int64_t row, int64_t panels, T* block, T* kept, int64_t* index) const {
+    const Opened r(o, row, panels, k, kept, index);
+    const typename Boxes<T>::Visits visits(*boxes_);
+    for (int64_t q = 0; q < panels; ++q) {
+      const Panel panel = r.panel(q, o.d, o.squares(0));
+      boxes_->visit(panel.packed, panel.lists, n - panel.row, measure.score, visits,
+                    [&](int64_t t0, int64_t t1, bool first) { score<true>(t0, t1, o.tile(t0), block, panel, first); });
     }
   }
 
@@ -257,7 +265,7 @@ class Select {
         const int64_t j = list.column(listed_as, first + c);
         const T own = KEY == Key::expanded ? squares[lane] : T(0);
         bool near = false;
-        const T plain = key(scores[c], own, KEY == Key::expanded ? *o.squares(j) : T(0), near);
+        const T plain = keep_.key(scores[c], own, KEY == Key::expanded ? *o.squares(j) : T(0), near);
         add_sorted(near ? measure.near(i, j, pair.get()) : plain, j, value.get(), index.get(), count);
       }
     }
@@ -311,122 +319,12 @@ class Select {
     }
   }
 
-  NEARFAR_INLINE static Vec<T> squares(const Panel& panel, int v) {
-    return KEY == Key::expanded ? load(panel.squares + v * kLanes<T>) : Vec<T>{};
-  }
-
-  /// The key of a score, of a number or of a vector of lanes, for rows and a column of these squared norms; marks pairs
-  /// so close that the expansion is not to be trusted.
-  template <class V, class M>
-  NEARFAR_INLINE static V key(V s, V own, V square, M& near) {
-    if (KEY == Key::direct || KEY == Key::coordinate) return s;
-    if (KEY == Key::negative_dot) return -s;
-    if (KEY == Key::cosine) {
-      const V value = T(1) - s;
-      near |= value <= V{} + Operands<T>::kNear;
-      return value;
-    }
-    const V value = own + (square - T(2) * s);
-    near |= value <= (own + square) * Operands<T>::kNear;
-    return value;
-  }
-  NEARFAR_INLINE static Vec<T> key(const T* scores, int64_t j, const Panel& panel, Vec<T> own, IVec<T>& near) {
-    return key(load(scores), own, KEY == Key::expanded ? splat<T>(panel.columns[j]) : Vec<T>{}, near);
-  }
-
-  /// The same keys with marked pairs computed from their differences.
-  __attribute__((noinline)) void exact_keys(const T* scores, int64_t j, const Panel& panel, T* out) const {
-    Buffer<T> rows(2 * o.d);
-    for (int v = 0; v < P::kVectors; ++v) {
-      IVec<T> near = IVec<T>{};
-      const Vec<T> value = key(scores + v * kLanes<T>, j, panel, squares(panel, v), near);
-      store(out + v * kLanes<T>, value);
-      if (!any(near)) continue;
-      for (int u = 0; u < kLanes<T>; ++u) {
-        const int64_t lane = v * kLanes<T> + u;
-        if (near[u] && panel.row + lane < n) out[lane] = measure.near(panel.row + lane, j, rows.get());
-      }
-    }
-  }
-
-  /// What candidates must beat before there are k, or the first columns all would: a number that at least k columns
-  /// beat, found by bisection. Counted are pairs of columns of which one does.
-  void set_bars(const T* scores, int64_t column, int64_t end, const Panel& panel) const {
-    constexpr int64_t kGroup = 2, kMost = P::kTilesPerChunk * P::MR / kGroup;
-    constexpr int kSteps = 7;
-    const int64_t groups = (end - column) / kGroup, wanted = k + p.exclude_self;
-    if (groups <= wanted) return;
-    const Vec<T> infinity = splat<T>(static_cast<T>(kInfinity));
-    for (int v = 0; v < P::kVectors; ++v) {
-      const Vec<T> own = squares(panel, v);
-      alignas(64) T least[kMost * kLanes<T>];
-      Vec<T> low = infinity, high = -infinity;
-      for (int64_t g = 0; g < groups; ++g) {
-        Vec<T> both = infinity;
-        for (int64_t j = column + g * kGroup; j < column + (g + 1) * kGroup; ++j) {
-          IVec<T> near = IVec<T>{};
-          const Vec<T> value = key(scores + (j - column) * NR + v * kLanes<T>, j, panel, own, near);
-          both = vmin(select(near, infinity, value), both);  // near pairs have other keys
-        }
-        store(least + g * kLanes<T>, both);
-        low = vmin(both, low);
-        high = vmax(select(both < infinity, both, -infinity), high);
-      }
-      Vec<T> bar = load(panel.lists.worst + v * kLanes<T>);
-      for (int step = 0; step < kSteps; ++step) {
-        const Vec<T> middle = low + (high - low) / 2;
-        IVec<T> beat = IVec<T>{};
-        for (int64_t g = 0; g < groups; ++g) beat -= load(least + g * kLanes<T>) < middle;
-        const IVec<T> enough = beat >= isplat<T>(static_cast<IntOf<T>>(wanted));
-        high = select(enough, middle, high);
-        low = select(enough, low, middle);
-        bar = select(enough & (middle < bar), middle, bar);
-      }
-      store(panel.lists.worst + v * kLanes<T>, bar);
-    }
-  }
-
-  /// Eight columns at a time; only where their minimum beats a lane's worst are they looked at one by one.
-  void scan(const T* scores, int64_t column, int64_t end, const Panel& panel) const {
-    constexpr int64_t kAtOnce = 8;
-    for (int64_t j0 = column; j0 < end; j0 += kAtOnce) {
-      const int64_t j1 = j0 + kAtOnce < end ? j0 + kAtOnce : end;
-      IVec<T> look = IVec<T>{}, near = IVec<T>{};
-      for (int v = 0; v < P::kVectors; ++v) {
-        const Vec<T> own = squares(panel, v);
-        Vec<T> least = splat<T>(static_cast<T>(kInfinity));
-        for (int64_t j = j0; j < j1; ++j)
-          least = vmin(key(scores + (j - column) * NR + v * kLanes<T>, j, panel, own, near), least);
-        look |= least < load(panel.lists.worst + v * kLanes<T>);
-      }
-      if (kMends) look |= near;
-      if (!any(look)) continue;
-      for (int64_t j = j0; j < j1; ++j) insert(scores + (j - column) * NR, j, panel);
-    }
-  }
-
-  void insert(const T* scores, int64_t j, const Panel& panel) const {
-    alignas(64) T keys[NR];
-    IVec<T> near = IVec<T>{};
-    for (int v = 0; v < P::kVectors; ++v) {
-      const Vec<T> own = squares(panel, v);
-      store(keys + v * kLanes<T>, key(scores + v * kLanes<T>, j, panel, own, near));
-    }
-    if (kMends && any(near)) exact_keys(scores, j, panel, keys);
-    for (int v = 0; v < P::kVectors; ++v) {
-      unsigned better = lanes_set(load(keys + v * kLanes<T>) < load(panel.lists.worst + v * kLanes<T>));
-      for (; better; better &= better - 1) {
-        const int64_t lane = v * kLanes<T> + __builtin_ctz(better);
-        if (!(p.exclude_self && panel.row + lane == j)) panel.lists.keep(keys[lane], j, lane);
-      }
-    }
-  }
-
   /// Merge the parts by their keys, measure what is left again, sort.
   void finish(int64_t s) const {
     Buffer<T> rows(2 * o.d), value(k);
     Buffer<int64_t> index(k), order(k);
     for (int64_t i = s * P::kStripRows; i < (s + 1) * P::kStripRows && i < n; ++i) {
+      const int64_t own = o.x.row_at(i);
       int64_t kept = 0, count = 0;
       if (parts_ == 1) kept = Lists<T>::sort(k, room_, kept_.get() + i * room_, index_.get() + i * room_, order.get());
       for (int64_t part = 0; parts_ > 1 && part < parts_; ++part) {
@@ -435,10 +333,10 @@ class Select {
           add_sorted(kept_[c], index_[c], value.get(), order.get(), kept);
       }
       for (int64_t c = 0; c < kept; ++c)
-        add_sorted(measure(i, order[c], rows.get()), order[c], value.get(), index.get(), count);
+        add_sorted(measure(own, order[c], rows.get()), order[c], value.get(), index.get(), count);
       for (int64_t c = 0; c < k; ++c) {
-        p.value[i * k + c] = c < count ? result(value[c]) : static_cast<T>(__builtin_nan(""));
-        p.index[i * k + c] = c < count ? index[c] : -1;
+        p.value[own * k + c] = c < count ? result(value[c]) : static_cast<T>(__builtin_nan(""));
+        p.index[own * k + c] = c < count ? index[c] : -1;
       }
     }
   }
@@ -453,8 +351,10 @@ class Select {
   const int64_t n, m, k, room_;
   const Operands<T>& o;
   const Measure<T, KEY, Score> measure;
+  const Keep<T, KEY, Score> keep_;
   const By by_;
   const Screen* screen_;
+  const Boxes<T>* boxes_;
   int64_t strips_ = 0, parts_ = 1;
   Buffer<T> kept_;
   Buffer<int64_t> index_;
@@ -470,6 +370,22 @@ void run(const SelectParams<T>& p, const Operands<T>& o, By by) {
   Select<T, KEY>(p, o, by).run();
 }
 
+/// In few dimensions: rows of both sets packed with near ones together.
+template <class T>
+void run_arranged(const SelectParams<T>& p) {
+  using P = Policy<T>;
+  const Arrangement<T> rows(Source<T>(p.x), P::kStripRows, P::NR, p.threads);
+  const Arrangement<T> columns(Source<T>(p.y), Chunks::of<T>(p.y.n).tiles_each * P::MR, P::MR, p.threads);
+  const bool by_difference = by_coordinate(p.map);
+  const Operands<T> o(p.x, p.y, false, !by_difference, false, p.threads, ScoreKind::dot, true, rows.order(),
+                      columns.order());
+  const Boxes<T> boxes(o, p.threads);
+  if (!by_difference) return Select<T, Key::direct>(p, o, By::strips, nullptr, &boxes).run();
+  with_coordinate_map(p.map, p.power, [&](auto map) {
+    Select<T, Key::coordinate, decltype(map.score)>(p, o, By::strips, nullptr, &boxes, map.score).run();
+  });
+}
+
 template <class T>
 void run(const SelectParams<T>& p) {
   const bool distance = p.map == PairMap::euclidean || p.map == PairMap::sqeuclidean;
@@ -478,12 +394,14 @@ void run(const SelectParams<T>& p) {
   const int64_t strips = p.k == 1 || p.x.d > 256 ? 4 : 2;
   const bool columns = p.x.n < strips * Policy<T>::kStripRows && p.y.n >= 4096;
   const By by = p.x.n <= kFew ? By::pairs : columns ? By::columns : By::strips;
+  if (by == By::strips && (distance || by_coordinate(p.map)) && arranges(p.screening, p.x.n, p.y.n, p.x.d))
+    return run_arranged(p);
   // A pair is measured from its differences: then distances need neither a centre nor an expansion.
   const Operands<T> o(p.x, p.y, p.normalize, distance && by != By::pairs, false, p.threads, ScoreKind::dot,
                       by == By::strips);
   if (by_coordinate(p.map))
     return with_coordinate_map(p.map, p.power, [&](auto map) {
-      Select<T, Key::coordinate, decltype(map.score)>(p, o, by, nullptr, map.score).run();
+      Select<T, Key::coordinate, decltype(map.score)>(p, o, by, nullptr, nullptr, map.score).run();
     });
   if (p.map == PairMap::one_minus_dot) return run<T, Key::cosine>(p, o, by);
   if (!distance) return run<T, Key::negative_dot>(p, o, by);
