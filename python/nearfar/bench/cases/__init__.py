@@ -5,7 +5,7 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from ..case import Case
-from .distances import CDIST, CDIST_BACKWARD, CDIST_CITYBLOCK
+from .distances import CDIST, CDIST_BACKWARD, CDIST_BATCH, CDIST_CITYBLOCK
 from .gram import CKA_GAUSSIAN, CKA_LINEAR, KERNEL_RIDGE
 from .kernels import (
     CHI_SQUARED_GRAM,
@@ -21,7 +21,7 @@ from .kmeans import KMEANS, KMEANS_BATCH, KMEANS_SEEDING
 from .log_sum_exp import HCL, MULTI_SIMILARITY
 from .losses import CLIP, INFO_NCE, INFO_NCE_BFLOAT16, INFO_NCE_MEMORY, INFO_NCE_QUEUE, NT_XENT, UNIFORMITY
 from .metric import NCA
-from .neighbors import KMEANS_ASSIGN, KNN, KNN_FEW
+from .neighbors import KMEANS_ASSIGN, KNN, KNN_FEW, KNN_LOW
 from .ranking import BATCH_TRIPLET_HARD, BATCH_TRIPLET_SEMIHARD
 from .supervised import DCL, SIGLIP, SUP_CON
 
@@ -43,6 +43,7 @@ CASES: tuple[Case, ...] = (
     CDIST,
     CDIST_BACKWARD,
     CDIST_CITYBLOCK,
+    CDIST_BATCH,
     GAUSSIAN_GRAM,
     CHI_SQUARED_GRAM,
     GAUSSIAN_MATMUL,
@@ -61,6 +62,7 @@ CASES: tuple[Case, ...] = (
     KNN,
     NCA,
     KNN_FEW,
+    KNN_LOW,
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -68,6 +69,30 @@ CDIST = Case(
     flops=_product(1),
     writes=lambda s: 4 * s["n"] * s["m"],
     view=first_rows,
+)
+
+
+def _batches(shape: Shape, rng: np.random.Generator) -> dict[str, Array]:
+    sizes = {"x": (shape["b"], shape["n"], shape["d"]), "y": (shape["b"], shape["m"], shape["d"])}
+    return {name: rng.standard_normal(size, np.float32) for name, size in sizes.items()}
+
+
+def _batches_reference(problem: Problem) -> tuple[Array, ...]:
+    x, y = (problem[name][:CHECKED_ROWS].astype(np.float64) for name in "xy")
+    return (np.linalg.norm(x[:, :, None] - y[:, None], axis=-1),)
+
+
+CDIST_BATCH = dataclasses.replace(
+    CDIST,
+    name="cdist_batch",
+    what="cdist, a batch of tiny problems",
+    shapes=({"b": 4096, "n": 8, "m": 8, "d": 4},),
+    quick={"b": 64, "n": 8, "m": 8, "d": 4},
+    make=_batches,
+    peers={"torch.cdist": _torch_cdist},
+    reference=_batches_reference,
+    flops=lambda s: 3 * s["b"] * s["n"] * s["m"] * s["d"],
+    writes=lambda s: 4 * s["b"] * s["n"] * s["m"],
 )
 
 

@@ -142,6 +142,28 @@ KNN = Case(
 )
 
 
+def _sklearn_tree(problem: Problem) -> Step:
+    """What "auto" takes in few dimensions; the tree is built in the step, as ours orders the rows in it."""
+    neighbors = load("sklearn.neighbors").NearestNeighbors(n_neighbors=problem.shape["k"])
+
+    def step() -> tuple[Any, ...]:
+        distances, indices = neighbors.fit(problem["reference"]).kneighbors(problem["query"])
+        return indices, distances**2
+
+    return step
+
+
+KNN_LOW = dataclasses.replace(
+    KNN,
+    name="knn_low",
+    what="knn in three dimensions",
+    shapes=({"n": 100000, "d": 3, "k": 10},),
+    quick={"n": 500, "d": 3, "k": 10},
+    peers={**KNN.peers, "sklearn": _sklearn_tree},
+    sweep=(),
+)
+
+
 KNN_FEW = dataclasses.replace(
     KNN,
     name="knn_few",
