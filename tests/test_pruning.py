@@ -58,11 +58,11 @@ DATA = (uniform, grid, clustered, equal, constant, far, tiny, bad)
 def check(monkeypatch):
     """That a search finds the same with every column scored and with columns ruled out."""
 
-    def both(*args, **options):
+    def both(*args, search=nf.knn, **options):
         found = []
         for screening in ("never", "always"):
             monkeypatch.setattr(operations, "SCREENING", screening)
-            found.append(nf.knn(*args, **options))
+            found.append(search(*args, **options))
         assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
         return found[1]
 
@@ -104,6 +104,13 @@ def test_ties_go_to_the_lower_index(check):
     assert np.array_equal(indices, np.argsort(square, axis=1, kind="stable")[:, :10])
     assert np.array_equal(values, np.take_along_axis(square, indices, 1))
     assert np.array_equal(check(x, np.repeat(x[:1], 2000, 0), 7)[1], np.tile(np.arange(7), (600, 1)))
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_assignment(dtype, data, check):
+    for n, m, d in ((600, 2500, 3), (1100, 900, 1)):
+        check(data(n, d, 0).astype(dtype), data(m, d, 1).astype(dtype), search=nf.kmeans_assign)
 
 
 def test_half_precision_and_layouts(check):
