@@ -55,6 +55,12 @@ def test_blocks_of_weights(loss, names, options, dtype, small_strips):
     check(loss, names, BOUNDS[dtype], **dict(zip(names, cone(300, 40, dtype), strict=True)), **options)
 
 
+@by_dtype
+@pytest.mark.parametrize("n", [8, 24, 127])
+def test_few_rows(n, dtype):
+    check(nf.info_nce_loss, KEYS, BOUNDS[dtype], **dict(zip(KEYS, cone(n, 40, dtype), strict=True)), temperature=1.0)
+
+
 # Lines of results that are, and are not, whole vectors; one step of the depth and several.
 @by_dtype
 @pytest.mark.parametrize("d", [17, 64, 130, 260])

@@ -4,6 +4,7 @@
 // weights multiply, so that this would be all that is left of them. So what rounding takes from every row and column of
 // weights is summed, and enters times the mean of the rows that it would have met (cpu/halves.hpp does the same):
 // errors are those of rows about their mean. Where rows have no common direction that saves nothing, and is left out.
+// What rows lose that are rounded too, divided by their sums (Strip::products), is not in it.
 #pragma once
 
 #include "cuda/scores.hpp"
@@ -84,22 +85,22 @@ struct MeanRows {
   }
 };
 
-/// The mean of what the 128 rows of a tile are still to be multiplied by, of float16 also by what takes the largest
-/// below 2^order. A warp a tile.
+/// The mean of what the rows of a tile are still to be multiplied by, of float16 also by what takes the largest below
+/// 2^order. A warp a tile; there are `rows` in all.
 template <class T>
 struct TileWeights {
   const T* of_rows;
   const double* largest;  // null: 1
   int order;
-  int64_t tiles;
+  int64_t rows;
   T* out;
   NEARFAR_DEVICE void operator()() const {
-    const int64_t tile = cuda::global_warp();
-    if (tile >= tiles) return;
+    const int64_t tile = cuda::global_warp(), left = rows - tile * kPadRows;
+    if (left <= 0) return;
     double sum = 0;
     for (int64_t i = cuda::lane_index(); i < kPadRows; i += cuda::kWarp)
       sum += static_cast<double>(of_rows[tile * kPadRows + i]);
-    sum = cuda::warp_sum(sum) / kPadRows;
+    sum = cuda::warp_sum(sum) / static_cast<double>(left < kPadRows ? left : kPadRows);
     if (cuda::lane_index() == 0) out[tile] = static_cast<T>(largest ? sum * power_below(*largest, order) : sum);
   }
 };

@@ -410,8 +410,7 @@ class Strip {
     multiply_blocked<E>(c_, across, weights.blocks, pairs_.y.blocks(b.column / Blocked::kRows), b, d, parts_);
     if (of_rows && dy_) {
       if (largest_row_) c_.launch(1, LargestOf<T>{of_rows, b.rows, largest_row_, false});
-      const int64_t tiles = b.rows / kPadRows;
-      c_.launch_warps(tiles, TileWeights<T>{of_rows, largest_row_, kRowOrder, tiles, tile_weights_});
+      c_.launch_warps(b.rows / kPadRows, TileWeights<T>{of_rows, largest_row_, kRowOrder, rows, tile_weights_});
     }
     MergeRounding<T>::launch(
         c_, {weights.rounding, b, of_rows ? tile_weights_ : nullptr, row_sums_, dy_ ? column_sums_ : nullptr});

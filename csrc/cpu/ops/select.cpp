@@ -1,9 +1,10 @@
 // Select: for every row the k best columns. k-means assignment (k = 1) and k nearest neighbours.
 //
 // Columns are scanned in ascending order and replace the worst kept one, of equals the last, only when strictly better,
-// so ties go to the lower index. Which columns are kept matters, not where: they are measured again from the original
-// rows and sorted by (value, index) in the end. Threads with too few rows share the columns: parts have lists of their
-// own, whose k best keys are the k best of all, however many parts there are.
+// so ties go to the lower index; columns in another order (boxes.hpp) replace an equal one of a higher index too. Which
+// columns are kept matters, not where: they are measured again from the original rows and sorted by (value, index) in
+// the end. Threads with too few rows share the columns: parts have lists of their own, whose k best keys are the k best
+// of all, however many parts there are.
 #include "cpu/arrangement.hpp"
 #include "cpu/boxes.hpp"
 #include "cpu/keep.hpp"
