@@ -53,9 +53,9 @@ def knn(
     -----
     Up to 2047 queries against many references, threads share the references, which are packed a chunk at a time: extra
     memory is O(N (D + k)). Else they share the queries, and a packed copy of the references is made. Every candidate is
-    held against a list of k: k of the order of M costs O(N M k). On the CPU, by any metric of differences of coordinates,
-    up to 8 dimensions and from 4096 references on (16384 in 8), both sets are first ordered so that near rows are
-    together; references that are too far away, which boxes around runs of them show, are skipped.
+    held against a list of k: k of the order of M costs O(N M k). On the CPU, by any metric of differences of
+    coordinates, up to 8 dimensions and from 4096 references on (16384 in 8), both sets are first ordered so that near
+    rows are together; references that are too far away, which boxes around runs of them show, are skipped.
 
     Examples
     --------
