@@ -16,9 +16,10 @@ from ..case import CHECKED_ROWS, Array, Case, Problem, Shape, Step, first_rows, 
 
 
 def _two_sets(shape: Shape, rng: np.random.Generator) -> dict[str, Array]:
+    batch = (shape["b"],) if "b" in shape else ()
     return {
-        "x": rng.standard_normal((shape["n"], shape["d"]), np.float32),
-        "y": rng.standard_normal((shape["m"], shape["d"]), np.float32),
+        "x": rng.standard_normal((*batch, shape["n"], shape["d"]), np.float32),
+        "y": rng.standard_normal((*batch, shape["m"], shape["d"]), np.float32),
     }
 
 
@@ -72,11 +73,6 @@ CDIST = Case(
 )
 
 
-def _batches(shape: Shape, rng: np.random.Generator) -> dict[str, Array]:
-    sizes = {"x": (shape["b"], shape["n"], shape["d"]), "y": (shape["b"], shape["m"], shape["d"])}
-    return {name: rng.standard_normal(size, np.float32) for name, size in sizes.items()}
-
-
 def _batches_reference(problem: Problem) -> tuple[Array, ...]:
     x, y = (problem[name][:CHECKED_ROWS].astype(np.float64) for name in "xy")
     return (np.linalg.norm(x[:, :, None] - y[:, None], axis=-1),)
@@ -88,7 +84,6 @@ CDIST_BATCH = dataclasses.replace(
     what="cdist, a batch of tiny problems",
     shapes=({"b": 4096, "n": 8, "m": 8, "d": 4},),
     quick={"b": 64, "n": 8, "m": 8, "d": 4},
-    make=_batches,
     peers={"torch.cdist": _torch_cdist},
     reference=_batches_reference,
     flops=lambda s: 3 * s["b"] * s["n"] * s["m"] * s["d"],
