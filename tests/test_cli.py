@@ -225,3 +225,15 @@ def test_interrupt_ends_without_a_traceback(tmp_path, demo_packages):
     assert process.returncode == 130, errors
     assert errors.rstrip().endswith("interrupted")
     assert "Traceback" not in errors
+
+
+def test_interrupt_inside_exec_ends_with_the_same_code(tmp_path):
+    (tmp_path / "interrupted.py").write_text(
+        "import sys\n"
+        "from nearfar import cli\n"
+        "cli._HERE['info'].run = staticmethod(lambda args: exec('raise KeyboardInterrupt'))\n"
+        "sys.exit(cli.main(['info']))\n"
+    )
+    command = [sys.executable, "-m", "interrupted"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (process.returncode, process.stderr) == (130, "interrupted\n")
