@@ -304,7 +304,7 @@ SYMMETRIC = (
 @pytest.mark.isa
 @pytest.mark.parametrize("name", SYMMETRIC)
 def test_symmetric_product(name, threads):
-    """From 4096 rows on, one column times K(x, x) takes half the pairs: each serves its row and its column."""
+    """From 1024 rows on, few columns times K(x, x) take half the pairs: each serves its row and its column."""
     for n, d, dtype in ((4096, 3, "float32"), (4097, 20, "float64"), (8209, 3, "float32")):
         kernel = FAMILIES[name][0](*FAMILIES[name][2](d))
         x, v = points(n, d, dtype), points(n, 1, dtype, seed=5)

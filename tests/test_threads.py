@@ -21,6 +21,7 @@ TIMEOUT = 60  # seconds after which a child counts as hung
 rng = np.random.default_rng(0)
 X, Y = rng.standard_normal((2, 1003, 37)).astype(np.float32)
 V = rng.standard_normal((1003, 5)).astype(np.float32)
+LONG = rng.standard_normal((5003, 9)).astype(np.float32)  # K(x, x) v is computed by half
 
 
 def select(x, y, threads, k=3):
@@ -30,11 +31,12 @@ def select(x, y, threads, k=3):
     return value, index
 
 
-def matmul_grad(threads):
-    dx, dy = np.zeros_like(X[None]), np.zeros_like(Y[None])
+def matmul_grad(threads, same=False):
+    dx, dy = np.zeros_like(X[None]), None if same else np.zeros_like(Y[None])
     program, parameters, dp = "sqeuclidean 0 -1; dot 0 20; gaussian 0 0; add 1 2", np.array([0.5]), np.zeros(1)
-    _core.matmul_grad(X[None], Y[None], V[None], V[None], program, parameters, dx, dy, dp, threads)
-    return dx, dy, dp
+    points = X[None], (X if same else Y)[None]
+    _core.matmul_grad(*points, V[None], V[None], program, parameters, same, dx, dy, dp, threads)
+    return dx, dy if dy is not None else dx, dp
 
 
 def hsic_grad(threads):
@@ -49,12 +51,12 @@ def hsic_grad(threads):
     return values, dx, dy, dp, dq
 
 
-def store_grad(threads):
-    value = np.empty((1, len(X), len(Y)), np.float32)
-    _core.store(X[None], Y[None], "euclidean", 2.0, False, False, False, value, threads)
-    dx, dy = np.zeros_like(X[None]), np.zeros_like(Y[None])
-    _core.store_grad(X[None], Y[None], "euclidean", 2.0, False, False, value, np.sqrt(value), dx, dy, threads)
-    return value, dx, dy
+def store_grad(threads, same=False):
+    value, points = np.empty((1, len(X), len(Y)), np.float32), (X[None], (X if same else Y)[None])
+    _core.store(*points, "euclidean", 2.0, False, same, False, value, threads)
+    dx, dy = np.zeros_like(X[None]), None if same else np.zeros_like(Y[None])
+    _core.store_grad(*points, "euclidean", 2.0, False, same, False, value, np.sqrt(value), dx, dy, threads)
+    return value, dx, dy if dy is not None else dx
 
 
 def with_threads(function):
@@ -95,9 +97,12 @@ OPERATIONS = {
     "composed gram": with_threads(lambda: (nf.kernels.Matern(3.0) + nf.kernels.Laplacian(9.0))(X, Y)),
     "gram matmul": with_threads(lambda: nf.kernels.Gaussian(3.0).matmul(X, Y, V)),
     "k-means": with_threads(lambda: nf.KMeans(30, random_state=0, max_iter=5).fit(X).cluster_centers_),
+    "gram matmul of one set": with_threads(lambda: nf.kernels.Gaussian(3.0).matmul(LONG, None, LONG[:, :7])),
     "matmul_grad": matmul_grad,
+    "matmul_grad of one set": lambda threads: matmul_grad(threads, same=True),
     "hsic_grad": hsic_grad,
     "store_grad": store_grad,
+    "store_grad of one set": lambda threads: store_grad(threads, same=True),
     "select": lambda threads: select(X, Y, threads),
     "one neighbour": lambda threads: select(X, Y, threads, k=1),
 }

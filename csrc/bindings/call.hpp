@@ -59,6 +59,13 @@ struct PairInputs {
   double work() const { return work_of(x, y); }
   int64_t results(bool condensed) const { return condensed ? n() * (n() - 1) / 2 : n() * m(); }
 };
+/// Of a gradient where y is x: there is one of both.
+template <class Inputs>
+void require_same(const Inputs& in, py::handle dy) {
+  if (in.n() != in.m()) refuse_value("y", "expected the rows of x");
+  if (!dy.is_none()) refuse_value("dy", "expected None, since y is x");
+}
+
 /// Weights of n rows, or null.
 template <class T>
 const T* weights_of(py::handle weights, int64_t n) {

@@ -47,18 +47,21 @@ void store(py::handle x, py::handle y, const std::string& map, double power, boo
   });
 }
 
-void store_grad(py::handle x, py::handle y, const std::string& map, double power, bool normalize, bool condensed,
-                py::handle value, py::handle grad, py::handle dx, py::handle dy, const py::tuple& where) {
+void store_grad(py::handle x, py::handle y, const std::string& map, double power, bool normalize, bool same,
+                bool condensed, py::handle value, py::handle grad, py::handle dx, py::handle dy,
+                const py::tuple& where) {
   DevicePairs in(x, y);
+  if (same || condensed) require_same(in, dy);
   with_compute_type(in.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     const T *values = in.result<T>(value, "value", condensed), *grads = in.result<T>(grad, "grad", condensed);
     T *x_out = in.call.gradient<T>(dx, "dx", in.x), *y_out = in.call.gradient<T>(dy, "dy", in.y);
-    if (dx.is_none() || (condensed && dy.is_none())) refuse_value("dx", "expected with that of y");
+    if (dx.is_none()) refuse_value("dx", "expected with that of y");
+    if (same || condensed) y_out = x_out;
     const PairMap pair_map = map_of(map);
     for (int64_t b = 0; b < in.batches() && in.results(condensed) > 0; ++b)
       in.call.run(where, [&](cuda::Context& c) {
-        cuda::store_grad<T>(c, {rows_of(in.x, b), rows_of(in.y, b), pair_map, normalize, condensed,
+        cuda::store_grad<T>(c, {rows_of(in.x, b), rows_of(in.y, b), pair_map, normalize, same || condensed, condensed,
                                 values + b * in.results(condensed), grads + b * in.results(condensed),
                                 x_out + b * in.n() * in.d(), y_out ? y_out + b * in.m() * in.d() : nullptr, 0, power});
       });
@@ -84,10 +87,12 @@ template <class T>
 struct ProgramGradients {
   T *dx, *dy;
   double* dparameters;
-  ProgramGradients(DevicePairs& in, const Program& program, py::handle x, py::handle y, py::handle p)
+  ProgramGradients(DevicePairs& in, const Program& program, bool same, py::handle x, py::handle y, py::handle p)
       : dx(in.call.gradient<T>(x, "dx", in.x)),
-        dy(in.call.gradient<T>(y, "dy", in.y)),
-        dparameters(p.is_none() ? nullptr : in.call.output<double>(p, "dparameters", {program.parameters})) {}
+        dy(same ? dx : in.call.gradient<T>(y, "dy", in.y)),
+        dparameters(p.is_none() ? nullptr : in.call.output<double>(p, "dparameters", {program.parameters})) {
+    if (same) require_same(in, y);
+  }
   template <class Params>
   void put(Params& p, const DevicePairs& in, int64_t b) const {
     p.dx = dx ? dx + b * in.n() * in.d() : nullptr;
@@ -117,14 +122,14 @@ void gram(py::handle x, py::handle y, const std::string& text, py::handle parame
   });
 }
 
-void gram_grad(py::handle x, py::handle y, const std::string& text, py::handle parameters, py::handle grad,
+void gram_grad(py::handle x, py::handle y, const std::string& text, py::handle parameters, bool same, py::handle grad,
                py::handle dx, py::handle dy, py::handle dparameters, const py::tuple& where) {
   DevicePairs in(x, y);
   const DeviceProgram kernel(in.call, text, parameters, in.d());
   with_compute_type(in.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     const T* upstream = in.result<T>(grad, "grad", false);
-    const ProgramGradients<T> gradients(in, kernel.program, dx, dy, dparameters);
+    const ProgramGradients<T> gradients(in, kernel.program, same, dx, dy, dparameters);
     for (int64_t b = 0; b < in.batches() && in.results(false) > 0; ++b) {
       cuda::GramGradDevice<T> p{};
       p.x = rows_of(in.x, b);
@@ -164,7 +169,8 @@ void matmul(py::handle x, py::handle y, py::handle v, const std::string& text, p
 }
 
 void matmul_grad(py::handle x, py::handle y, py::handle v, py::handle grad, const std::string& text,
-                 py::handle parameters, py::handle dx, py::handle dy, py::handle dparameters, const py::tuple& where) {
+                 py::handle parameters, bool same, py::handle dx, py::handle dy, py::handle dparameters,
+                 const py::tuple& where) {
   DevicePairs in(x, y);
   const Array values = in.call.points(v, "v", 3, in.x), upstream = in.call.points(grad, "grad", 3, in.x);
   require_shape(values, "v", {in.batches(), in.m(), values.shape[2]});
@@ -172,7 +178,7 @@ void matmul_grad(py::handle x, py::handle y, py::handle v, py::handle grad, cons
   const DeviceProgram kernel(in.call, text, parameters, in.d());
   with_compute_type(in.x.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const ProgramGradients<T> gradients(in, kernel.program, dx, dy, dparameters);
+    const ProgramGradients<T> gradients(in, kernel.program, same, dx, dy, dparameters);
     for (int64_t b = 0; b < in.batches() && in.results(false) > 0; ++b) {
       cuda::MatmulGradDevice<T> p{};
       p.x = rows_of(in.x, b);
@@ -275,15 +281,15 @@ void register_cuda(py::module_& module) {
   m.def("store", cuda_bindings::store, arg("x"), arg("y"), arg("map"), arg("power"), arg("normalize"), arg("same"),
         arg("condensed"), arg("out"), arg("where"));
   m.def("store_grad", cuda_bindings::store_grad, arg("x"), arg("y"), arg("map"), arg("power"), arg("normalize"),
-        arg("condensed"), arg("value"), arg("grad"), arg("dx"), arg("dy"), arg("where"));
+        arg("same"), arg("condensed"), arg("value"), arg("grad"), arg("dx"), arg("dy"), arg("where"));
   m.def("gram", cuda_bindings::gram, arg("x"), arg("y"), arg("program"), arg("parameters"), arg("same"), arg("out"),
         arg("where"));
-  m.def("gram_grad", cuda_bindings::gram_grad, arg("x"), arg("y"), arg("program"), arg("parameters"), arg("grad"),
-        arg("dx"), arg("dy"), arg("dparameters"), arg("where"));
+  m.def("gram_grad", cuda_bindings::gram_grad, arg("x"), arg("y"), arg("program"), arg("parameters"), arg("same"),
+        arg("grad"), arg("dx"), arg("dy"), arg("dparameters"), arg("where"));
   m.def("matmul", cuda_bindings::matmul, arg("x"), arg("y"), arg("v"), arg("program"), arg("parameters"), arg("same"),
         arg("out"), arg("where"));
   m.def("matmul_grad", cuda_bindings::matmul_grad, arg("x"), arg("y"), arg("v"), arg("grad"), arg("program"),
-        arg("parameters"), arg("dx"), arg("dy"), arg("dparameters"), arg("where"));
+        arg("parameters"), arg("same"), arg("dx"), arg("dy"), arg("dparameters"), arg("where"));
   m.def("hsic", cuda_bindings::hsic, arg("x"), arg("y"), arg("parameters_x"), arg("parameters_y"), arg("program_x"),
         arg("program_y"), arg("diagonal"), arg("values"), arg("where"));
   m.def("hsic_grad", cuda_bindings::hsic_grad, arg("x"), arg("y"), arg("parameters_x"), arg("parameters_y"),

@@ -38,10 +38,12 @@ template <class T>
 struct Gradients {
   T *dx, *dy;
   double* dparameters;
-  Gradients(const PairInputs& in, const Program& program, py::handle x, py::handle y, py::handle p)
+  Gradients(const PairInputs& in, const Program& program, bool same, py::handle x, py::handle y, py::handle p)
       : dx(optional_output<T>(x, "dx", {in.batches(), in.n(), in.d()})),
-        dy(optional_output<T>(y, "dy", {in.batches(), in.m(), in.d()})),
-        dparameters(optional_output<double>(p, "dparameters", {program.parameters})) {}
+        dy(same ? dx : optional_output<T>(y, "dy", {in.batches(), in.m(), in.d()})),
+        dparameters(optional_output<double>(p, "dparameters", {program.parameters})) {
+    if (same) require_same(in, y);
+  }
 
   /// Batches in turn where they add to the gradient of the parameters.
   template <class Params, class F>
@@ -50,19 +52,20 @@ struct Gradients {
   }
 };
 
-void gram_grad(py::handle x, py::handle y, const std::string& text, py::handle parameters, py::handle grad,
+void gram_grad(py::handle x, py::handle y, const std::string& text, py::handle parameters, bool same, py::handle grad,
                py::handle dx, py::handle dy, py::handle dparameters, int threads) {
   const PairInputs in(x, y);
   const Program program = parse_program(text, parameters, in.d());
   with_compute_type(in.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     const T* upstream = output<T>(grad, "grad", {in.batches(), in.n(), in.m()});
-    const Gradients<T> g(in, program, dx, dy, dparameters);
+    const Gradients<T> g(in, program, same, dx, dy, dparameters);
     const Team team(threads, in.batches() * in.work());
     g.for_each(in, team.threads, of<T>(ops()).gram_grad, [&](int64_t b, int t) {
       return GramGradParams<T>{rows_of(in.x, b),
                                rows_of(in.y, b),
                                &program,
+                               same,
                                upstream + b * in.n() * in.m(),
                                moved(g.dx, b * in.n() * in.d()),
                                moved(g.dy, b * in.m() * in.d()),
@@ -93,7 +96,7 @@ void matmul(py::handle x, py::handle y, py::handle v, const std::string& text, p
 }
 
 void matmul_grad(py::handle x, py::handle y, py::handle v, py::handle grad, const std::string& text,
-                 py::handle parameters, py::handle dx, py::handle dy, py::handle dparameters, int threads) {
+                 py::handle parameters, bool same, py::handle dx, py::handle dy, py::handle dparameters, int threads) {
   const PairInputs in(x, y);
   const Array values = input(v, "v", 3), upstream = input(grad, "grad", 3);
   require_dtype(values, "v", in.x.dtype);
@@ -103,7 +106,7 @@ void matmul_grad(py::handle x, py::handle y, py::handle v, py::handle grad, cons
   const Program program = parse_program(text, parameters, in.d());
   with_compute_type(in.x.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Gradients<T> g(in, program, dx, dy, dparameters);
+    const Gradients<T> g(in, program, same, dx, dy, dparameters);
     const Team team(threads, in.batches() * in.work());
     g.for_each(in, team.threads, of<T>(ops()).matmul_grad, [&](int64_t b, int t) {
       return MatmulGradParams<T>{rows_of(in.x, b),
@@ -111,6 +114,7 @@ void matmul_grad(py::handle x, py::handle y, py::handle v, py::handle grad, cons
                                  rows_of(values, b),
                                  rows_of(upstream, b),
                                  &program,
+                                 same,
                                  moved(g.dx, b * in.n() * in.d()),
                                  moved(g.dy, b * in.m() * in.d()),
                                  g.dparameters,
@@ -178,14 +182,14 @@ void register_kernels(py::module_& m) {
   using py::arg;
   m.def("gram", gram, arg("x"), arg("y"), arg("program"), arg("parameters"), arg("same"), arg("out"), arg("threads"),
         "out[b, i, j] = k(x[b, i], y[b, j]) for a kernel given as a program.");
-  m.def("gram_grad", gram_grad, arg("x"), arg("y"), arg("program"), arg("parameters"), arg("grad"), arg("dx"),
-        arg("dy"), arg("dparameters"), arg("threads"),
-        "Adds the gradient of <grad, gram(x, y)> to dx, dy and dparameters; None: not wanted.");
+  m.def("gram_grad", gram_grad, arg("x"), arg("y"), arg("program"), arg("parameters"), arg("same"), arg("grad"),
+        arg("dx"), arg("dy"), arg("dparameters"), arg("threads"),
+        "Adds the gradient of <grad, gram(x, y)> to dx (same: of both sets), dy and dparameters; None: not wanted.");
   m.def("matmul", matmul, arg("x"), arg("y"), arg("v"), arg("program"), arg("parameters"), arg("same"), arg("out"),
         arg("threads"), "out = K(x, y) v for a kernel given as a program.");
   m.def("matmul_grad", matmul_grad, arg("x"), arg("y"), arg("v"), arg("grad"), arg("program"), arg("parameters"),
-        arg("dx"), arg("dy"), arg("dparameters"), arg("threads"),
-        "Adds the gradient of <grad, K(x, y) v> to dx, dy and dparameters; None: not wanted.");
+        arg("same"), arg("dx"), arg("dy"), arg("dparameters"), arg("threads"),
+        "Adds the gradient of <grad, K(x, y) v> to dx (same: of both sets), dy and dparameters; None: not wanted.");
   m.def("hsic", hsic, arg("x"), arg("y"), arg("parameters_x"), arg("parameters_y"), arg("program_x"), arg("program_y"),
         arg("diagonal"), arg("values"), arg("threads"),
         "values = sums of K' L', K'^2, L'^2 of two centred kernel matrices, and what centres each.");

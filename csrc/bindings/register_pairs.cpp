@@ -34,15 +34,16 @@ void store(py::handle x, py::handle y, const std::string& map, double power, boo
   });
 }
 
-void store_grad(py::handle x, py::handle y, const std::string& map, double power, bool normalize, bool condensed,
-                py::handle value, py::handle grad, py::handle dx, py::handle dy, int threads) {
+void store_grad(py::handle x, py::handle y, const std::string& map, double power, bool normalize, bool same,
+                bool condensed, py::handle value, py::handle grad, py::handle dx, py::handle dy, int threads) {
   const PairInputs in(x, y);
+  if (same || condensed) require_same(in, dy);
   with_compute_type(in.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     const T *values = result<T>(value, "value", in, condensed), *grads = result<T>(grad, "grad", in, condensed);
     T* x_out = dx.is_none() ? nullptr : output<T>(dx, "dx", {in.batches(), in.n(), in.d()});
     T* y_out = dy.is_none() ? nullptr : output<T>(dy, "dy", {in.batches(), in.m(), in.d()});
-    if (condensed && (dx.is_none() || dy.is_none())) refuse_value("dx", "expected both gradients of condensed pairs");
+    if (same || condensed) y_out = x_out;
     const PairMap pair_map = map_of(map);
     const Team team(threads, in.batches() * in.work());
     for_problems(in, team.threads, of<T>(ops()).store_grad, [&](int64_t b, int t) {
@@ -50,6 +51,7 @@ void store_grad(py::handle x, py::handle y, const std::string& map, double power
                                 rows_of(in.y, b),
                                 pair_map,
                                 normalize,
+                                same || condensed,
                                 condensed,
                                 values + b * in.results(condensed),
                                 grads + b * in.results(condensed),
@@ -87,9 +89,9 @@ void register_pairs(py::module_& m) {
   using py::arg;
   m.def("store", store, arg("x"), arg("y"), arg("map"), arg("power"), arg("normalize"), arg("same"), arg("condensed"),
         arg("out"), arg("threads"), "out[b, i, j] = map(x[b, i], y[b, j]); condensed: (b, i < j).");
-  m.def("store_grad", store_grad, arg("x"), arg("y"), arg("map"), arg("power"), arg("normalize"), arg("condensed"),
-        arg("value"), arg("grad"), arg("dx"), arg("dy"), arg("threads"),
-        "Adds the gradient of <grad, store(x, y)> to dx and dy.");
+  m.def("store_grad", store_grad, arg("x"), arg("y"), arg("map"), arg("power"), arg("normalize"), arg("same"),
+        arg("condensed"), arg("value"), arg("grad"), arg("dx"), arg("dy"), arg("threads"),
+        "Adds the gradient of <grad, store(x, y)> to dx and dy; same: to dx alone.");
   m.def("select", select, arg("x"), arg("y"), arg("map"), arg("power"), arg("normalize"), arg("exclude_self"), arg("k"),
         arg("value"), arg("index"), arg("screening"), arg("threads"), "The k best columns of every row, best first.");
 }

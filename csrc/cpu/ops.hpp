@@ -47,10 +47,12 @@ template <class T>
 struct StoreGradParams {
   Rows x, y;
   PairMap map;
-  bool normalize, condensed;
+  bool normalize;
+  bool same;       // y is x, and dy dx: that of both
+  bool condensed;  // implies same
   const T* out;
   const T* grad;
-  T *dx, *dy;  // null: not wanted; on the GPU dx always is. For condensed: their sum is the gradient
+  T *dx, *dy;  // null: not wanted; on the GPU dx always is
   int threads;
   double power = 2;  // of minkowski
 };
@@ -222,6 +224,7 @@ template <class T>
 struct GramGradParams {
   Rows x, y;
   const Program* program;
+  bool same;  // as in StoreGradParams
   const T* grad;
   T *dx, *dy;
   double* dparameters;
@@ -243,6 +246,7 @@ template <class T>
 struct MatmulGradParams {
   Rows x, y, v, grad;
   const Program* program;
+  bool same;  // as in StoreGradParams
   T *dx, *dy;
   double* dparameters;
   int threads;

@@ -243,31 +243,38 @@ class ParameterSums {
   const Buffer<double> sums_;
 };
 
-/// Weights of every score: upstream * pull. `upstream(block, panel, out)` fills a tile of the upstream gradient of the
-/// kernel's values, 0 where there is no pair.
+/// Weights of every score: upstream * pull. `upstream(block, panel, columns, out)` fills a tile of the upstream
+/// gradient of the kernel's values, 0 where there is no pair. Where y is x only the triangle column <= row is asked
+/// for: a pair of it stands for both, and the diagonal for itself.
 template <class T, class Upstream>
 struct ProgramGradCell {
   using P = Policy<T>;
   static constexpr bool kScores = true;
 
-  ProgramGradCell(const Scores<T>& scores, const Program& program, const Upstream& upstream, double* sums)
-      : count_(scores.count), evaluator_(program), upstream_(upstream), sums_(sums, program, scores.chunks().count) {}
+  ProgramGradCell(const Scores<T>& scores, const Program& program, bool same, const Upstream& upstream, double* sums)
+      : count_(scores.count),
+        same_(same),
+        evaluator_(program),
+        upstream_(upstream),
+        sums_(sums, program, scores.chunks().count) {}
 
   /// blocks[s]: score s of the same pairs.
   void map(const Block<T>* blocks) {
     const Block<T>& b = blocks[0];
-    const int64_t size = b.columns * P::NR;
-    Buffer<T> upstream(size);
+    Buffer<T> upstream(b.columns * P::NR);
     T* tiles[Program::kScores];
     auto sweep = evaluator_.sweep();
     for (int64_t p = 0; p < b.panels; ++p) {
+      const int64_t columns = same_ ? b.columns_below(p) : b.columns, size = columns * P::NR;
       for (int s = 0; s < count_; ++s) tiles[s] = blocks[s].panel(p);
-      upstream_(b, p, upstream.get());
+      upstream_(b, p, columns, upstream.get());
       for (int64_t k = 0; k < size; k += Evaluator<T>::kRun) {
         const int64_t run = size - k < Evaluator<T>::kRun ? size - k : Evaluator<T>::kRun;
         evaluator_.evaluate(tiles, k, run, sweep);
         evaluator_.pull(tiles, upstream.get() + k, k, run, sweep, sums_.of(b.chunk));
       }
+      for (int s = 0; s < count_; ++s)
+        for (int64_t k = size; k < b.columns * P::NR; ++k) tiles[s][k] = 0;
     }
   }
   void close(int64_t, int64_t, int64_t) {}
@@ -276,6 +283,7 @@ struct ProgramGradCell {
 
  private:
   const int count_;
+  const bool same_;
   const Evaluator<T> evaluator_;
   const Upstream& upstream_;
   const ParameterSums sums_;
@@ -316,7 +324,7 @@ struct InStep {
 };
 
 /// The passes of one program's scores, to go in step with those of others, and what they add to dx (n, d) and dy (m, d)
-/// of all columns, either of which may be null.
+/// of all columns, either of which may be null, and dy may be dx.
 template <class T, class Cell>
 class ScorePasses {
  public:
@@ -331,14 +339,14 @@ class ScorePasses {
         whole_(scores.count == 1 && scores[0].d == d && !scores[0].x.normalized()),
         threads_(plan.threads) {
     for (int s = 0; s < scores.count; ++s) {
-      plan.dx = room(dx, own_dx_[s], scores[s].x);
-      plan.dy = room(dy, own_dy_[s], scores[s].y);
+      plan.dx = room(dx, whole_, own_dx_[s], scores[s].x);
+      plan.dy = room(dy, whole_ && dy != dx, own_dy_[s], scores[s].y);
       passes.add(scores[s], cell, plan);
     }
   }
 
   void finish() {
-    for (int s = 0; !whole_ && s < scores_.count; ++s) {
+    for (int s = 0; s < scores_.count; ++s) {
       add(s, own_dx_[s].get(), dx_, scores_[s].x);
       add(s, own_dy_[s].get(), dy_, scores_[s].y);
     }
@@ -347,15 +355,15 @@ class ScorePasses {
  private:
   /// One score of all columns adds to the results; several, or one of some columns or of unit rows, to memory of their
   /// own.
-  T* room(T* result, Buffer<T>& own, const Source<T>& rows) const {
-    if (!result || whole_) return result;
+  T* room(T* result, bool whole, Buffer<T>& own, const Source<T>& rows) const {
+    if (!result || whole) return result;
     const int64_t size = rows.n() * rows.d();
     own = Buffer<T>(size);
     for (int64_t k = 0; k < size; ++k) own[k] = 0;
     return own.get();
   }
   void add(int s, T* from, T* to, const Source<T>& rows) const {
-    if (!to) return;
+    if (!from) return;
     if (rows.normalized()) finish_gradient(rows, 1, threads_, from);
     const int64_t width = rows.d(), begin = program_.score[s].begin;
     for (int64_t i = 0; i < rows.n(); ++i)
@@ -378,14 +386,15 @@ int64_t depth_of(int64_t widest) {
 }
 
 /// Adds to dx (n, d) and dy (m, d), either of which may be null, the gradient of sum_ij u_ij k(x_i, y_j), and to sums
-/// that of the parameters, null if not wanted.
+/// that of the parameters, null if not wanted. same: y is x, and dy dx.
 template <class T, class Upstream>
-void program_gradient(const Program& program, const Rows& x, const Rows& y, const Upstream& upstream, T* dx, T* dy,
-                      double* sums, int threads) {
+void program_gradient(const Program& program, const Rows& x, const Rows& y, bool same, const Upstream& upstream, T* dx,
+                      T* dy, double* sums, int threads) {
   using Cell = ProgramGradCell<T, Upstream>;
-  const Scores<T> scores(program, x, y, false, true, threads);
-  Cell cell(scores, program, upstream, sums);
+  const Scores<T> scores(program, x, y, same, true, threads);
+  Cell cell(scores, program, same, upstream, sums);
   StripPlan<T> plan;
+  plan.triangle = same;
   plan.threads = threads;
   plan.depth = depth_of<T>(scores.widest());
   plan.scored = !sums && program.linear();

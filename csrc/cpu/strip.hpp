@@ -31,6 +31,11 @@ struct Block {
   const T* squares;  // of the strip's rows, for distances
   Places* near;      // gradients of distances: where pairs are close, see Operands; else null
   T* panel(int64_t p) const { return data + p * panel_stride; }
+  /// Columns up to the last row of panel p: of a triangle, all that have pairs.
+  int64_t columns_below(int64_t p) const {
+    const int64_t most = row + (p + 1) * Policy<T>::NR - column;
+    return most < 0 ? 0 : most < columns ? most : columns;
+  }
 };
 
 template <class T>

@@ -52,6 +52,7 @@ def store_grad(
     map: str,
     power: float,
     normalize: bool,
+    same: bool,
     condensed: bool,
     value: object,
     grad: object,
@@ -59,7 +60,7 @@ def store_grad(
     dy: object,
     threads: int,
 ) -> None:
-    """Adds the gradient of <grad, store(x, y)> to dx and dy."""
+    """Adds the gradient of <grad, store(x, y)> to dx and dy; same: to dx alone."""
 
 def select(
     x: object,
@@ -86,13 +87,14 @@ def gram_grad(
     y: object,
     program: str,
     parameters: object,
+    same: bool,
     grad: object,
     dx: object,
     dy: object,
     dparameters: object,
     threads: int,
 ) -> None:
-    """Adds the gradient of <grad, gram(x, y)> to dx, dy and dparameters; None: not wanted."""
+    """Adds the gradient of <grad, gram(x, y)> to dx (same: of both sets), dy and dparameters; None: not wanted."""
 
 def matmul(
     x: object, y: object, v: object, program: str, parameters: object, same: bool, out: object, threads: int
@@ -106,12 +108,13 @@ def matmul_grad(
     grad: object,
     program: str,
     parameters: object,
+    same: bool,
     dx: object,
     dy: object,
     dparameters: object,
     threads: int,
 ) -> None:
-    """Adds the gradient of <grad, K(x, y) v> to dx, dy and dparameters; None: not wanted."""
+    """Adds the gradient of <grad, K(x, y) v> to dx (same: of both sets), dy and dparameters; None: not wanted."""
 
 def hsic(
     x: object,

@@ -255,8 +255,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(command, [error.name])
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        # CPython remembers an interrupt that left the text of an `exec`, as one does while dataclasses are imported, and
-        # `python -m` then ends by the signal whatever its exit code is; to run a text again makes it forget.
+        # CPython remembers an interrupt that left the text of an `exec`, as one may while dataclasses are imported,
+        # and `python -m` then ends by the signal whatever its exit code is; to run a text again makes it forget.
         exec("")
         return 130
     except BrokenPipeError:  # who reads has enough; what is left in the buffer goes nowhere

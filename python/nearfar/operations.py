@@ -63,34 +63,25 @@ def store_grad(
 ) -> tuple[Any, ...]:
     """Gradients of ``<grad, store(x, y)>``, those that are `wanted` ("0", "1", "01") at least.
 
-    With ``y=None`` both roles of x are in the first.
+    With ``y=None``, here and in what follows, both roles of x are in the first and the second is None.
     """
     columns = x if y is None else y
     # The GPU's strip of weights has that of x with any other.
     dx = empty(x, x.shape, zero=True) if y is None or "0" in wanted or on_cuda(x) else None
-    dy = empty(x, columns.shape, zero=True) if y is None or "1" in wanted else None
+    dy = empty(x, columns.shape, zero=True) if y is not None and "1" in wanted else None
     dtype = compute_dtype(x)
     grad = cast(grad, dtype)
     grad = contiguous(grad)
-    kernel(x, "store_grad")(x, columns, *_metric(map), normalize, condensed, value, grad, dx, dy)
-    return _both_roles(dx, dy, y)
+    kernel(x, "store_grad")(x, columns, *_metric(map), normalize, y is None, condensed, value, grad, dx, dy)
+    return dx, dy
 
 
 def _pair_gradients(x: Array, y: Array | None, parameters: Array | None, wanted: str) -> tuple[Any, Any, Any]:
     """Zeros for the gradients of x ("0"), y ("1") and the parameters, unless None; None for those not wanted."""
     dx = empty(x, x.shape, zero=True) if "0" in wanted else None
-    # Where y is x, both roles of it are computed, and added by `_both_roles`.
-    columns, number = (x, "0") if y is None else (y, "1")
-    dy = empty(x, columns.shape, zero=True) if number in wanted else None
+    dy = empty(x, y.shape, zero=True) if y is not None and "1" in wanted else None
     # Beside the points, also where the parameters are numbers on the CPU: whoever hands it out brings it there.
     return dx, dy, None if parameters is None else empty(x, parameters.shape, "float64", zero=True)
-
-
-def _both_roles(dx: Array | None, dy: Array | None, y: Array | None) -> tuple[Any, Any]:
-    if y is None and dx is not None:
-        dx += dy
-        return dx, None
-    return dx, dy
 
 
 def gram(x: Array, y: Array | None, parameters: Array, program: str) -> Array:
@@ -107,8 +98,8 @@ def gram_grad(
     """Gradients of ``<grad, gram(x, y)>`` with respect to x, y and the parameters, those that are `wanted` ("012")."""
     dx, dy, dp = _pair_gradients(x, y, parameters if "2" in wanted else None, wanted)
     grad = contiguous(cast(grad, compute_dtype(x)))
-    kernel(x, "gram_grad")(x, x if y is None else y, program, parameters, grad, dx, dy, dp)
-    return *_both_roles(dx, dy, y), dp
+    kernel(x, "gram_grad")(x, x if y is None else y, program, parameters, y is None, grad, dx, dy, dp)
+    return dx, dy, dp
 
 
 def matmul(x: Array, y: Array | None, v: Array, parameters: Array, program: str) -> Array:
@@ -128,11 +119,11 @@ def matmul_grad(
     columns = x if y is None else y
     dx, dy, dp = _pair_gradients(x, y, parameters if "3" in wanted else None, wanted)
     if dx is not None or dy is not None or dp is not None:
-        kernel(x, "matmul_grad")(x, columns, v, grad, program, parameters, dx, dy, dp)
+        kernel(x, "matmul_grad")(x, columns, v, grad, program, parameters, y is None, dx, dy, dp)
     dv = None
     if "2" in wanted:  # every score is symmetric: K(x, y)^T = K(y, x)
         dv = matmul(columns, None if y is None else x, grad, parameters, program)
-    return *_both_roles(dx, dy, y), dv, dp
+    return dx, dy, dv, dp
 
 
 def hsic(x: Array, y: Array, parameters_x: Array, parameters_y: Array, *config: Any) -> Array:

@@ -62,11 +62,6 @@ class Sides {
     for (int side = 0; side < kSides; ++side)
       for (int s = 0; s < scores[side].count; ++s) tiles[side][s] = (blocks++)->panel(p);
   }
-  /// Columns of a block up to the last row of panel p.
-  static int64_t columns_of(const Block<T>& b, int64_t p) {
-    const int64_t most = b.row + (p + 1) * P::NR - b.column;
-    return most < 0 ? 0 : most < b.columns ? most : b.columns;
-  }
   /// Whether so many columns of panel p meet the diagonal, or the panel has rows past the last one.
   bool at_edge(const Block<T>& b, int64_t p, int64_t columns) const {
     const int64_t row = b.row + p * P::NR;
@@ -122,7 +117,7 @@ class SumCell {
     Buffer<T> down(kSides * b.columns * L);
     for (int64_t k = 0; k < kSides * b.columns * L; ++k) down[k] = 0;
     for (int64_t p = 0; p < b.panels; ++p) {
-      const int64_t columns = Sides<T>::columns_of(b, p);
+      const int64_t columns = b.columns_below(p);
       T* tiles[kSides][Program::kScores];
       sides_.tiles_of(blocks, p, tiles);
       for (int side = 0; side < kSides; ++side)
@@ -307,7 +302,7 @@ class GradCell {
     typename Evaluator<T>::Sweep sweeps[kSides] = {sides_.evaluators[0].sweep(), sides_.evaluators[1].sweep()};
     alignas(64) T upstream[kSides][kRun];
     for (int64_t p = 0; p < b.panels; ++p) {
-      const int64_t columns = Sides<T>::columns_of(b, p), size = columns * NR;
+      const int64_t columns = b.columns_below(p), size = columns * NR;
       const bool edge = sides_.at_edge(b, p, columns);
       T* tiles[kSides][Program::kScores];
       sides_.tiles_of(blocks, p, tiles);
@@ -375,26 +370,15 @@ template <class T>
 void gradient(const HsicGradParams<T>& p) {
   const Sides<T> sides(p, p.values + 3, p.dpoints[0] != nullptr, p.dpoints[1] != nullptr);
   GradCell<T> cell(sides, p);
-  // Both ends of a pair have a gradient: that of its column is added in the end.
-  Buffer<T> columns[kSides];
-  for (int side = 0; side < kSides; ++side) {
-    if (!p.dpoints[side]) continue;
-    const int64_t size = sides.n * p.points[side].d;
-    columns[side] = Buffer<T>(size);
-    for (int64_t k = 0; k < size; ++k) columns[side][k] = 0;
-  }
   typename Sides<T>::template Passes<GradCell<T>> passes;
   auto passes_of = [&](int side) {
     return ScorePasses<T, GradCell<T>>(*p.program[side], sides.scores[side], p.points[side].d, p.dpoints[side],
-                                       p.dpoints[side] ? columns[side].get() : nullptr, cell, sides.plan, passes);
+                                       p.dpoints[side], cell, sides.plan, passes);
   };
   ScorePasses<T, GradCell<T>> own[kSides] = {passes_of(0), passes_of(1)};
   InStep::run(passes, sides.count(), cell);
   cell.finish();
-  for (int side = 0; side < kSides; ++side) {
-    own[side].finish();
-    for (int64_t k = 0; p.dpoints[side] && k < sides.n * p.points[side].d; ++k) p.dpoints[side][k] += columns[side][k];
-  }
+  for (auto& passes_of_side : own) passes_of_side.finish();
 }
 
 }  // namespace

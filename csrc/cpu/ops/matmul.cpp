@@ -15,7 +15,8 @@ class Matmul {
   using P = Policy<T>;
   static constexpr int NR = P::NR;
   static constexpr int kWide = P::MR;  // columns of v taken together
-  static constexpr int64_t kSymmetricRows = 32 * P::kStripRows;
+  static constexpr int64_t kSymmetricRows = 8 * P::kStripRows;
+  static constexpr int kLanesApart = 4;
 
  public:
   explicit Matmul(const MatmulParams<T>& params)
@@ -30,7 +31,7 @@ class Matmul {
 
   void run() {
     pack_v();
-    if (p.same && r == 1 && n >= kSymmetricRows) return run_symmetric();
+    if (p.same && n >= kSymmetricRows && r <= 16 + p.x.d) return run_symmetric();
     const int64_t strips = ceil_div(n, P::kStripRows), chunks = chunks_.count;
     // Few rows: cut the columns too, by the shape alone, and add the parts in order.
     splits_ = chunks_.parts(strips);
@@ -70,123 +71,194 @@ class Matmul {
     });
   }
 
-  /// A strip of rows, packed, and the kernel's values of a panel of it against the columns of a chunk.
-  class Strip {
+  /// Room for the scores of a panel of rows against the columns of a chunk.
+  struct Tiles {
+    explicit Tiles(const Matmul& own) {
+      const int64_t size = own.chunks_.tiles_each * P::MR * NR;
+      blocks = Buffer<T>(own.scores_.count * size);
+      for (int k = 0; k < own.scores_.count; ++k) scores[k] = blocks.get() + k * size;
+    }
+    Buffer<T> blocks;
+    T* scores[Program::kScores];
+  };
+
+  /// Up to `most` rows, packed, and the kernel's values of a panel of them against tiles [t0, t1) of columns.
+  class Panels {
    public:
-    Strip(const Matmul& own, int64_t row)
+    Panels(const Matmul& own, int64_t row, int64_t most, int threads)
         : row(row),
-          count(own.n - row < P::kStripRows ? own.n - row : P::kStripRows),
+          count(own.n - row < most ? own.n - row : most),
           panels(ceil_div(count, NR)),
           own_(own),
           packed_(panels * own.scores_.packed()),
           squares_(panels * own.scores_.squares()) {
       const Scores<T>& scores = own.scores_;
-      const int64_t size = own.chunks_.tiles_each * P::MR * NR;
-      blocks_ = Buffer<T>(scores.count * size);
-      for (int k = 0; k < scores.count; ++k) tiles_[k] = blocks_.get() + k * size;
-      Buffer<T> rows(scores.row_buffer());
-      for (int64_t q = 0; q < panels; ++q)
+      parallel_for(panels, threads, [&](int64_t q, int) {
+        Buffer<T> rows(scores.row_buffer());
         scores.pack(row + q * NR, rows.get(), packed_.get() + q * scores.packed(),
                     squares_.get() + q * scores.squares());
+      });
     }
-    T* values(int64_t chunk, int64_t q) {
+    T* values(int64_t t0, int64_t t1, int64_t q, const Tiles& tiles) const {
       const Scores<T>& scores = own_.scores_;
-      const int64_t t0 = own_.chunks_.tile_begin(chunk), t1 = own_.chunks_.tile_end(chunk);
       scores.block(t0, t1, row + q * NR, packed_.get() + q * scores.packed(), squares_.get() + q * scores.squares(),
-                   tiles_);
-      own_.evaluator_.forward(tiles_, (t1 - t0) * P::MR * NR, tiles_[0]);
-      return tiles_[0];
+                   tiles.scores);
+      own_.evaluator_.forward(tiles.scores, (t1 - t0) * P::MR * NR, tiles.scores[0]);
+      return tiles.scores[0];
     }
     const int64_t row, count, panels;
 
    private:
     const Matmul& own_;
-    Buffer<T> packed_, squares_, blocks_;
-    T* tiles_[Program::kScores];
+    Buffer<T> packed_, squares_;
   };
 
   /// One strip of rows against chunks [first, last): out[column of v][row of the strip].
-  void strip(int64_t s, int64_t first, int64_t last, T* out) {
-    Strip strip(*this, s * P::kStripRows);
+  void strip(int64_t s, int64_t first, int64_t last, T* out) const {
+    const Panels rows(*this, s * P::kStripRows, P::kStripRows, 1);
+    const Tiles tiles(*this);
     for (int64_t k = 0; k < r * P::kStripRows; ++k) out[k] = 0;
     for (int64_t chunk = first; chunk < last; ++chunk) {
       const int64_t t0 = chunks_.tile_begin(chunk), t1 = chunks_.tile_end(chunk);
-      const int64_t column = t0 * P::MR, columns = (t1 - t0) * P::MR;
-      for (int64_t q = 0; q < strip.panels; ++q) {
-        const T* block = strip.values(chunk, q);
-        if (width_ == 1) {
-          one_column(block, columns, v_.get() + column, out + q * NR);
-          continue;
-        }
-        for (int64_t g = 0; g < groups_; ++g) {
-          const T* v = v_.get() + (g * rows_ + column) * kWide;
-          T* to = out + g * kWide * P::kStripRows + q * NR;
-          const int64_t valid = r - g * kWide;
-          if (valid > 2 * kWide / 3)
-            wide<kWide>(block, columns, v, valid, to);
-          else if (valid > kWide / 3)
-            wide<2 * kWide / 3>(block, columns, v, valid, to);
-          else
-            wide<kWide / 3>(block, columns, v, valid, to);
-        }
-      }
+      for (int64_t q = 0; q < rows.panels; ++q)
+        add_across(rows.values(t0, t1, q, tiles), t0 * P::MR, (t1 - t0) * P::MR, out + q * NR);
     }
   }
 
-  /// y is x and v one column: a pair i > j serves row i and row j. Strips go to groups by the shape alone; a group adds
-  /// to a vector of its own, and the vectors are added in order.
+  /// out[column of v][lane] += values times the rows of v that the columns are.
+  void add_across(const T* values, int64_t column, int64_t columns, T* out) const {
+    if (width_ == 1) return one_column(values, columns, v_.get() + column, out);
+    for (int64_t g = 0; g < groups_; ++g) {
+      const T* v = v_.get() + (g * rows_ + column) * kWide;
+      T* to = out + g * kWide * P::kStripRows;
+      const int64_t valid = r - g * kWide;
+      if (valid > 2 * kWide / 3)
+        wide<kWide>(values, columns, v, valid, to);
+      else if (valid > kWide / 3)
+        wide<2 * kWide / 3>(values, columns, v, valid, to);
+      else
+        wide<kWide / 3>(values, columns, v, valid, to);
+    }
+  }
+
+  /// y is x: a pair i > j serves row i and row j. A task is a strip of rows and a group of chunks of columns, and has
+  /// sums of its own for both; these are added in order, after as many strips as there is room for.
   void run_symmetric() {
-    constexpr int64_t kGroups = 64;
-    const int64_t strips = ceil_div(n, P::kStripRows), groups = strips < kGroups ? strips : kGroups;
-    parts_ = Buffer<T>(groups * rows_);
-    for (int64_t last = strips - 1; last >= 0; last -= groups)  // the longest first
-      parallel_for(groups < last + 1 ? groups : last + 1, p.threads, [&](int64_t group, int) {
-        T* out = parts_.get() + group * rows_;
-        for (int64_t i = 0; last == strips - 1 && i < rows_; ++i) out[i] = 0;
-        triangle((last - group) * P::kStripRows, out);
+    constexpr int64_t kGroups = 64, kStrips = 16, kRoom = 1 << 18;
+    const int64_t size = n * r, partial = r * P::kStripRows, chunks_each = ceil_div(chunks_.count, kGroups);
+    const int64_t room = kRoom / size < 1 ? 1 : kRoom / size < kStrips ? kRoom / size : kStrips;
+    const Buffer<T> down(room * size), across(room * ceil_div(chunks_.count, chunks_each) * partial);
+    for (int64_t row = 0; row < n; row += room * P::kStripRows) {
+      const Panels rows(*this, row, room * P::kStripRows, p.threads);
+      Buffer<T> v_rows(rows.panels * panel_of_v());
+      turn_v(rows, v_rows.get());
+      const int64_t end = row + rows.count, strips = ceil_div(rows.count, P::kStripRows);
+      const int64_t chunks = ceil_div(ceil_div(end, P::MR), chunks_.tiles_each), groups = ceil_div(chunks, chunks_each);
+      parallel_for(strips * groups, p.threads, [&](int64_t task, int) {
+        const int64_t s = task / groups, first = task % groups * chunks_each;
+        const int64_t last = first + chunks_each < chunks ? first + chunks_each : chunks;
+        T *own = across.get() + task * partial, *others = down.get() + s * size;
+        for (int64_t k = 0; k < partial; ++k) own[k] = 0;
+        const int64_t rows_end = chunks_.tile_end(last - 1) * P::MR;
+        for (int64_t k = chunks_.tile_begin(first) * P::MR * r; k < size && k < rows_end * r; ++k) others[k] = 0;
+        for (int64_t chunk = first; chunk < last; ++chunk) triangle(rows, s, chunk, v_rows.get(), own, others);
       });
-    parallel_for(strips, p.threads, [&](int64_t s, int) {
-      for (int64_t i = s * P::kStripRows; i < (s + 1) * P::kStripRows && i < n; ++i) {
-        T sum = 0;
-        for (int64_t group = 0; group < groups; ++group) sum += parts_[group * rows_ + i];
-        p.out[i] = sum;
+      parallel_for(ceil_div(end, P::kStripRows), p.threads, [&](int64_t task, int) {
+        const int64_t begin = task * P::kStripRows,
+                      rows_end = begin + P::kStripRows < end ? begin + P::kStripRows : end;
+        for (int64_t k = begin < row ? rows_end * r : begin * r; k < rows_end * r; ++k) p.out[k] = 0;
+        for (int64_t s = 0; s < strips; ++s)
+          for (int64_t k = begin * r; k < rows_end * r; ++k) p.out[k] += down[s * size + k];
+        if (begin < row) return;
+        T* own = across.get() + (begin - row) / P::kStripRows * groups * partial;
+        for (int64_t g = 1; g < groups; ++g)
+          for (int64_t k = 0; k < partial; ++k) own[k] += own[g * partial + k];
+        for (int64_t i = begin; i < rows_end; ++i)
+          for (int64_t c = 0; c < r; ++c) p.out[i * r + c] += own[c * P::kStripRows + i - begin];
+      });
+    }
+  }
+
+  /// v of the rows of a panel, as `triangle` multiplies it: rows along the lanes if r is small, or else columns of v.
+  bool apart() const { return r <= kLanesApart; }
+  int64_t panel_of_v() const { return (apart() ? r : ceil_div(r, NR) * NR) * NR; }
+  void turn_v(const Panels& rows, T* out) const {
+    const int64_t size = panel_of_v();
+    parallel_for(rows.panels, p.threads, [&](int64_t q, int) {
+      for (int64_t k = 0; k < size; ++k) {
+        const int64_t i = apart() ? k % NR : k / NR % NR, c = apart() ? k / NR : k / (NR * NR) * NR + k % NR;
+        out[q * size + k] = c < r ? v_[(c / width_ * rows_ + rows.row + q * NR + i) * width_ + c % width_] : T(0);
       }
     });
   }
 
-  /// The pairs of a strip of rows with the columns before them.
-  void triangle(int64_t row, T* out) {
-    constexpr int L = kLanes<T>;
-    Strip strip(*this, row);
-    Buffer<T> down(chunks_.tiles_each * P::MR * L);
-    alignas(64) T across[P::kStripRows] = {};
-    for (int64_t chunk = 0; chunk < chunks_.count && chunks_.tile_begin(chunk) * P::MR < row + strip.count; ++chunk) {
-      const int64_t column = chunks_.tile_begin(chunk) * P::MR, columns = chunks_.tile_end(chunk) * P::MR - column;
-      for (int64_t k = 0; k < columns * L; ++k) down[k] = 0;
-      for (int64_t q = 0; q < strip.panels; ++q) {
-        const int64_t first = row + q * NR;
-        T* block = strip.values(chunk, q);
-        // Pairs past the diagonal, and rows past the last one.
-        const bool edge = column + columns > first || first + NR > n;
-        for (int64_t j = 0; edge && j < columns; ++j)
-          for (int64_t i = 0; i < NR; ++i)
-            if (column + j > first + i || first + i >= n) block[j * NR + i] = 0;
-        one_column(block, columns, v_.get() + column, across + q * NR);
-        for (int64_t i = 0; edge && i < NR; ++i)  // the diagonal has served
-          if (const int64_t j = first + i - column; j >= 0 && j < columns) block[j * NR + i] = 0;
-        Vec<T> v[P::kVectors];
-#pragma GCC unroll 2
-        for (int k = 0; k < P::kVectors; ++k) v[k] = load(v_.get() + first + k * L);
-        for (int64_t j = 0; j < columns; ++j) {
-          Vec<T> sum = load(down.get() + j * L);
-#pragma GCC unroll 2
-          for (int k = 0; k < P::kVectors; ++k) sum += load(block + j * NR + k * L) * v[k];
-          store(down.get() + j * L, sum);
-        }
-      }
-      for (int64_t j = 0; j < columns; ++j) out[column + j] += hsum<T>(load(down.get() + j * L));
+  /// The pairs of a strip of the rows with the columns of a chunk before them: v of these to `across`, v of the strip
+  /// to `down`.
+  void triangle(const Panels& rows, int64_t strip, int64_t chunk, const T* v_rows, T* across, T* down) const {
+    constexpr int64_t kPanels = P::kStripRows / NR;
+    const int64_t t0 = chunks_.tile_begin(chunk), column = t0 * P::MR, most = chunks_.tiles_each * P::MR;
+    const Tiles tiles(*this);
+    const int64_t lanes = apart() ? most * kLanes<T> : 0;  // of sums for a column of v
+    Buffer<T> sums(r * lanes);
+    for (int64_t k = 0; k < r * lanes; ++k) sums[k] = 0;
+    for (int64_t q = strip * kPanels; q < (strip + 1) * kPanels && q < rows.panels; ++q) {
+      const int64_t first = rows.row + q * NR, below = ceil_div(first + NR, P::MR);
+      const int64_t t1 = below < chunks_.tile_end(chunk) ? below : chunks_.tile_end(chunk), columns = (t1 - t0) * P::MR;
+      if (t1 <= t0) continue;
+      T* block = rows.values(t0, t1, q, tiles);
+      // Pairs past the diagonal, and rows past the last one.
+      const bool edge = column + columns > first || first + NR > n;
+      for (int64_t j = 0; edge && j < columns; ++j)
+        for (int64_t i = 0; i < NR; ++i)
+          if (column + j > first + i || first + i >= n) block[j * NR + i] = 0;
+      add_across(block, column, columns, across + q % kPanels * NR);
+      for (int64_t i = 0; edge && i < NR; ++i)  // the diagonal has served
+        if (const int64_t j = first + i - column; j >= 0 && j < columns) block[j * NR + i] = 0;
+      if (apart())
+        add_lanes(block, columns, v_rows + q * panel_of_v(), lanes, sums.get());
+      else
+        add_down(block, column, t1 - t0, v_rows + q * panel_of_v(), down);
     }
-    for (int64_t i = 0; i < strip.count; ++i) out[row + i] += across[i];
+    for (int64_t j = 0; apart() && j < most && column + j < n; ++j)
+      for (int64_t c = 0; c < r; ++c)
+        down[(column + j) * r + c] += hsum<T>(load(sums.get() + c * lanes + j * kLanes<T>));
+  }
+
+  /// Adds values of a panel times v of its rows to the sums of the rows that the columns are.
+  void add_down(const T* values, int64_t column, int64_t tiles, const T* v_rows, T* down) const {
+    for (int64_t t = 0; t < tiles; ++t, values += P::MR * NR, column += P::MR)
+      for (int64_t c = 0; c < r; c += NR) {
+        const T* v = v_rows + c * NR;
+        T* out = down + column * r + c;
+        if (r - c > kLanes<T>)
+          product_dy<Dot, T, 2>(1, values, 0, v, n - column, r - c, out, r);
+        else
+          product_dy<Dot, T, 1>(1, values, 0, v, n - column, r - c, out, r);
+      }
+  }
+
+  /// The same for few columns of v, of which a vector would hold little: lanes of rows are added in the end.
+  void add_lanes(const T* values, int64_t columns, const T* v_rows, int64_t lanes, T* down) const {
+    if (r == 1) return add_lanes_of<1>(values, columns, v_rows, lanes, down);
+    if (r == 2) return add_lanes_of<2>(values, columns, v_rows, lanes, down);
+    if (r == 3) return add_lanes_of<3>(values, columns, v_rows, lanes, down);
+    add_lanes_of<kLanesApart>(values, columns, v_rows, lanes, down);
+  }
+  template <int C>
+  static void add_lanes_of(const T* values, int64_t columns, const T* v_rows, int64_t lanes, T* down) {
+    Vec<T> v[C][P::kVectors];
+#pragma GCC unroll 4
+    for (int c = 0; c < C; ++c)
+#pragma GCC unroll 2
+      for (int k = 0; k < P::kVectors; ++k) v[c][k] = load(v_rows + c * NR + k * kLanes<T>);
+    for (int64_t j = 0; j < columns; ++j)
+#pragma GCC unroll 4
+      for (int c = 0; c < C; ++c) {
+        Vec<T> sum = load(down + c * lanes + j * kLanes<T>);
+#pragma GCC unroll 2
+        for (int k = 0; k < P::kVectors; ++k) sum += load(values + j * NR + k * kLanes<T>) * v[c][k];
+        store(down + c * lanes + j * kLanes<T>, sum);
+      }
   }
 
   /// Two sums a vector, or each addition would wait for the one before. columns is a multiple of MR, which is even.
@@ -273,23 +345,47 @@ void few_rows(const MatmulParams<T>& p) {
   }
 }
 
-/// The upstream gradient of k(x_i, y_j) is <g_i, v_j>: scores too. Few rows change places with the columns.
+/// Rows of two sets side by side.
+template <class T>
+Rows beside(const Rows& first, const Rows& second, Buffer<T>& memory) {
+  Rows both = first;
+  both.d = both.row_stride = first.d + second.d;
+  both.col_stride = 1;
+  both.dtype = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  memory = Buffer<T>(both.n * both.d);
+  both.data = memory.get();
+  const Source<T> a(first), b(second);
+  for (int64_t i = 0; i < both.n; ++i)
+    a.read(i, memory.get() + i * both.d), b.read(i, memory.get() + i * both.d + a.d());
+  return both;
+}
+
+/// The upstream gradient of k(x_i, y_j) is <g_i, v_j>: scores too. Where y is x, that of a pair is <g_i, v_j> +
+/// <g_j, v_i>, one score of both side by side. Few rows change places with the columns.
 template <class T>
 void gradient(const MatmulGradParams<T>& given) {
   using P = Policy<T>;
   MatmulGradParams<T> p = given;
-  if (few<T>(p.x.n, p.y.n)) {
+  Buffer<T> grad_v, v_grad;
+  if (p.same) {
+    p.v = beside(given.v, given.grad, v_grad);
+    p.grad = beside(given.grad, given.v, grad_v);
+  } else if (few<T>(p.x.n, p.y.n)) {
     std::swap(p.x, p.y);
     std::swap(p.grad, p.v);
     std::swap(p.dx, p.dy);
   }
   const Operands<T> coefficients(p.grad, p.v, false, false, false, p.threads);
-  auto upstream = [&](const Block<T>& b, int64_t panel, T* out) {
+  auto upstream = [&](const Block<T>& b, int64_t panel, int64_t columns, T* out) {
+    const int64_t first = b.row + panel * P::NR;
     Buffer<T> rows(coefficients.row_buffer()), packed(P::NR * p.v.d);
-    coefficients.pack_panel(b.row + panel * P::NR, T(1), rows.get(), packed.get(), nullptr);
-    coefficients.raw_block(b.column / P::MR, (b.column + b.columns) / P::MR, packed.get(), out);
+    coefficients.pack_panel(first, T(1), rows.get(), packed.get(), nullptr);
+    coefficients.raw_block(b.column / P::MR, ceil_div(b.column + columns, P::MR), packed.get(), out);
+    for (int64_t j = first - b.column < 0 ? 0 : first - b.column; p.same && j < columns; ++j)
+      for (int64_t lane = 0; lane <= b.column + j - first && lane < P::NR; ++lane)
+        out[j * P::NR + lane] = b.column + j == first + lane ? out[j * P::NR + lane] / 2 : T(0);
   };
-  program_gradient(*p.program, p.x, p.y, upstream, p.dx, p.dy, p.dparameters, p.threads);
+  program_gradient(*p.program, p.x, p.y, p.same, upstream, p.dx, p.dy, p.dparameters, p.threads);
 }
 
 template <class T>

@@ -263,6 +263,37 @@ void fetch(const T* from, int64_t count) {
   for (int64_t k = 0; k < count; k += kCacheLine<T>) __builtin_prefetch(from + k);
 }
 
+/// What both roles of a point have as upstream gradient, where y is x: to[c][lane] = g_ij + g_ji for i = i0 + c and
+/// j = j0 + lane of the pairs i < j, g_ii on the diagonal, else 0.
+template <class T>
+void both_ways(const T* g, int64_t n, int64_t i0, int64_t columns, int64_t j0, T* to) {
+  constexpr int L = kLanes<T>, NR = Policy<T>::NR;
+  for (int64_t c = 0; c < columns; c += L) {
+    const int64_t i = i0 + c, count = columns - c < L ? columns - c : L;
+    for (int64_t u = 0; c + L < columns && u < L && i + L + u < n; ++u)
+      fetch(g + (i + L + u) * n + j0, n - j0 < NR ? n - j0 : NR);
+    for (int64_t lane = 0; lane < NR; lane += L, to += L) {
+      const int64_t j = j0 + lane;
+      if (i + L <= j && j + L <= n) {
+        Vec<T> turned[L];
+#pragma GCC unroll 16
+        for (int u = 0; u < L; ++u) turned[u] = load(g + (j + u) * n + i);
+        transpose<T>(turned);
+#pragma GCC unroll 16
+        for (int u = 0; u < L; ++u)
+          if (u < count) store(to + u * NR, turned[u] + load(g + (i + u) * n + j));
+        continue;
+      }
+      for (int64_t u = 0; u < count; ++u)
+        for (int64_t k = 0; k < L; ++k) {
+          const int64_t a = i + u, b = j + k;
+          to[u * NR + k] = b >= n || a > b ? T(0) : a == b ? g[a * n + a] : g[a * n + b] + g[b * n + a];
+        }
+    }
+    to += (L - 1) * NR;
+  }
+}
+
 /// Weights of the gradient: the upstream gradient times the pull of the map.
 template <class T, class Map>
 struct StoreGradCell {
@@ -271,25 +302,30 @@ struct StoreGradCell {
 
   void map(const Block<T>& b) {
     if (b.near) b.near->base = 0;
+    for (int64_t panel = 0; sums() && panel < b.panels; ++panel)
+      both_ways(p.grad, n, b.column, b.columns_below(panel), b.row + panel * P::NR, b.panel(panel));
     const int64_t end = b.row + b.panels * P::NR < m ? b.row + b.panels * P::NR : m;
     for (int64_t c = 0; c < b.columns; ++c) {
       const int64_t i = b.column + c;
       if (i + kAhead < n && c + kAhead < b.columns) {
-        fetch(row_of(p.grad, i + kAhead, m, p.condensed) + b.row, end - b.row);
+        if (!sums()) fetch(row_of(p.grad, i + kAhead, m, p.condensed) + b.row, end - b.row);
         if (Map::kDistance) fetch(row_of(p.out, i + kAhead, m, p.condensed) + b.row, end - b.row);
       }
       for (int64_t panel = 0; panel < b.panels; ++panel) weights(b, i, panel, panel * b.panel_stride + c * P::NR);
     }
   }
 
+  /// Whether the weights are those of both roles of a point.
+  bool sums() const { return p.same && !p.condensed; }
+
   /// Row i of the result against one panel of its columns. Scores are not computed again: the values tell which pairs
-  /// are near.
+  /// are near. A point is at distance 0 from itself wherever it lies.
   void weights(const Block<T>& b, int64_t i, int64_t panel, int64_t place) const {
     const int64_t j0 = b.row + panel * P::NR;
     T* w = b.data + place;
     const int64_t end = i >= n ? 0 : (m - j0 < P::NR ? m - j0 : P::NR);
-    const int64_t begin = p.condensed && i >= j0 ? i - j0 + 1 : 0;
-    const T* grad = row_of(p.grad, i, m, p.condensed) + j0;
+    const int64_t begin = p.same && i >= j0 ? i - j0 + (p.condensed || Map::kDistance ? 1 : 0) : 0;
+    const T* grad = sums() ? w : row_of(p.grad, i, m, p.condensed) + j0;
     const T* value = row_of(p.out, i, m, p.condensed) + j0;
     alignas(64) T own[P::NR], upstream[P::NR];
     if (begin > 0 || end < P::NR) {
@@ -328,15 +364,19 @@ template <class T, class Map>
 void gradient(const StoreGradParams<T>& p) {
   Operands<T> o(p.y, p.x, p.normalize, Map::kDistance, true, p.threads);
   StoreGradCell<T, Map> cell{p, o, p.x.n, p.y.n};
+  const int64_t apart = p.same ? p.y.n * p.y.d : 0;  // of columns, where those of rows go to the result
+  Buffer<T> columns(apart);
+  for (int64_t k = 0; k < apart; ++k) columns[k] = 0;
   StripPlan<T> plan;
-  plan.triangle = p.condensed;
+  plan.triangle = p.same;
   plan.threads = p.threads;
   plan.dx = p.dy;
-  plan.dy = p.dx;
+  plan.dy = p.same ? columns.get() : p.dx;
   StripPass<T, StoreGradCell<T, Map>>(o, cell, plan).run();
+  for (int64_t k = 0; k < apart; ++k) p.dx[k] += columns[k];
   if (!p.normalize) return;
   if (p.dy) finish_gradient(o.x, 1, p.threads, p.dy);
-  if (p.dx) finish_gradient(o.y, 1, p.threads, p.dx);
+  if (p.dx && !p.same) finish_gradient(o.y, 1, p.threads, p.dx);
 }
 
 template <class F>
@@ -369,24 +409,25 @@ void gram_gradient(const GramGradParams<T>& p) {
   const int64_t n = p.x.n, m = p.y.n;
   if (m == 1 && n > 1) return gram_gradient(turned_gradient(p));
   // As in the result, its columns are lanes.
-  auto upstream = [&](const Block<T>& b, int64_t panel, T* out) {
+  auto upstream = [&](const Block<T>& b, int64_t panel, int64_t columns, T* out) {
     const int64_t j0 = b.row + panel * P::NR, lanes = m - j0 < P::NR ? m - j0 : P::NR;
-    for (int64_t c = 0; c < b.columns; ++c) {
+    if (p.same) return both_ways(p.grad, n, b.column, columns, j0, out);
+    for (int64_t c = 0; c < columns; ++c) {
       const int64_t i = b.column + c;
       const T* grad = p.grad + i * m + j0;
       T* to = out + c * P::NR;
       if (i < n && lanes == P::NR) {
-        if (i + kAhead < n && c + kAhead < b.columns) fetch(grad + kAhead * m, P::NR);
+        if (i + kAhead < n && c + kAhead < columns) fetch(grad + kAhead * m, P::NR);
         for (int v = 0; v < P::kVectors; ++v) store(to + v * kLanes<T>, load(grad + v * kLanes<T>));
         continue;
       }
       for (int64_t lane = 0; lane < P::NR; ++lane) to[lane] = i < n && lane < lanes ? grad[lane] : T(0);
     }
   };
-  program_gradient(*p.program, p.y, p.x, upstream, p.dy, p.dx, p.dparameters, p.threads);
+  program_gradient(*p.program, p.y, p.x, p.same, upstream, p.dy, p.dx, p.dparameters, p.threads);
 }
 
-/// Of the first set, or of the second where `second`; condensed: of both at once.
+/// Of the first set, or of the second where `second`; of both at once where y is x.
 template <class T, class Map>
 void coordinate_gradient(const StoreGradParams<T>& p, const Map& map, bool second) {
   const int64_t m = p.y.n;
@@ -394,12 +435,12 @@ void coordinate_gradient(const StoreGradParams<T>& p, const Map& map, bool secon
     const bool turned = second || (p.condensed && a > b);
     return row_of(static_cast<const T*>(p.grad), turned ? b : a, m, p.condensed) + (turned ? a : b) - p.grad;
   };
-  const bool condensed = p.condensed;
+  const bool condensed = p.condensed, both = p.same && !condensed;
   CoordinateGradient<T, Map>{second ? p.y : p.x, second ? p.x : p.y, map, p.threads}.run(
       [&](int64_t a, int64_t b, T& grad, T& value) {
         const bool none = condensed && a == b;
         const int64_t at = none ? 0 : place(a, b);
-        grad = none ? T(0) : p.grad[at];
+        grad = none ? T(0) : both ? p.grad[at] + p.grad[place(b, a)] : p.grad[at];
         value = none ? T(0) : p.out[at];
       },
       second ? p.dy : p.dx);
@@ -411,7 +452,7 @@ void gradient_all(const StoreGradParams<T>& p) {
   if (by_coordinate(p.map))
     return with_coordinate_map(p.map, p.power, [&](auto map) {
       if (p.dx) coordinate_gradient(p, map, false);
-      if (p.dy && !p.condensed) coordinate_gradient(p, map, true);
+      if (p.dy && !p.same) coordinate_gradient(p, map, true);
     });
   with_map(p.map, [&](auto map) { gradient<T, decltype(map)>(p); });
 }

@@ -171,7 +171,7 @@ void store_grad(Context& c, const StoreGradParams<T>& p) {
     });
     if (!p.normalize) return;
     finish_rows(c, pairs.scores.x, p.dx, FinishRows<T>{{}, nullptr, {}, nullptr, 1, nullptr});
-    if (p.dy) finish_rows(c, pairs.scores.y, p.dy, FinishRows<T>{{}, nullptr, {}, nullptr, 1, nullptr});
+    if (p.dy && !p.same) finish_rows(c, pairs.scores.y, p.dy, FinishRows<T>{{}, nullptr, {}, nullptr, 1, nullptr});
   });
 }
 

@@ -64,6 +64,50 @@ GAUSSIAN_GRAM = Case(
 )
 
 
+def _points_and_gradient(shape: Shape, rng: np.random.Generator) -> dict[str, Array]:
+    n = shape["n"]
+    x = rng.standard_normal((n, shape["d"]), np.float32)
+    return {"x": x, "g": rng.standard_normal((n, n), np.float32)}
+
+
+def _gram_backward(gram: Callable[[Problem, Any], Any]) -> Builder:
+    def build(problem: Problem) -> Step:
+        torch = load("torch")
+        x, g = torch.from_numpy(problem["x"]).requires_grad_(), torch.from_numpy(problem["g"])
+        values = gram(problem, x)
+        return lambda: (torch.autograd.grad(values, x, g, retain_graph=True)[0].numpy(),)
+
+    return build
+
+
+def _torch_expanded(problem: Problem, x: Any) -> Any:
+    """From |x|^2 + |y|^2 - 2 <x, y>, the fastest that torch has."""
+    torch = load("torch")
+    squares = x.square().sum(1)
+    squared = torch.addmm(squares[:, None] + squares, x, x.T, alpha=-2).clamp_min(0)
+    return torch.exp(squared * (-1 / (2 * _lengthscale(problem) ** 2)))
+
+
+def _gram_backward_rows(problem: Problem) -> tuple[Array, ...]:
+    x, g = problem["x"].astype(np.float64), problem["g"]
+    weights = _gram_rows(problem) * (g[:CHECKED_ROWS] + g[:, :CHECKED_ROWS].T) / _lengthscale(problem) ** 2
+    return (weights @ x - weights.sum(1, keepdims=True) * x[:CHECKED_ROWS],)
+
+
+GRAM_BACKWARD = Case(
+    name="gram_backward",
+    what="kernels.Gaussian, Gram matrix of one set, backward only",
+    shapes=({"n": 2048, "d": 128},),
+    quick={"n": 256, "d": 128},
+    make=_points_and_gradient,
+    ours=_gram_backward(lambda problem, x: nf.kernels.Gaussian(_lengthscale(problem))(x)),
+    peers={"torch expanded": _gram_backward(_torch_expanded)},
+    reference=_gram_backward_rows,
+    flops=lambda s: 3 * s["n"] ** 2 * s["d"],  # symmetric: half of the scores and of both products
+    view=first_rows,
+)
+
+
 def _histograms(shape: Shape, rng: np.random.Generator) -> dict[str, Array]:
     return {name: rng.random((shape["n"], shape["d"]), np.float32) for name in ("x", "y")}
 
