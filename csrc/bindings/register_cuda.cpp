@@ -136,6 +136,7 @@ void gram_grad(py::handle x, py::handle y, const std::string& text, py::handle p
       p.y = rows_of(in.y, b);
       p.program = &kernel.program;
       p.parameters_at = kernel.at;
+      p.same = same;
       p.grad = upstream + b * in.results(false);
       gradients.put(p, in, b);
       in.call.run(where, [&](cuda::Context& c) { cuda::gram_grad<T>(c, p); });
@@ -187,6 +188,7 @@ void matmul_grad(py::handle x, py::handle y, py::handle v, py::handle grad, cons
       p.grad = rows_of(upstream, b);
       p.program = &kernel.program;
       p.parameters_at = kernel.at;
+      p.same = same;
       gradients.put(p, in, b);
       in.call.run(where, [&](cuda::Context& c) { cuda::matmul_grad<T>(c, p); });
     }

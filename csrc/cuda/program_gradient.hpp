@@ -167,11 +167,11 @@ class ProgramGradient {
   Part parts_[Program::kScores];
 };
 
-/// The gradient of sum_ij u_ij k(x_i, y_j). upstream(room) are the u of the block of `room`, which they may be put
-/// into.
+/// The gradient of sum_ij u_ij k(x_i, y_j), that of the parameters times `times`. upstream(room) are the u of the block
+/// of `room`, which they may be put into.
 template <class T, class Upstream>
 void program_gradient(cuda::Context& c, const Program& text, const double* parameters_at, const Rows& x, const Rows& y,
-                      T* dx, T* dy, double* dparameters, bool needs_room, Upstream upstream) {
+                      T* dx, T* dy, double* dparameters, bool needs_room, Upstream upstream, double times = 1) {
   ProgramGradient<T> gradient(c, text, parameters_at, x, y, false, dx, dy, dparameters);
   const PackedProgram<T>& kernel = gradient.kernel;
   const bool gaussian = kernel.program.is_gaussian() && !dparameters;
@@ -187,7 +187,7 @@ void program_gradient(cuda::Context& c, const Program& text, const double* param
       gradient.put_scores(pairs);
       c.launch(pair_blocks(block), ReversePairs<T>{pairs, given, kernel.n, kernel.m, gradient.parameters()});
     }
-    gradient.close(pairs);
+    gradient.close(pairs, times);
   });
   gradient.finish();
 }

@@ -36,6 +36,29 @@ struct TurnColumns {
   }
 };
 
+/// Rows of two sets side by side.
+template <class T>
+struct PutBeside {
+  Source<T> first, second;
+  int64_t count;
+  T* out;
+  NEARFAR_DEVICE void operator()() const {
+    const int64_t width = first.rows.d + second.rows.d, at = cuda::global_thread(), i = at / width, k = at % width;
+    if (at < count) out[at] = k < first.rows.d ? first.raw(i, k) : second.raw(i, k - first.rows.d);
+  }
+};
+template <class T>
+Rows beside(cuda::Context& c, const Rows& first, const Rows& second) {
+  Rows both = first;
+  both.d = both.row_stride = first.d + second.d;
+  both.col_stride = 1;
+  both.dtype = sizeof(T) == 8 ? DType::f64 : DType::f32;
+  T* out = c.take<T>(both.n * both.d);
+  c.launch_threads(both.n * both.d, PutBeside<T>{{first}, {second}, both.n * both.d, out});
+  both.data = out;
+  return both;
+}
+
 /// out_i += sum_j w_ij v_j of a strip: a warp a row.
 template <class T, int R>
 struct FewColumns {
@@ -176,15 +199,19 @@ void matmul(Context& c, const MatmulDevice<T>& p) {
   });
 }
 
-/// The upstream gradient of k(x_i, y_j) is <g_i, v_j>: scores too.
+/// The upstream gradient of k(x_i, y_j) is <g_i, v_j>: scores too. Where y is x, <g_i, v_j> + <g_j, v_i> is that of
+/// both orders, one score of both side by side: then rows have it all, and columns need no product.
 template <class T>
 void matmul_grad(Context& c, const MatmulGradDevice<T>& p) {
-  const Pairs<T, T> coefficients(c, p.grad, p.v, false, false, false);
-  program_gradient<T>(c, *p.program, p.parameters_at, p.x, p.y, p.dx, p.dy, p.dparameters, true, [&](Weights<T> room) {
+  const Pairs<T, T> coefficients(c, p.same ? beside<T>(c, p.grad, p.v) : p.grad,
+                                 p.same ? beside<T>(c, p.v, p.grad) : p.v, false, false, false);
+  const auto upstream = [&](Weights<T> room) {
     room.near = nullptr;
     put_scores(c, "coefficients", coefficients, room);
     return room;
-  });
+  };
+  program_gradient<T>(c, *p.program, p.parameters_at, p.x, p.y, p.dx, p.same ? nullptr : p.dy, p.dparameters, true,
+                      upstream, p.same ? 0.5 : 1);
 }
 
 }  // namespace cuda
