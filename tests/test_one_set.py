@@ -34,6 +34,14 @@ def test_product_of_several_columns(n, d, dtype, r, threads):
         assert np.all(error <= bound * np.abs(v).sum(0)), name
 
 
+def test_product_of_no_columns():
+    x = torch.from_numpy(points(1100, 3)).requires_grad_()
+    product = k.Gaussian().matmul(x, None, torch.empty(1100, 0, dtype=x.dtype))
+    assert product.shape == (1100, 0)
+    (gradient,) = torch.autograd.grad(product.sum(), x)
+    assert not gradient.any()
+
+
 def compare(f, reference, tensors, dtype, floors=()):
     """Gradients by all tensors against those of plain torch in float64."""
     own = [t.clone().requires_grad_() for t in tensors]

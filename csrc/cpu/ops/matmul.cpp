@@ -30,6 +30,7 @@ class Matmul {
         rows_(chunks_.tiles * P::MR + NR) {}
 
   void run() {
+    if (r == 0) return;
     pack_v();
     if (p.same && n >= kSymmetricRows && r <= 16 + p.x.d) return run_symmetric();
     const int64_t strips = ceil_div(n, P::kStripRows), chunks = chunks_.count;
