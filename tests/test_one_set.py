@@ -124,6 +124,20 @@ def test_gradients_of_batches():
                 torch.testing.assert_close(whole[b], own, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean", "cityblock"])
+def test_upstream_gradients_of_a_point_against_itself(metric):
+    """Its distance is 0 wherever it lies, so that what a logarithm or a root sends back there goes nowhere."""
+    for shape in ((5, 3), (20, 5, 3), (70, 40)):
+        x = torch.from_numpy(points(int(np.prod(shape[:-1])), shape[-1])).reshape(shape)
+        gradients = []
+        for own in (0.0, np.nan, np.inf):
+            weights = torch.from_numpy(rng(3).standard_normal((*shape[:-1], shape[-2])))
+            torch.diagonal(weights, dim1=-2, dim2=-1).fill_(own)
+            gradients += torch.autograd.grad(nf.cdist(leaf := x.clone().requires_grad_(), None, metric), leaf, weights)
+        assert torch.equal(gradients[0], gradients[1])
+        assert torch.equal(gradients[0], gradients[2])
+
+
 def test_a_gradient_that_is_not_for_one_set():
     x, out = np.zeros((1, 3, 2)), np.zeros((1, 3, 2))
     square, parameters = np.zeros((1, 3, 3)), np.empty(0)

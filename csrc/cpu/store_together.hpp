@@ -65,7 +65,9 @@ void gradient_together(const StoreGradParams<T>* p, int64_t count, const Map& ma
         store(weight, upstream);
         store(aside, map.aside(value));
       } else {
-        store(weight, upstream * Map::pull(value));
+        // As where problems go alone: a point is at distance 0 from itself, whatever its upstream gradient is.
+        const bool self = Map::kDistance && p->same && i == j;
+        store(weight, self ? Vec<T>{} : upstream * Map::pull(value));
       }
     }
   const auto add = [&](const auto& by) {
