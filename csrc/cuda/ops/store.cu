@@ -78,7 +78,7 @@ struct StoreWeights {
   Weights<T> weights;
   Scores<T> scores;
   PairMap map;
-  bool condensed;
+  bool same, condensed;
   int64_t n, m;
   const T *value, *grad;
 
@@ -88,7 +88,8 @@ struct StoreWeights {
     if (i >= b.row + b.rows) return;  // whole warps: rows of a block are whole warps
     T w = 0;
     bool near = false;
-    if (i < n && j < m && (!condensed || i < j)) {
+    // A point is at distance 0 from itself, whatever its upstream gradient is.
+    if (i < n && j < m && (!condensed || i < j) && !(same && scores.distance && i == j)) {
       const int64_t place = place_of(i, j, m, condensed);
       const T own = scores.distance ? value[place] : T(0);
       w = grad[place] * map_pull(map, own);
@@ -166,7 +167,7 @@ void store_grad(Context& c, const StoreGradParams<T>& p) {
       const Block& b = weights.block;
       if (p.condensed && b.column + b.columns <= b.row) return;
       c.launch_threads(b.rows * b.columns,
-                       StoreWeights<T>{weights, pairs.scores, p.map, p.condensed, p.x.n, p.y.n, p.out, p.grad});
+                       StoreWeights<T>{weights, pairs.scores, p.map, p.same, p.condensed, p.x.n, p.y.n, p.out, p.grad});
       strip.products(weights);
     });
     if (!p.normalize) return;
