@@ -44,6 +44,11 @@ def tiny(n, d, seed):
     return 1e-22 * uniform(n, d, seed)
 
 
+def huge(n, d, seed):
+    """Most distances are infinite."""
+    return np.where(uniform(n, d, seed) < 0.5, -1, 1) * (3 + 0.1 * uniform(n, d, seed + 2)) * 1e38
+
+
 def bad(n, d, seed):
     x = uniform(n, d, seed)
     for value in (np.nan, np.inf, -np.inf):
@@ -51,7 +56,7 @@ def bad(n, d, seed):
     return x
 
 
-DATA = (uniform, grid, clustered, equal, constant, far, tiny, bad)
+DATA = (uniform, grid, clustered, equal, constant, far, tiny, huge, bad)
 
 
 @pytest.fixture
@@ -132,10 +137,25 @@ def test_threads_change_no_bit(data, threads, check):
         assert all(same_bits(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_chosen_by_shape(monkeypatch):
-    """With nobody asking for it, and the answer of both."""
-    x = uniform(5000, 3, 0).astype("float32")
-    assert operations.SCREENING == "automatic"
-    chosen = nf.knn(x, k=3)
-    monkeypatch.setattr(operations, "SCREENING", "never")
-    assert all(same_bits(a, b) for a, b in zip(chosen, nf.knn(x, k=3), strict=True))
+def sphere(n, d, seed):
+    """As far from the centre as each other: boxes rule nothing out for rows around it."""
+    x = rng(n, d, seed).standard_normal((n, d))
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_chosen_by_shape(k, dtype, threads, monkeypatch):
+    """With nobody asking for it, given up where nothing is ruled out, and the answer of all ways."""
+    around = 1e-3 * sphere(4500, 3, 1) * uniform(4500, 1, 2)
+    mixed = np.concatenate([around[:2250], sphere(2250, 3, 3)])
+    y = sphere(4500, 3, 0)
+    cases = [(data(4500, 3, 0), None) for data in (uniform, equal, huge)] + [(around, y), (mixed, y)]
+    for x, y in [(x.astype(dtype), None if y is None else y.astype(dtype)) for x, y in cases]:
+        found = []
+        for screening, count in (("automatic", 1), ("automatic", 3), ("always", 2), ("never", 1)):
+            threads(count)
+            monkeypatch.setattr(operations, "SCREENING", screening)
+            found.append(nf.knn(x, y, k))
+        for other in found[1:]:
+            assert all(same_bits(a, b) for a, b in zip(found[0], other, strict=True))

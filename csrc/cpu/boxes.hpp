@@ -77,15 +77,16 @@ class Boxes {
   };
 
   /// f(t0, t1, first) for the tiles that can hold what a packed panel of rows looks for. f lowers the bars of the
-  /// lists; those of rows with an infinite number or NaN, which have no neighbours, are closed here.
+  /// lists; those of rows with an infinite number or NaN, which have no neighbours, are closed here. How many tiles
+  /// there were.
   template <class Score, class F>
-  void visit(const T* panel, const Lists<T>& lists, int64_t lanes, Score score, const Visits& visits, F f) const {
+  int64_t visit(const T* panel, const Lists<T>& lists, int64_t lanes, Score score, const Visits& visits, F f) const {
     T low[kMostDims], high[kMostDims];
-    if (!enclose(panel, lists, lanes, low, high)) return;
+    if (!enclose(panel, lists, lanes, low, high)) return 0;
     const int64_t home = bound(low, high, score, visits.bounds.get());
     f(o_.chunks.tile_begin(home), o_.chunks.tile_end(home), true);
     T most = highest(lists);
-    int64_t count = 0;
+    int64_t count = 0, met = o_.chunks.tile_end(home) - o_.chunks.tile_begin(home);
     Reach* reached = visits.reached.get();
     for (int64_t chunk = 0; chunk < o_.chunks.count; ++chunk)
       if (visits.bounds[chunk] <= most && chunk != home)
@@ -97,9 +98,11 @@ class Boxes {
       for (int64_t t0 = o_.chunks.tile_begin(chunk), t1; t0 < end; t0 = t1 + 1) {
         for (t1 = t0; t1 < end && wanted(t1, panel, lists, score);) ++t1;
         if (t1 > t0) f(t0, t1, false);
+        met += t1 - t0;
       }
       most = highest(lists);
     }
+    return met;
   }
 
  private:
@@ -180,12 +183,8 @@ class Boxes {
         const Vec<T> own = load(panel + k * NR + v * L);
         score.accumulate(sum[v], vmin(vmax(own, splat<T>(sides[2 * k])), splat<T>(sides[2 * k + 1])), own);
       }
-    for (int v = 0; v < P::kVectors; ++v) {
-      const Vec<T> bound = lowered(sum[v]), worst = load(lists.worst + v * L);
-      if (any(bound < worst)) return true;
-      for (unsigned equal = lanes_set(bound == worst); equal; equal &= equal - 1)
-        if (least_[at] < lists.last(v * L + __builtin_ctz(equal))) return true;
-    }
+    for (int v = 0; v < P::kVectors; ++v)
+      if (any(lists.better(lowered(sum[v]), least_[at], v))) return true;
     return false;
   }
 

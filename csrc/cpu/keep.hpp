@@ -80,7 +80,7 @@ class Keep {
   }
 
   /// Eight columns at a time; only where their minimum beats a lane's worst are they looked at one by one. ARRANGED:
-  /// not in ascending order, so that an equal one may beat it too.
+  /// not in ascending order, so that an equal one of a lower index beats it too.
   template <bool ARRANGED>
   void scan(const T* scores, int64_t column, int64_t end, const Panel& panel) const {
     constexpr int64_t kAtOnce = 8;
@@ -124,6 +124,7 @@ class Keep {
     }
   }
 
+  /// ARRANGED: or may beat it.
   template <bool ARRANGED>
   NEARFAR_INLINE static IVec<T> beats(Vec<T> keys, const Panel& panel, int v) {
     const Vec<T> worst = load(panel.lists.worst + v * kLanes<T>);
@@ -141,12 +142,12 @@ class Keep {
     }
     if (kMends && any(near)) exact_keys(scores, j, panel, keys);
     for (int v = 0; v < P::kVectors; ++v) {
-      unsigned better = lanes_set(beats<ARRANGED>(load(keys + v * kLanes<T>), panel, v));
+      const Vec<T> own = load(keys + v * kLanes<T>);
+      unsigned better = lanes_set(beats<ARRANGED>(own, panel, v));
+      if (ARRANGED && better) better = lanes_set(panel.lists.better(own, column, v));
       for (; better; better &= better - 1) {
         const int64_t lane = v * kLanes<T> + __builtin_ctz(better);
-        if (exclude_self && o.x.row_at(panel.row + lane) == column) continue;
-        if (!ARRANGED || keys[lane] < panel.lists.worst[lane] || column < panel.lists.last(lane))
-          panel.lists.keep(keys[lane], column, lane);
+        if (!exclude_self || o.x.row_at(panel.row + lane) != column) panel.lists.keep(keys[lane], column, lane);
       }
     }
   }

@@ -13,6 +13,7 @@ template <class T>
 struct Lists {
   int64_t k, room;  // room: padded(k)
   T* worst;         // per lane: what a column must beat
+  IntOf<T>* last;   // the index of the worst of k, which gives way to an equal one of a lower index; -1 while fewer
   int64_t* count;   // how many are kept, and the place of the worst of k
   int64_t* place;
   T* kept;  // [lane][room], -infinity from the k-th on
@@ -26,16 +27,22 @@ struct Lists {
   void open(int64_t lanes, int64_t rows) const {
     for (int64_t lane = 0; lane < lanes; ++lane) {
       worst[lane] = static_cast<T>(lane < rows ? kInfinity : -kInfinity);
+      last[lane] = -1;
       count[lane] = 0;
     }
   }
 
   Lists from(int64_t lane) const {
-    return {k, room, worst + lane, count + lane, place + lane, kept + lane * room, index + lane * room};
+    return {k, room, worst + lane, last + lane, count + lane, place + lane, kept + lane * room, index + lane * room};
   }
 
-  /// The index of the worst of k, which gives way to an equal one of a lower index; -1 while there are fewer.
-  int64_t last(int64_t lane) const { return count[lane] < k ? -1 : index[lane * room + place[lane]]; }
+  /// The lanes of a vector where a column of these keys is better than the worst of k: of equal ones, the first.
+  NEARFAR_INLINE IVec<T> better(Vec<T> keys, int64_t j, int v) const {
+    const Vec<T> bar = load(worst + v * kLanes<T>);
+    IVec<T> own;
+    __builtin_memcpy(&own, last + v * kLanes<T>, sizeof own);
+    return (keys < bar) | ((keys == bar) & (isplat<T>(static_cast<IntOf<T>>(j)) < own));
+  }
 
   /// Adds a column to a lane's list, in place of the worst of k.
   void keep(T key, int64_t j, int64_t lane) const {
@@ -50,13 +57,14 @@ struct Lists {
     for (int64_t c = kLanes<T>; c < room; c += kLanes<T>) most = vmax(load(own + c), most);
     worst[lane] = hmax<T>(most);
     const Vec<T> least_wanted = splat<T>(worst[lane]);
-    int64_t last = -1;
+    int64_t highest = -1;
     for (int64_t c = 0; c < room; c += 64)
       for (uint64_t equal = lanes_that(own + c, room - c, [&](Vec<T> v) { return v == least_wanted; }); equal;
            equal &= equal - 1) {
         const int64_t next = c + __builtin_ctzll(equal);
-        if (columns[next] > last) last = columns[next], at = next;
+        if (columns[next] > highest) highest = columns[next], at = next;
       }
+    last[lane] = static_cast<IntOf<T>>(highest);
   }
 
   /// The columns of one list by their keys, equal ones in any order; how many.

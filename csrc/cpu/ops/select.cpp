@@ -20,6 +20,7 @@ template <class T, Key KEY, class Score = SquaredDifference>
 class Select {
   using P = Policy<T>;
   static constexpr int NR = P::NR;
+  static constexpr int64_t kTried = 8;
   static constexpr bool kScreens = std::is_same_v<T, float> && KEY != Key::direct && KEY != Key::coordinate;
   static constexpr bool kArranges = KEY == Key::direct || KEY == Key::coordinate;
   using Panel = typename Keep<T, KEY, Score>::Panel;
@@ -40,33 +41,39 @@ class Select {
         screen_(kScreens ? screen : nullptr),
         boxes_(kArranges ? boxes : nullptr) {}
 
-  void run() {
+  /// False where boxes ruled out too little to go on with them: nothing is answered then.
+  bool run() {
     strips_ = ceil_div(n, P::kStripRows);
     parts_ = parts();
     kept_ = Buffer<T>(parts_ * strips_ * P::kStripRows * room_);
     index_ = Buffer<int64_t>(parts_ * strips_ * P::kStripRows * room_);
+    if constexpr (kArranges)
+      if (boxes_ && !boxes_help()) return false;
     if (by_ != By::strips) {
       parallel_for(parts_, p.threads, [&](int64_t part, int) { by_ == By::pairs ? pairs(part) : columns(part); });
     } else {
       parallel_for(strips_ * parts_, p.threads, [&](int64_t task, int) { strip(task % strips_, task / strips_); });
     }
     parallel_for(strips_, p.threads, [&](int64_t s, int) { finish(s); });
+    return true;
   }
 
  private:
   /// The panels of some rows, ready for columns to go by.
   struct Opened {
     Buffer<T> packed, squares, worst;
+    Buffer<IntOf<T>> last;
     Buffer<int64_t> count, place;
 
     Opened(const Operands<T>& o, int64_t row, int64_t panels, int64_t k, T* kept, int64_t* index)
         : packed(panels * NR * o.d),
           squares(panels * NR),
           worst(panels * NR),
+          last(panels * NR),
           count(panels * NR),
           place(panels * NR),
           row_(row),
-          lists_{k, padded<T>(k), worst.get(), count.get(), place.get(), kept, index} {
+          lists_{k, padded<T>(k), worst.get(), last.get(), count.get(), place.get(), kept, index} {
       Buffer<T> rows(o.row_buffer());
       for (int64_t q = 0; q < panels; ++q)
         o.pack_panel(row + q * NR, T(1), rows.get(), packed.get() + q * NR * o.d, squares.get() + q * NR);
@@ -129,6 +136,9 @@ class Select {
     const int64_t row = s * P::kStripRows, place = (number * strips_ * P::kStripRows + row) * room_;
     T* kept = kept_.get() + place;
     int64_t* index = index_.get() + place;
+    const int64_t panels = panels_of(s);
+    if constexpr (kArranges)
+      if (boxes_) return static_cast<void>(visit(s, tried(s) ? 1 : 0, panels));
     Lists<T>::clear(kept, index, P::kStripRows, room_);
     if constexpr (KEY != Key::coordinate)
       if (nearest()) {
@@ -138,10 +148,7 @@ class Select {
         return;
       }
     const Part part = part_of(number);
-    const int64_t panels = ceil_div(n - row < P::kStripRows ? n - row : P::kStripRows, NR);
     Buffer<T> block(o.chunks.tiles_each * P::MR * NR);
-    if constexpr (kArranges)
-      if (boxes_) return visit(row, panels, block.get(), kept, index);
     bool open[P::kPanels];
     for (int64_t q = 0; q < panels; ++q) open[q] = true;
     if constexpr (kScreens)
@@ -158,15 +165,43 @@ class Select {
     }
   }
 
-  /// The same where near columns are together: each panel meets those that can be among its nearest.
-  void visit(int64_t row, int64_t panels, T* block, T* kept, int64_t* index) const {
-    const Opened r(o, row, panels, k, kept, index);
+  int64_t panels_of(int64_t s) const {
+    const int64_t rows = n - s * P::kStripRows;
+    return ceil_div(rows < P::kStripRows ? rows : P::kStripRows, NR);
+  }
+
+  /// The same where near columns are together: panels [first, last) of a strip meet those that can be among their
+  /// nearest. How many tiles these were.
+  int64_t visit(int64_t s, int64_t first, int64_t last) const {
+    const int64_t row = s * P::kStripRows + first * NR;
+    T* kept = kept_.get() + row * room_;
+    int64_t* index = index_.get() + row * room_;
+    Lists<T>::clear(kept, index, (last - first) * NR, room_);
+    const Opened r(o, row, last - first, k, kept, index);
     const typename Boxes<T>::Visits visits(*boxes_);
-    for (int64_t q = 0; q < panels; ++q) {
+    Buffer<T> block(o.chunks.tiles_each * P::MR * NR);
+    int64_t met = 0;
+    for (int64_t q = 0; q < last - first; ++q) {
       const Panel panel = r.panel(q, o.d, o.squares(0));
-      boxes_->visit(panel.packed, panel.lists, n - panel.row, measure.score, visits,
-                    [&](int64_t t0, int64_t t1, bool first) { score<true>(t0, t1, o.tile(t0), block, panel, first); });
+      met += boxes_->visit(
+          panel.packed, panel.lists, n - panel.row, measure.score, visits,
+          [&](int64_t t0, int64_t t1, bool home) { score<true>(t0, t1, o.tile(t0), block.get(), panel, home); });
     }
+    return met;
+  }
+
+  /// The first panels of a few strips, evenly spread, go ahead.
+  int64_t apart() const { return ceil_div(strips_, kTried); }
+  bool tried(int64_t s) const { return s % apart() == 0; }
+
+  /// Whether boxes rule out half of the tiles for those: a tile that is met takes longer than one of the plain scan,
+  /// and tiles that are not have been asked for. Counted is what the shape fixes, so threads do not matter.
+  bool boxes_help() const {
+    const int64_t count = ceil_div(strips_, apart());
+    int64_t met = 0;
+    parallel_for(count, p.threads,
+                 [&](int64_t t, int) { __atomic_fetch_add(&met, visit(t * apart(), 0, 1), __ATOMIC_RELAXED); });
+    return p.screening == Screening::always || 2 * met <= count * o.chunks.tiles;
   }
 
   /// The same by the ranks that columns can have: a column is wanted while its highest rank reaches the k-th best of
@@ -308,8 +343,9 @@ class Select {
     int64_t* index = index_.get() + first;
     Lists<T>::clear(kept, index, n, room_);
     Buffer<T> rows(n * o.d), column(o.d), worst(n);
+    Buffer<IntOf<T>> last(n);
     Buffer<int64_t> count(n), place(n);
-    const Lists<T> lists{k, room_, worst.get(), count.get(), place.get(), kept, index};
+    const Lists<T> lists{k, room_, worst.get(), last.get(), count.get(), place.get(), kept, index};
     lists.open(n, n);
     for (int64_t i = 0; i < n; ++i) o.x.get(i, rows.get() + i * o.d);
     for (int64_t j = m * part / parts_; j < m * (part + 1) / parts_; ++j) {
@@ -366,14 +402,15 @@ void run(const SelectParams<T>& p, const Operands<T>& o, By by) {
   if constexpr (std::is_same_v<T, float> && KEY != Key::direct)
     if (by == By::strips && screens(p.screening, p.y.n, o.d, p.k)) {
       const Screen screen(o, p.threads);
-      return Select<T, KEY>(p, o, by, &screen).run();
+      Select<T, KEY>(p, o, by, &screen).run();
+      return;
     }
   Select<T, KEY>(p, o, by).run();
 }
 
-/// In few dimensions: rows of both sets packed with near ones together.
+/// In few dimensions: rows of both sets packed with near ones together. False, and no answer, where that does not help.
 template <class T>
-void run_arranged(const SelectParams<T>& p) {
+bool run_arranged(const SelectParams<T>& p) {
   using P = Policy<T>;
   const Arrangement<T> rows(Source<T>(p.x), P::kStripRows, P::NR, p.threads);
   const Arrangement<T> columns(Source<T>(p.y), Chunks::of<T>(p.y.n).tiles_each * P::MR, P::MR, p.threads);
@@ -382,9 +419,11 @@ void run_arranged(const SelectParams<T>& p) {
                       columns.order());
   const Boxes<T> boxes(o, p.threads);
   if (!by_difference) return Select<T, Key::direct>(p, o, By::strips, nullptr, &boxes).run();
+  bool answered = false;
   with_coordinate_map(p.map, p.power, [&](auto map) {
-    Select<T, Key::coordinate, decltype(map.score)>(p, o, By::strips, nullptr, &boxes, map.score).run();
+    answered = Select<T, Key::coordinate, decltype(map.score)>(p, o, By::strips, nullptr, &boxes, map.score).run();
   });
+  return answered;
 }
 
 template <class T>
@@ -395,8 +434,9 @@ void run(const SelectParams<T>& p) {
   const int64_t strips = p.k == 1 || p.x.d > 256 ? 4 : 2;
   const bool columns = p.x.n < strips * Policy<T>::kStripRows && p.y.n >= 4096;
   const By by = p.x.n <= kFew ? By::pairs : columns ? By::columns : By::strips;
-  if (by == By::strips && (distance || by_coordinate(p.map)) && arranges(p.screening, p.x.n, p.y.n, p.x.d))
-    return run_arranged(p);
+  if (by == By::strips && (distance || by_coordinate(p.map)) && arranges(p.screening, p.x.n, p.y.n, p.x.d) &&
+      run_arranged(p))
+    return;
   // A pair is measured from its differences: then distances need neither a centre nor an expansion.
   const Operands<T> o(p.x, p.y, p.normalize, distance && by != By::pairs, false, p.threads, ScoreKind::dot,
                       by == By::strips);
