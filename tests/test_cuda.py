@@ -309,6 +309,17 @@ def test_cdist_gradient(metric, same):
         g.assert_gradient(grad, other, 1e-5)
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cityblock"])
+def test_upstream_gradients_of_a_point_against_itself(metric):
+    """As on the CPU, nothing comes of them."""
+    x, upstream = tensor(g.points(67, 20), "float32").requires_grad_(), tensor(g.points(67, 67, seed=2), "float32")
+    grads = []
+    for own in (0.0, np.nan):
+        upstream.fill_diagonal_(own)
+        grads += torch.autograd.grad(nf.cdist(x, None, metric), x, upstream)
+    assert torch.equal(*grads)
+
+
 def test_gradients_between_tight_clusters_far_apart(small_strips):
     points = references.clusters(200, 24)
     x = tensor(points, "float32").requires_grad_()
