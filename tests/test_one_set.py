@@ -144,6 +144,8 @@ def test_a_gradient_that_is_not_for_one_set():
     store = ("sqeuclidean", 2.0, False, True, False, square, square)
     with pytest.raises(ValueError, match="dy: expected None, since y is x"):
         nf._core.store_grad(x, x, *store, out, out, 1)
+    with pytest.raises(ValueError, match="dx: expected that of both, since y is x"):
+        nf._core.store_grad(x, x, *store, None, None, 1)
     with pytest.raises(ValueError, match="y: expected the rows of x"):
         nf._core.store_grad(x, x[:, :2], *store, out, None, 1)
     with pytest.raises(ValueError, match="dy: expected None, since y is x"):

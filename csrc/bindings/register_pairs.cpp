@@ -38,6 +38,7 @@ void store_grad(py::handle x, py::handle y, const std::string& map, double power
                 bool condensed, py::handle value, py::handle grad, py::handle dx, py::handle dy, int threads) {
   const PairInputs in(x, y);
   if (same || condensed) require_same(in, dy);
+  if ((same || condensed) && dx.is_none()) refuse_value("dx", "expected that of both, since y is x");
   with_compute_type(in.x.dtype, [&](auto zero) {
     using T = decltype(zero);
     const T *values = result<T>(value, "value", in, condensed), *grads = result<T>(grad, "grad", in, condensed);
