@@ -147,6 +147,7 @@ def sphere(n, d, seed):
 @pytest.mark.parametrize("k", [1, 3])
 def test_chosen_by_shape(k, dtype, threads, monkeypatch):
     """With nobody asking for it, given up where nothing is ruled out, and the answer of all ways."""
+    assert operations.SCREENING == "automatic"
     around = 1e-3 * sphere(4500, 3, 1) * uniform(4500, 1, 2)
     mixed = np.concatenate([around[:2250], sphere(2250, 3, 3)])
     y = sphere(4500, 3, 0)
